@@ -1,0 +1,85 @@
+# Each target sets up what it needs: a virtual environment in .venv with the pinned versions, once.
+.DEFAULT_GOAL := help
+.PHONY: help figures test lab bench test-browser voila-class constraints clean
+
+PY      := .venv/bin/python
+EXTRAS  := test,class,browser
+THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+# The kernel of .venv, not one of the same name that the user has installed elsewhere.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
+
+figures: .venv/ready  ## regenerate what is missing or changed under figures/
+	@$(PY) -m kfac_viz figures $(ARGS)
+
+test: .venv/ready  ## run the tests, then the linter
+	$(THREADS) $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+	$(PY) -m ruff check .
+
+lab: .venv/ready  ## open JupyterLab on the notebooks
+	@$(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+bench: .venv/ready  ## measure timings on this machine and print them
+	@$(PY) tests/bench.py $(ARGS)
+
+test-browser: .venv/ready  ## test the notebooks in a real Chromium
+	@[ -n "$(CHROMIUM)" ] || { echo "No browser found: install chromium (Debian: apt-get install chromium)" \
+	    "and run make test-browser again." >&2; exit 1; }
+	$(THREADS) $(PY) -m pytest -m browser tests $(ARGS)
+
+voila-class: .venv/ready  ## serve the playground to a class
+	@$(PY) -m voila notebooks/00_playground.ipynb --no-browser --preheat_kernel=True --pool_size=3 \
+	    --MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60 $(ARGS)
+
+clean:  ## remove .venv, caches and executed notebooks; figures/ stays
+	rm -rf .venv .executed .pytest_cache .ruff_cache .hypothesis build kfac_viz.egg-info
+	find kfac_viz tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- set-up ------------------------------------------------------------------------------------------
+
+# Sets $$python to a Python that can make virtual environments, or says what is missing.
+define FIND_PYTHON
+python=; old=; bare=; \
+for p in "$${PYTHON:-python3.13}" python3.13 python3.12 python3.11 python3; do \
+    "$$p" -c '' 2>/dev/null || continue; \
+    "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { old=$$p; continue; }; \
+    "$$p" -c 'import ensurepip, venv' 2>/dev/null || { bare=$$p; continue; }; \
+    python=$$p; break; \
+done; \
+if [ -z "$$python" ]; then \
+    if [ -n "$$bare" ]; then echo "$$bare cannot make virtual environments: install its venv module" \
+        "(Debian, Ubuntu: apt-get install python3-venv) and run make again."; \
+    elif [ -n "$$old" ]; then echo "Python 3.11 or newer is needed; $$old is $$($$old -V 2>&1)." \
+        "Install a newer one, or name it: PYTHON=/path/to/python3.12 make"; \
+    else echo "Python 3.11 or newer is needed and none was found. Install it" \
+        "(Debian, Ubuntu: apt-get install python3 python3-venv), or name it: PYTHON=/path/to/python3.12 make"; \
+    fi >&2; exit 1; \
+fi
+endef
+
+# The stamp holds the checkout's path: an editable install has to be renewed after a move.
+ifneq ($(shell $(PY) -c '' 2>/dev/null && cat .venv/ready 2>/dev/null),$(CURDIR))
+.PHONY: .venv/ready
+endif
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(FIND_PYTHON); \
+	echo "Setting up .venv with $$($$python -V); the first time this downloads PyTorch and takes some minutes."; \
+	rm -f $@; \
+	$(PY) -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv || exit 1; \
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' || { \
+	    echo "The packages could not be installed (see above). They come from the Python package index:" \
+	    "check the network or the proxy, then run make again; it goes on where it stopped." >&2; exit 1; }; \
+	printf '%s\n' "$(CURDIR)" > $@
+
+constraints:  ## renew constraints.txt with the newest versions that pyproject.toml allows
+	@$(FIND_PYTHON); set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	"$$python" -m venv "$$tmp/venv"; \
+	"$$tmp/venv/bin/python" -m pip install '.[$(EXTRAS)]'; \
+	{ grep '^#' constraints.txt; "$$tmp/venv/bin/python" -m pip freeze --exclude kfac_viz \
+	    | sed 's/+[A-Za-z0-9.]*$$//'; } > "$$tmp/new"; \
+	cat "$$tmp/new" > constraints.txt
