@@ -1,0 +1,82 @@
+"""See curvature in neural networks, and what a coarse correction to K-FAC can and cannot do.
+
+>>> import torch, kfac_viz as kv
+>>> problem = kv.problems.digits(widths=(4, 4), side=4, n=50)
+>>> F = kv.capture(problem.model, problem.inputs, likelihood=problem.likelihood)
+>>> A, M = F.damped(1e-2), kv.KFAC(F, damping=1e-2)
+>>> T = kv.TwoLevel(A, M, kv.coarse.spectral(F, per_layer=2), correction="balanced")
+>>> kv.captured_decrease(A, problem.gradient(), T @ problem.gradient()) > 0
+True
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from . import coarse
+from .capture import capture
+from .coarse import CoarseSpace
+from .fisher import Fisher, KroneckerFisher
+from .kronecker import KroneckerFactors
+from .krylov import captured_decrease, condition_number, exact_direction, pcg, spectrum
+from .likelihood import nll
+from .operator import Damped, Dense, Operator
+from .partition import Partition
+from .preconditioner import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Diagonal, Identity, Preconditioner
+from .two_level import CoarseCorrection, TwoLevel
+
+try:
+    __version__ = version("kfac_viz")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0"
+
+# Loaded at first use, so that importing the package costs little more than importing torch.
+_LAZY = {
+    "problems": None,
+    "experiments": None,
+    "figures": None,
+    "widgets": None,
+    "explore": "widgets",
+    "optimizer": None,
+    "TwoLevelKFAC": "optimizer",
+}
+
+__all__ = [
+    "BlockDiagonal",
+    "BlockTridiagonal",
+    "CoarseCorrection",
+    "CoarseSpace",
+    "Damped",
+    "Dense",
+    "Diagonal",
+    "EKFAC",
+    "Fisher",
+    "Identity",
+    "KFAC",
+    "KroneckerFactors",
+    "KroneckerFisher",
+    "Operator",
+    "Partition",
+    "Preconditioner",
+    "TwoLevel",
+    "captured_decrease",
+    "capture",
+    "coarse",
+    "condition_number",
+    "exact_direction",
+    "nll",
+    "pcg",
+    "spectrum",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kfac_viz' has no attribute {name!r}")
+    home = _LAZY[name]
+    module = import_module(f".{home or name}", __name__)
+    return module if home is None else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,328 @@
+"""Coarse spaces: a few directions per layer, the columns of Z, through which layers talk to each other.
+
+Every builder takes ``per_layer`` from 0 upwards and is nested in it: a larger space contains the smaller, and
+its columns come first within each layer. Columns of the form ``w uᵀ`` within one layer (constants, aggregates,
+Kronecker eigenvectors) meet the data through two numbers per example, ``α = a u`` and ``β = g w``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from .kronecker import KroneckerFactors, directional
+from .operator import Operator, check_same_space
+from .partition import Layer, Partition
+
+if TYPE_CHECKING:
+    from .fisher import Fisher
+
+SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random", "optimal")
+
+
+class HasFactors(Protocol):
+    """What ``spectral`` and ``smooth`` need: a Fisher, or a K-FAC preconditioner."""
+
+    partition: Partition
+
+    def kronecker(self) -> KroneckerFactors: ...
+
+
+class CoarseSpace:
+    """The span of the columns of Z, given as a dense matrix (P, k) of the reader's own.
+
+    Linearly dependent columns are removed: a warning says which, and ``removed`` keeps their numbers.
+
+    >>> partition = Partition.from_sizes([2, 2])
+    >>> Z = CoarseSpace(partition, torch.tensor([[1., 0.], [1., 0.], [0., 1.], [0., 1.]]))
+    >>> Z.size, Z.restrict(torch.tensor([1., 2., 3., 4.]))
+    (2, tensor([3., 7.]))
+    """
+
+    name = "columns"
+    removed: tuple[int, ...] = ()
+
+    def __init__(self, partition: Partition, columns: Tensor, *, name: str = "columns") -> None:
+        if not isinstance(columns, Tensor) or not columns.is_floating_point():
+            raise TypeError("columns must be a floating point tensor of shape (P, k).")
+        if columns.ndim != 2 or columns.shape[0] != partition.size:
+            raise ValueError(f"columns must have shape ({partition.size}, k); got {tuple(columns.shape)}.")
+        partition.check_finite(columns, "A coarse column")
+        kept = independent(columns)
+        self.removed = tuple(j for j in range(columns.shape[1]) if j not in kept)
+        if self.removed:
+            warnings.warn(f"Removed linearly dependent coarse columns {list(self.removed)}.", stacklevel=2)
+        self._init(partition, columns.dtype, columns.device, name)
+        self._columns = columns[:, kept].clone()
+        self.size = len(kept)
+
+    def _init(self, partition: Partition, dtype: torch.dtype, device: torch.device, name: str) -> None:
+        self.partition, self.dtype, self.device, self.name = partition, dtype, device, name
+
+    def dense(self) -> Tensor:
+        """Z itself, (P, k)."""
+        return self._columns.clone()
+
+    def restrict(self, r: Tensor) -> Tensor:
+        """``Zᵀ r`` for r (P,) or (P, k'): one number per column."""
+        return self._columns.T @ r
+
+    def prolong(self, c: Tensor) -> Tensor:
+        """``Z c`` for c (k,) or (k, k')."""
+        return self._columns @ c
+
+    def gram(self) -> Tensor:
+        """``ZᵀZ``, (k, k)."""
+        return self._columns.T @ self._columns
+
+    def scores(self, F: Fisher) -> Tensor:
+        """``U = J Z``: every score of F times every column, (S, N, k)."""
+        return F.scores(self._columns)
+
+    def __repr__(self) -> str:
+        removed = f", {len(self.removed)} dependent removed" if self.removed else ""
+        return f"CoarseSpace({self.name}, {self.size} columns over {self.partition}{removed})"
+
+
+class LocalSpace(CoarseSpace):
+    """Columns that each live in one layer, kept as one matrix (P_l, k_l) per layer: Z is block diagonal."""
+
+    def __init__(self, partition: Partition, blocks: Sequence[Tensor], *, name: str) -> None:
+        self._init(partition, blocks[0].dtype, blocks[0].device, name)
+        self._blocks = tuple(blocks)
+        self.per_layer = tuple(block.shape[1] for block in blocks)
+        self.size = sum(self.per_layer)
+
+    def dense(self) -> Tensor:
+        return torch.block_diag(*self._blocks)
+
+    def restrict(self, r: Tensor) -> Tensor:
+        pieces = zip(self._blocks, self.partition.slices, strict=True)
+        return torch.cat([block.T @ r[s] for block, s in pieces])
+
+    def prolong(self, c: Tensor) -> Tensor:
+        pieces = zip(self._blocks, c.split(self.per_layer), strict=True)
+        return torch.cat([block @ part for block, part in pieces])
+
+    def gram(self) -> Tensor:
+        return torch.block_diag(*(block.T @ block for block in self._blocks))
+
+    def scores(self, F: Fisher) -> Tensor:
+        layers = zip(F.a, F.g, self._blocks, self.partition.layers, strict=True)
+        return torch.cat([directional(a, g, Z.unflatten(0, layer.shape)) for a, g, Z, layer in layers], dim=2)
+
+
+class RankOneSpace(CoarseSpace):
+    """Columns ``w uᵀ`` within one layer: ``factors[l] = (W, U)`` of shapes (out, k_l) and (features, k_l)."""
+
+    def __init__(self, partition: Partition, factors: Sequence[tuple[Tensor, Tensor]], *, name: str) -> None:
+        self._init(partition, factors[0][0].dtype, factors[0][0].device, name)
+        self.factors = tuple(factors)
+        self.per_layer = tuple(W.shape[1] for W, _ in factors)
+        self.size = sum(self.per_layer)
+
+    def dense(self) -> Tensor:
+        return torch.block_diag(*(torch.einsum("ok,ik->oik", W, U).flatten(0, 1) for W, U in self.factors))
+
+    def restrict(self, r: Tensor) -> Tensor:
+        pieces = []
+        for (W, U), R in zip(self.factors, self.partition.split(r), strict=True):
+            if r.ndim == 1:
+                pieces.append(((W.mT @ R) * U.mT).sum(-1))
+            else:
+                pieces.append(((W.mT @ R.permute(2, 0, 1)) * U.mT).sum(-1).mT)
+        return torch.cat(pieces)
+
+    def prolong(self, c: Tensor) -> Tensor:
+        pieces = []
+        for (W, U), part in zip(self.factors, c.split(self.per_layer), strict=True):
+            if c.ndim == 1:
+                pieces.append((W * part) @ U.mT)
+            else:
+                pieces.append(((W * part.mT[:, None]) @ U.mT).permute(1, 2, 0))
+        return self.partition.join(pieces)
+
+    def gram(self) -> Tensor:
+        return torch.block_diag(*((W.T @ W) * (U.T @ U) for W, U in self.factors))
+
+    def scores(self, F: Fisher) -> Tensor:
+        pieces = []
+        for a, g, (W, U) in zip(F.a, F.g, self.factors, strict=True):
+            alpha, beta = a @ U, g @ W  # (N, T, k), (S, N, T, k)
+            pieces.append((alpha * beta).sum(2))
+        return torch.cat(pieces, dim=2)
+
+
+def nicolaides(F: Operator, per_layer: int = 1) -> RankOneSpace:
+    """Piecewise constants: one per layer (Nicolaides 1987; the 2020 paper), more by aggregates.
+
+    The matrix of a layer starts as one rectangle; the largest rectangle is halved along its longer side again
+    and again, and each cut adds the constant of one half.
+    """
+    _check_size(F.partition, per_layer)
+    factors = []
+    for layer in F.partition.layers:
+        rectangles = _rectangles(layer, per_layer)
+        W = torch.zeros((layer.out, per_layer), dtype=F.dtype, device=F.device)
+        U = torch.zeros((layer.features, per_layer), dtype=F.dtype, device=F.device)
+        for j, (top, bottom, left, right) in enumerate(rectangles):
+            W[top:bottom, j] = 1.0
+            U[left:right, j] = 1.0
+        factors.append((W, U))
+    return RankOneSpace(F.partition, factors, name="nicolaides")
+
+
+def spectral(F: HasFactors, per_layer: int) -> RankOneSpace:
+    """The Kronecker eigenvectors of each layer's own block ``G ⊗ A`` with the *largest* eigenvalues."""
+    return _kronecker_eigenvectors(F, per_layer, largest=True, name="spectral")
+
+
+def smooth(F: HasFactors, per_layer: int) -> RankOneSpace:
+    """Those with the smallest eigenvalues, the low frequencies that Koroko et al. 2023 chose."""
+    return _kronecker_eigenvectors(F, per_layer, largest=False, name="smooth")
+
+
+def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
+    """Each layer's pieces of ``M g``, ``M A M g``, ``(M A)² M g``, …, made orthonormal layer by layer.
+
+    Pieces that depend on earlier ones are removed: a warning says how many.
+    """
+    check_same_space(A, M)
+    A.check(g)
+    _check_size(A.partition, per_layer)
+    vectors = []
+    v = (M @ g)[:, None] if per_layer else None
+    for _ in range(per_layer):
+        norm = torch.linalg.vector_norm(v)
+        if norm > 0:
+            v = v / norm
+        vectors.append(v)
+        v = M._apply(A._apply(v))
+    blocks, removed = [], 0
+    for s in A.partition.slices:
+        raw = torch.cat([v[s] for v in vectors], dim=1) if vectors else g.new_zeros(s.stop - s.start, 0)
+        basis = orthonormal(raw)
+        removed += raw.shape[1] - basis.shape[1]
+        blocks.append(basis)
+    Z = LocalSpace(A.partition, blocks, name="krylov")
+    if removed:
+        Z.removed = tuple(range(removed))
+        warnings.warn(f"Removed {removed} linearly dependent Krylov columns.", stacklevel=2)
+    return Z
+
+
+def random(F: Operator, per_layer: int, seed: int = 0) -> RankOneSpace:
+    """Gaussian rank-one columns, as a control: what any space of this size would do."""
+    _check_size(F.partition, per_layer)
+    factors = []
+    for l, layer in enumerate(F.partition.layers):
+        generator = torch.Generator().manual_seed(seed * 100_003 + l)
+        draws = [torch.randn(sum(layer.shape), generator=generator, dtype=torch.float64) for _ in range(per_layer)]
+        both = torch.stack(draws, dim=1) if draws else torch.zeros(sum(layer.shape), 0, dtype=torch.float64)
+        W, U = both.to(F.device, F.dtype).split(layer.shape)
+        factors.append((W, U))
+    return RankOneSpace(F.partition, factors, name="random")
+
+
+def optimal(A: Operator, M: Operator, per_layer: int) -> CoarseSpace:
+    """``per_layer × layers`` generalised eigenvectors of (A, M⁻¹) with the largest eigenvalues; dense.
+
+    In balanced form no space of this size leaves a smaller λ_max. A yardstick, not a bound on the condition
+    number or the captured decrease.
+    """
+    check_same_space(A, M)
+    k = _check_size(A.partition, per_layer, whole=True)
+    if k == 0:
+        return CoarseSpace(A.partition, A.eye()[:, :0], name="optimal")
+    L = cholesky(M.dense(), "The preconditioner")
+    _, Y = torch.linalg.eigh(L.T @ A.dense() @ L)
+    return CoarseSpace(A.partition, L @ Y.flip(1)[:, :k], name="optimal")
+
+
+def cholesky(matrix: Tensor, what: str) -> Tensor:
+    """Lower Cholesky factor, or a sentence where ``matrix`` is not positive definite."""
+    L, info = torch.linalg.cholesky_ex((matrix + matrix.T) / 2)
+    if int(info) != 0:
+        raise ValueError(f"{what} is not positive definite to working precision; choose a larger damping.")
+    return L
+
+
+def independent(columns: Tensor) -> list[int]:
+    """Numbers of the columns that do not depend on earlier ones."""
+    return _gram_schmidt(columns)[0]
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the span, nested in the order of the columns."""
+    return _gram_schmidt(columns)[1]
+
+
+def _gram_schmidt(columns: Tensor) -> tuple[list[int], Tensor]:
+    """Gram–Schmidt, twice for stability; a column that vanishes against the earlier ones is dropped."""
+    tolerance = columns.shape[0] ** 0.5 * torch.finfo(columns.dtype).eps * 100
+    kept: list[int] = []
+    Q = torch.zeros_like(columns)
+    for j in range(columns.shape[1]):
+        q = columns[:, j]
+        size = torch.linalg.vector_norm(q)
+        if size == 0:
+            continue
+        q = q / size
+        basis = Q[:, : len(kept)]
+        for _ in range(2):
+            q = q - basis @ (basis.T @ q)
+        left = torch.linalg.vector_norm(q)
+        if left > tolerance:
+            Q[:, len(kept)] = q / left
+            kept.append(j)
+    return kept, Q[:, : len(kept)]
+
+
+def _kronecker_eigenvectors(F: HasFactors, per_layer: int, *, largest: bool, name: str) -> RankOneSpace:
+    _check_size(F.partition, per_layer)
+    kronecker = F.kronecker()
+    factors = []
+    for (d_A, U_A), (d_G, U_G) in zip(kronecker.eigen_A, kronecker.eigen_G, strict=True):
+        order = torch.outer(d_G, d_A).flatten().argsort(descending=largest, stable=True)[:per_layer]
+        rows = torch.div(order, len(d_A), rounding_mode="floor")
+        factors.append((U_G[:, rows], U_A[:, order % len(d_A)]))
+    return RankOneSpace(F.partition, factors, name=name)
+
+
+def _rectangles(layer: Layer, count: int) -> list[tuple[int, int, int, int]]:
+    """The whole matrix of a layer, then one half for each cut of the largest rectangle left."""
+    if count == 0:
+        return []
+    whole = (0, layer.out, 0, layer.features)
+    tiles, columns = [whole], [whole]
+    while len(columns) < count:
+        top, bottom, left, right = tile = max(tiles, key=lambda t: (t[1] - t[0]) * (t[3] - t[2]))
+        if bottom - top >= right - left:
+            middle = (top + bottom) // 2
+            halves = [(top, middle, left, right), (middle, bottom, left, right)]
+        else:
+            middle = (left + right) // 2
+            halves = [(top, bottom, left, middle), (top, bottom, middle, right)]
+        tiles.remove(tile)
+        tiles.extend(halves)
+        columns.append(halves[0])
+    return columns
+
+
+def _check_size(partition: Partition, per_layer: int, *, whole: bool = False) -> int:
+    if not isinstance(per_layer, int) or isinstance(per_layer, bool) or per_layer < 0:
+        raise ValueError(f"per_layer must be a whole number of at least 0; got {per_layer!r}.")
+    total = per_layer * len(partition)
+    smallest = min(partition.layers, key=lambda layer: layer.size)
+    if whole and total > partition.size:
+        raise ValueError(f"per_layer={per_layer} asks for {total} columns in a space of {partition.size}.")
+    if not whole and per_layer > smallest.size:
+        raise ValueError(
+            f"per_layer={per_layer} exceeds layer {smallest.name!r}, which has {smallest.size} parameters; "
+            f"choose at most {smallest.size}."
+        )
+    return total

@@ -1,0 +1,242 @@
+"""The Fisher information matrix as an operator, from the vectors captured in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .coarse import CoarseSpace, RankOneSpace
+from .kronecker import CONVENTIONS, KroneckerFactors, directional, kron_block, sandwich
+from .operator import Image, Operator, check_choice
+from .partition import Partition
+
+_CHUNK = 2**24  # numbers in a temporary: 128 MiB of float64
+
+
+class Fisher(Operator):
+    """``F = (1/N) Σ_{s,n} score scoreᵀ``, with the score ``Σ_t g[s,n,t] a[n,t]ᵀ`` in each layer.
+
+    Positive semi-definite; equal to the generalised Gauss–Newton matrix when exact. Made by
+    :func:`kfac_viz.capture`; the captured vectors are never changed afterwards.
+
+    Attributes:
+        a: layer inputs, one (N, T, features) per layer.
+        g: output-side vectors, one (S, N, T, out) per layer.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        a: list[Tensor],
+        g: list[Tensor],
+        *,
+        likelihood: str | None = None,
+        flavour: str = "exact",
+    ) -> None:
+        self.partition, self.a, self.g = partition, tuple(a), tuple(g)
+        self.likelihood, self.flavour = likelihood, flavour
+        self.S, self.N = self.g[0].shape[:2]
+        self.dtype, self.device = self.a[0].dtype, self.a[0].device
+        self._factors: dict[str, KroneckerFactors] = {}
+
+    def _apply(self, v: Tensor) -> Tensor:
+        width = max(layer.out for layer in self.partition.layers) * max(a.shape[1] for a in self.a)
+        columns = max(1, _CHUNK // (self.N * max(width, self.S)))
+        pieces = [self.pull(self.scores(piece)) for piece in v.split(columns, dim=1)]
+        return torch.cat(pieces, dim=1) / self.N if pieces else v.clone()
+
+    def scores(self, v: Tensor) -> Tensor:
+        """``J v``: every score times every column of v (P, k), shape (S, N, k); two matrix products a layer."""
+        return sum(directional(a, g, V) for a, g, V in zip(self.a, self.g, self.partition.split(v), strict=True))
+
+    def pull(self, s: Tensor) -> Tensor:
+        """``Jᵀ s``: the scores summed with weights s (S, N, k), shape (P, k)."""
+        pieces = []
+        for a, g in zip(self.a, self.g, strict=True):
+            w = torch.einsum("snto,snk->ntok", g, s)
+            pieces.append(torch.einsum("ntok,nti->oik", w, a))
+        return self.partition.join(pieces)
+
+    def dense(self) -> Tensor:
+        """The matrix (P, P), from the blocks on and above the diagonal: N P² products, not S N P²."""
+        P, slices = self.partition.size, self.partition.slices
+        matrix = torch.empty((P, P), dtype=self.dtype, device=self.device)
+        for l in range(len(slices)):
+            for m in range(l, len(slices)):
+                block = self.block(l, m)
+                matrix[slices[l], slices[m]] = block
+                matrix[slices[m], slices[l]] = block.T
+        return matrix
+
+    def block(self, l: int | str, m: int | str) -> Tensor:
+        """The exact block of layers l and m, (P_l, P_m).
+
+        ``(1/N) Σ_n Σ_{t,t'} (Σ_s g_l g_mᵀ) ⊗ (a_l a_mᵀ)`` contracts over examples alone, S times cheaper than
+        scores against scores; with many positions and few vectors the scores are formed instead.
+        """
+        l, m = self.partition.index(l), self.partition.index(m)
+        tensors = self.a[l], self.a[m], self.g[l], self.g[m]
+        block: Tensor | float = 0.0
+        if self.a[l].shape[1] * self.a[m].shape[1] > self.S:
+            per_example = self.S * max(self.partition.layers[i].size for i in (l, m))
+            for a, b, g, h in self._chunks(tensors, per_example):
+                block = block + _layer_scores(a, g).T @ _layer_scores(b, h)
+        else:
+            (o, i), (p, j) = self.partition.layers[l].shape, self.partition.layers[m].shape
+            per_example = max(o * p, i * j) * self.a[l].shape[1] * self.a[m].shape[1]
+            for a, b, g, h in self._chunks(tensors, per_example):
+                left = torch.einsum("snto,snup->ntuop", g, h).flatten(0, 2)
+                right = (a[:, :, None, :, None] * b[:, None, :, None, :]).flatten(0, 2)
+                block = block + kron_block(left, right)
+        if l == m:
+            block = (block + block.T) / 2  # the products round differently on the two sides
+        return block / self.N
+
+    def diagonal(self) -> Tensor:
+        """The diagonal (P,), without any P×P matrix: what Adam and Adagrad estimate."""
+        return self.partition.join(self.second_moments())
+
+    def second_moments(self, bases: list[tuple[Tensor, Tensor]] | None = None) -> list[Tensor]:
+        """``diag(F_ll)`` in a Kronecker basis (U_G, U_A) per layer (EKFAC), one (out, features) per layer."""
+        moments = []
+        for l, (a, g) in enumerate(zip(self.a, self.g, strict=True)):
+            if bases is not None:
+                g, a = g @ bases[l][0], a @ bases[l][1]
+            if a.shape[1] == 1:
+                total = g[:, :, 0].square().sum(0).T @ a[:, 0].square()
+            else:
+                total = 0.0
+                for a_, g_ in self._chunks((a, g), self.S * self.partition.layers[l].size):
+                    total = total + _layer_scores(a_, g_).square().sum(0).view(g.shape[3], a.shape[2])
+            moments.append(total / self.N)
+        return moments
+
+    def factors(self, l: int | str, m: int | str, convention: str = "expand") -> tuple[Tensor, Tensor]:
+        """K-FAC's factors of layers l and m: ``A_lm`` (features_l, features_m), ``G_lm`` (out_l, out_m).
+
+        ``A_lm = (1/N) Σ_n a_l a_mᵀ`` and ``G_lm = (1/N) Σ_{s,n} g_l g_mᵀ``, with block ``≈ G_lm ⊗ A_lm``. Where
+        a layer has positions, Eschenhagen et al. 2023: ``expand`` takes each for an example of its own,
+        ``reduce`` averages a and sums g over them first.
+        """
+        l, m = self.partition.index(l), self.partition.index(m)
+        (a, g), (b, h) = self._examples(l, convention), self._examples(m, convention)
+        if a.shape[0] != b.shape[0]:
+            raise ValueError(
+                f"Layers {self.partition.names[l]!r} and {self.partition.names[m]!r} are used at different numbers "
+                "of positions; their cross factors need convention='reduce'."
+            )
+        return a.T @ b / self.N, g.flatten(0, 1).T @ h.flatten(0, 1) / self.N
+
+    def kronecker(self, convention: str = "expand") -> KroneckerFactors:
+        """The factors of every diagonal block, computed once and shared by all that is built from them."""
+        if convention not in self._factors:
+            pairs = [self.factors(l, l, convention) for l in range(len(self.partition))]
+            A, G = zip(*pairs, strict=True)
+            self._factors[convention] = KroneckerFactors(self.partition, A, G)
+        return self._factors[convention]
+
+    def image(self, Z: CoarseSpace) -> ScoreImage:
+        return ScoreImage(self, Z)
+
+    def _examples(self, l: int, convention: str) -> tuple[Tensor, Tensor]:
+        """Inputs (N', features) and vectors (S, N', out) that K-FAC takes for independent examples."""
+        check_choice("convention", convention, CONVENTIONS)
+        a, g = self.a[l], self.g[l]
+        if convention == "reduce":
+            return a.mean(1), g.sum(2)
+        return a.flatten(0, 1) / a.shape[1] ** 0.5, g.flatten(1, 2)
+
+    def _chunks(self, tensors: tuple[Tensor, ...], per_example: int) -> Iterator[list[Tensor]]:
+        """The examples of inputs (N, T, …) and vectors (S, N, T, …), a bounded number at a time."""
+        size = max(1, _CHUNK // per_example)
+        for start in range(0, self.N, size):
+            yield [x[start : start + size] if x.ndim == 3 else x[:, start : start + size] for x in tensors]
+
+    def __repr__(self) -> str:
+        what = " ".join(filter(None, (self.flavour, self.likelihood)))
+        return self._describe(what, f"{self.N} examples × {self.S} vectors")
+
+
+def _layer_scores(a: Tensor, g: Tensor) -> Tensor:
+    """Scores of one layer, (S·N, out·features)."""
+    return torch.einsum("snto,nti->snoi", g, a).flatten(0, 1).flatten(1)
+
+
+class ScoreImage(Image):
+    """``F Z`` through ``U = J Z`` (S·N, k): no P×k matrix, and ``Zᵀ F Z = UᵀU/N``."""
+
+    def __init__(self, F: Fisher, Z: CoarseSpace) -> None:
+        self.F, self.Z = F, Z
+        self.U = Z.scores(F)
+
+    def prolong(self, c: Tensor) -> Tensor:
+        return self.F.pull(self.U @ c) / self.F.N
+
+    def restrict(self, r: Tensor) -> Tensor:
+        return self.U.flatten(0, 1).T @ self.F.scores(r).flatten(0, 1) / self.F.N
+
+    def galerkin(self) -> Tensor:
+        U = self.U.flatten(0, 1)
+        return U.T @ U / self.F.N
+
+
+class KroneckerFisher(Operator):
+    """All blocks ``G_lm ⊗ A_lm``, cross-layer ones included: the model that the 2020 paper coarsens.
+
+    Positive semi-definite, as a principal part of a Kronecker product of two Gram matrices.
+    """
+
+    def __init__(self, F: Fisher, convention: str = "expand") -> None:
+        self.F, self.convention = F, check_choice("convention", convention, CONVENTIONS)
+        self.partition, self.dtype, self.device = F.partition, F.dtype, F.device
+        counts = {F._examples(l, convention)[0].shape[0] for l in range(len(F.partition))}
+        if len(counts) > 1:
+            raise ValueError("The layers are used at different numbers of positions; use convention='reduce'.")
+
+    @cached_property
+    def _pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
+        layers = range(len(self.partition))
+        return [[self.F.factors(l, m, self.convention) for m in layers] for l in layers]
+
+    def _apply(self, v: Tensor) -> Tensor:
+        V = self.partition.split(v)
+        return self.partition.join([sum(sandwich(G, V[m], A) for m, (A, G) in enumerate(row)) for row in self._pairs])
+
+    def block(self, l: int | str, m: int | str) -> Tensor:
+        A, G = self._pairs[self.partition.index(l)][self.partition.index(m)]
+        return torch.kron(G, A)
+
+    def dense(self) -> Tensor:
+        layers = range(len(self.partition))
+        return torch.cat([torch.cat([self.block(l, m) for m in layers], dim=1) for l in layers])
+
+    def image(self, Z: CoarseSpace) -> Image:
+        return KroneckerImage(self, Z) if isinstance(Z, RankOneSpace) else super().image(Z)
+
+    def __repr__(self) -> str:
+        return self._describe("all blocks G ⊗ A", f"{self.F.N} examples × {self.F.S} vectors")
+
+
+class KroneckerImage(Image):
+    """``K Z`` for columns ``w uᵀ``: ``Zᵀ K Z = (αᵀα/N) ∘ (βᵀβ/N)`` with ``α = a u`` and ``β = g w``."""
+
+    def __init__(self, K: KroneckerFisher, Z: RankOneSpace) -> None:
+        self.K, self.Z = K, Z
+
+    def prolong(self, c: Tensor) -> Tensor:
+        return self.K._apply(self.Z.prolong(c))
+
+    def restrict(self, r: Tensor) -> Tensor:
+        return self.Z.restrict(self.K._apply(r))
+
+    def galerkin(self) -> Tensor:
+        F, alphas, betas = self.K.F, [], []
+        for l, (W, U) in enumerate(self.Z.factors):
+            a, g = F._examples(l, self.K.convention)
+            alphas.append(a @ U)
+            betas.append(g.flatten(0, 1) @ W)
+        alpha, beta = torch.cat(alphas, dim=1), torch.cat(betas, dim=1)
+        return (alpha.T @ alpha / F.N) * (beta.T @ beta / F.N)

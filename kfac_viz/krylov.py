@@ -1,0 +1,142 @@
+"""What a preconditioner is worth: conjugate gradients, spectra, and the decrease that a direction captures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .coarse import cholesky
+from .operator import Damped, Operator, check_same_space
+from .two_level import TwoLevel
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of :func:`pcg`: the solution (P,), and the relative residual after 0, 1, 2, … iterations."""
+
+    solution: Tensor
+    residuals: tuple[float, ...]
+    converged: bool
+
+    @property
+    def iterations(self) -> int:
+        return len(self.residuals) - 1
+
+    def __repr__(self) -> str:
+        state = "converged" if self.converged else "not converged"
+        return f"Solution({state}, {self.iterations} iterations, residual {self.residuals[-1]:.2g})"
+
+
+def pcg(
+    A: Operator,
+    g: Tensor,
+    M: Operator | None = None,
+    *,
+    rtol: float = 1e-8,
+    max_iterations: int | None = None,
+    x0: Tensor | None = None,
+    callback: Callable[[Tensor, float], None] | None = None,
+) -> Solution:
+    """Preconditioned conjugate gradients for ``A x = g`` (Saad 2003, algorithm 9.1).
+
+    Args:
+        A: symmetric positive definite.
+        g: right-hand side (P,).
+        M: a *symmetric* positive definite preconditioner; others are refused by name.
+        rtol: stop once ‖g − A x‖ ≤ rtol · ‖g‖.
+        max_iterations: 10 P by default.
+        x0: first guess, 0 by default.
+        callback: called with (x, relative residual) after each iteration.
+
+    Raises:
+        ValueError: a non-symmetric M, or a direction along which A or M is not positive.
+    """
+    A.partition.check(g, vector=True)
+    A.check(g)
+    if M is not None:
+        check_same_space(A, M)
+        if not M.symmetric:
+            name = M.correction if isinstance(M, TwoLevel) else type(M).__name__
+            raise ValueError(
+                f"Conjugate gradients need a symmetric preconditioner and {name!r} is not; 'balanced' has the same "
+                "spectrum and is symmetric."
+            )
+    if not rtol > 0:
+        raise ValueError(f"rtol must be positive; got {rtol!r}.")
+    limit = 10 * len(g) if max_iterations is None else max_iterations
+    norm = float(torch.linalg.vector_norm(g))
+    if norm == 0:
+        return Solution(torch.zeros_like(g), (0.0,), True)
+    x = torch.zeros_like(g) if x0 is None else x0.clone()
+    r = g.clone() if x0 is None else g - A @ x0
+    residuals = [float(torch.linalg.vector_norm(r)) / norm]
+    p, rho = None, 1.0
+    while residuals[-1] > rtol and len(residuals) <= limit:
+        z = r if M is None else M._apply(r[:, None])[:, 0]
+        rho, before = float(r @ z), rho
+        p = z.clone() if p is None else z + (rho / before) * p
+        Ap = A._apply(p[:, None])[:, 0]
+        curvature = float(p @ Ap)
+        if not (rho > 0 and curvature > 0):
+            raise ValueError(
+                f"After {len(residuals) - 1} iterations rᵀMr = {rho:.3g} and pᵀAp = {curvature:.3g}: the matrix and "
+                "its preconditioner must be positive definite. Choose a larger damping."
+            )
+        x.add_(p, alpha=rho / curvature)
+        r.sub_(Ap, alpha=rho / curvature)
+        residuals.append(float(torch.linalg.vector_norm(r)) / norm)
+        if callback is not None:
+            callback(x, residuals[-1])
+    return Solution(x, tuple(residuals), residuals[-1] <= rtol)
+
+
+def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
+    """Eigenvalues of ``M A`` in ascending order, (P,), through a symmetric eigenproblem.
+
+    With ``A = L Lᵀ``, M A is similar to ``Lᵀ M L``. The two a-def corrections share the spectrum of
+    ``balanced`` when they coarsen A itself; with another coarse operator theirs may be complex and they are
+    refused by name.
+    """
+    if M is None:
+        return torch.linalg.eigvalsh(A.dense())
+    check_same_space(A, M)
+    if not M.symmetric:
+        if not (isinstance(M, TwoLevel) and M.galerkin):
+            name = M.correction if isinstance(M, TwoLevel) else type(M).__name__
+            raise ValueError(f"{name!r} is not symmetric here and its spectrum may be complex; take 'balanced'.")
+        M = M.with_correction("balanced")
+    L = cholesky(A.dense(), "The matrix")
+    inner = L.T @ M.dense() @ L
+    return torch.linalg.eigvalsh((inner + inner.T) / 2)
+
+
+def condition_number(A: Operator, M: Operator | None = None) -> float:
+    """``λ_max / λ_min`` of ``M A``; inf where it is singular to precision."""
+    values = spectrum(A, M)
+    smallest, largest = float(values[0]), float(values[-1])
+    return largest / smallest if smallest > 0 else float("inf")
+
+
+def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
+    """Share of the best decrease of the quadratic model that the direction v, unscaled, captures.
+
+    With ``q(v) = gᵀv − ½ vᵀAv`` and ``v* = A⁻¹g``: ``q(v)/q(v*) = 1 − ‖v − v*‖²_A / ‖v*‖²_A``. 1 is the exact
+    natural gradient step, 0 is not moving, negative is worse than not moving.
+    """
+    for vector in (g, v):
+        A.partition.check(vector, vector=True)
+        A.check(vector)
+    best = 0.5 * float(g @ exact_direction(A, g))
+    if not best > 0:
+        raise ValueError("The gradient is zero: there is no decrease to capture.")
+    return (float(g @ v) - 0.5 * float(v @ (A @ v))) / best
+
+
+def exact_direction(A: Operator, g: Tensor) -> Tensor:
+    """``A⁻¹ g``, the natural gradient: through the eigenvectors that every λ shares, or a Cholesky solve."""
+    if isinstance(A, Damped):
+        return A.solve(g)
+    return torch.cholesky_solve(g[:, None], cholesky(A.dense(), "The matrix"))[:, 0]

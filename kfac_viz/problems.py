@@ -1,0 +1,223 @@
+"""Seeded models and data: real digits first, and the toy problems of the 2020 paper."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .capture import capture
+from .fisher import Fisher
+from .likelihood import nll
+from .operator import check_choice
+from .partition import Partition
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, a full batch of data and the likelihood that joins them.
+
+    Attributes:
+        model: in training mode only where it has batch norm to settle; evaluated in eval mode.
+        inputs: (N, …).
+        targets: see :func:`kfac_viz.nll`.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    likelihood: str
+    name: str = ""
+
+    @property
+    def partition(self) -> Partition:
+        return Partition.from_model(self.model)
+
+    def loss(self) -> Tensor:
+        """Mean negative log-likelihood of the batch in eval mode, a scalar."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            return nll(self.model(self.inputs), self.targets, self.likelihood)
+        finally:
+            self.model.train(training)
+
+    def gradient(self) -> Tensor:
+        """Gradient of :meth:`loss` over the partition, (P,); leaves ``.grad`` alone."""
+        partition = self.partition
+        modules = [self.model.get_submodule(name) for name in partition.names]
+        grads = iter(torch.autograd.grad(self.loss(), [p for module in modules for p in _tensors(module)]))
+        return partition.join(
+            [
+                torch.cat([next(grads).flatten(1) if p.ndim > 1 else next(grads)[:, None] for p in _tensors(m)], 1)
+                for m in modules
+            ]
+        )
+
+    def capture(self, fisher: str = "exact", **options) -> Fisher:
+        """The Fisher of this problem; see :func:`kfac_viz.capture`."""
+        if fisher == "empirical":
+            options["targets"] = self.targets
+        return capture(self.model, self.inputs, likelihood=self.likelihood, fisher=fisher, **options)
+
+    def trained(self, steps: int, lr: float = 1e-2) -> Problem:
+        """A copy of the problem after full-batch Adam steps, deterministic."""
+        model = copy.deepcopy(self.model)
+        twin = replace(self, model=model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            twin.loss().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        return twin
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Problem:
+        """A copy on another device or in another floating dtype."""
+        targets = self.targets.to(device, dtype if self.targets.is_floating_point() else None)
+        model = copy.deepcopy(self.model).to(device, dtype)
+        return replace(self, model=model, inputs=self.inputs.to(device, dtype), targets=targets)
+
+    def __repr__(self) -> str:
+        return f"Problem({self.name}, {len(self.inputs)} examples, {self.likelihood}, {self.partition})"
+
+
+def digits(
+    widths: Sequence[int] = (12, 12, 12),
+    n: int = 500,
+    seed: int = 0,
+    *,
+    side: int = 8,
+    activation: str = "tanh",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """Handwritten digits (scikit-learn's 1,797 of 8×8 pixels), ten classes, a multilayer perceptron.
+
+    Args:
+        widths: of the hidden layers.
+        n: examples, drawn without replacement.
+        seed: of the draw and of the weights.
+        side: 8, or 4 for pixels averaged two by two, so that the whole Fisher fits on a screen.
+        activation: ``"tanh"``, ``"relu"`` or ``"sigmoid"``.
+    """
+    x, y = _digits(n, seed, side)
+    model = _mlp([side * side, *widths, 10], activation, seed)
+    inputs = (x - x.mean()) / x.std()
+    return Problem(model, inputs, y, "categorical", f"digits {side}×{side}").to(device, dtype)
+
+
+def autoencoder(
+    widths: Sequence[int] = (12, 6, 12),
+    n: int = 500,
+    seed: int = 0,
+    *,
+    side: int = 8,
+    activation: str = "tanh",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """The digits again, as their own targets: pixels in [0, 1] with a Bernoulli likelihood."""
+    x, _ = _digits(n, seed, side)
+    model = _mlp([side * side, *widths, side * side], activation, seed)
+    return Problem(model, x, x.clone(), "bernoulli", f"digits {side}×{side} autoencoder").to(device, dtype)
+
+
+def planted(
+    depth: int = 4,
+    width: int = 10,
+    n: int = 500,
+    seed: int = 0,
+    *,
+    activation: str | None = "tanh",
+    batch_norm: bool = False,
+    noise: float = 0.1,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """The toy problem of the 2020 paper: Gaussian inputs of dimension 10, labels from a planted linear model.
+
+    Args:
+        depth: number of Linear layers, at least 1.
+        activation: ``None`` for a linear network.
+        batch_norm: after every hidden layer, with statistics settled on the data.
+        noise: standard deviation added to the labels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 10, generator=generator, dtype=torch.float64)
+    plant = torch.randn(10, 1, generator=generator, dtype=torch.float64) / 10**0.5
+    y = x @ plant + noise * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    model = _mlp([10, *[width] * (depth - 1), 1], activation, seed, batch_norm)
+    name = "planted" + (" linear" if activation is None else "")
+    return _settled(Problem(model, x, y, "gaussian", name).to(device, dtype))
+
+
+def deep_linear(
+    widths: Sequence[int] = (6, 5, 4, 3),
+    n: int = 200,
+    seed: int = 0,
+    *,
+    noise: float = 0.1,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """Regression by a deep linear network, widths from input to output: here K-FAC's factorisation is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, widths[0], generator=generator, dtype=torch.float64)
+    plant = torch.randn(widths[0], widths[-1], generator=generator, dtype=torch.float64) / widths[0] ** 0.5
+    y = x @ plant + noise * torch.randn(n, widths[-1], generator=generator, dtype=torch.float64)
+    return Problem(_mlp(list(widths), None, seed), x, y, "gaussian", "deep linear").to(device, dtype)
+
+
+def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
+    """Pixels in [0, 1] as (n, side²) and labels (n,)."""
+    from sklearn.datasets import load_digits
+
+    if side not in (4, 8):
+        raise ValueError(f"side must be 8, or 4 for pooled pixels; got {side!r}.")
+    pixels, labels = load_digits(return_X_y=True)
+    if not 1 <= n <= len(pixels):
+        raise ValueError(f"n must lie between 1 and {len(pixels)}; got {n!r}.")
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:n]
+    x = torch.as_tensor(pixels)[order].view(n, 1, 8, 8) / 16
+    if side == 4:
+        x = nn.functional.avg_pool2d(x, 2)
+    return x.flatten(1), torch.as_tensor(labels)[order].long()
+
+
+def _mlp(widths: list[int], activation: str | None, seed: int, batch_norm: bool = False) -> nn.Sequential:
+    """Linear layers with PyTorch's own initialisation, drawn in float64 whatever the default dtype is."""
+    if len(widths) < 2 or any(width < 1 for width in widths):
+        raise ValueError(f"Every layer needs at least one unit; got widths {widths}.")
+    act: Callable[[], nn.Module] | None = None
+    if activation is not None:
+        act = ACTIVATIONS[check_choice("activation", activation, tuple(ACTIVATIONS))]
+    modules: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            modules.append(nn.Linear(fan_in, fan_out, dtype=torch.float64))
+            if i < len(widths) - 2:
+                modules.extend([nn.BatchNorm1d(fan_out, dtype=torch.float64)] if batch_norm else [])
+                modules.extend([act()] if act is not None else [])
+    return nn.Sequential(*modules)
+
+
+def _settled(problem: Problem) -> Problem:
+    """Let batch-norm statistics forget their start: evaluation then means what training saw."""
+    if any(isinstance(module, nn.BatchNorm1d) for module in problem.model):
+        with torch.no_grad():
+            problem.model.train()
+            for _ in range(100):
+                problem.model(problem.inputs)
+    problem.model.eval()
+    return problem
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [module.weight] if module.bias is None else [module.weight, module.bias]

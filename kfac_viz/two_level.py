@@ -1,0 +1,208 @@
+"""Two-level preconditioners: a one-level M and a coarse correction Q, combined in four ways."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .coarse import CoarseSpace, cholesky
+from .operator import Damped, Image, Operator, check_choice, check_damping, check_same_space, replace
+from .preconditioner import Preconditioner
+
+CORRECTIONS = ("additive", "a-def1", "a-def2", "balanced")
+
+
+class CoarseCorrection(Operator):
+    """``Q = Z E⁻¹ Zᵀ`` with the Galerkin operator ``E = Zᵀ A Z``.
+
+    With ``A = B + λI``, ``E = ZᵀBZ + λ ZᵀZ``: the coarse damping is consistent, so Q does not change when columns
+    are rescaled or mixed. A basis C of the coarse space that is orthonormal and in which ZᵀBZ is diagonal
+    lets λ enter last: ``Q = Z C (σ + λ)⁻¹ Cᵀ Zᵀ``.
+    """
+
+    def __init__(self, A: Operator, Z: CoarseSpace, image: Image | None = None) -> None:
+        check_same_space(A, Z)
+        self.partition, self.dtype, self.device = A.partition, A.dtype, A.device
+        base, self.damping = (A.operator, A.damping) if isinstance(A, Damped) else (A, 0.0)
+        self.Z, self.image = Z, image if image is not None else base.image(Z)
+        self.gram, self.galerkin = Z.gram(), self.image.galerkin()
+        if not torch.isfinite(self.galerkin).all():
+            raise ValueError("The coarse operator holds NaN or inf.")
+        scale = self.gram.diagonal().rsqrt()
+        L = cholesky(self.gram * scale * scale[:, None], "The Gram matrix of the coarse columns")
+        half = torch.linalg.solve_triangular(L, self.galerkin * scale * scale[:, None], upper=False)
+        reduced = torch.linalg.solve_triangular(L, half.T, upper=False)
+        sigma, V = torch.linalg.eigh((reduced + reduced.T) / 2)
+        self._sigma = self._clamped(sigma)
+        self._basis = scale[:, None] * torch.linalg.solve_triangular(L.T, V, upper=True)  # C, (k, k)
+        self._damp(self.damping)
+
+    @staticmethod
+    def _clamped(sigma: Tensor) -> Tensor:
+        if sigma.numel():
+            slack = 1e3 * sigma.numel() * torch.finfo(sigma.dtype).eps * float(sigma.abs().max())
+            if float(sigma[0]) < -slack:
+                raise ValueError(
+                    f"The coarse operator is indefinite (smallest eigenvalue {float(sigma[0]):.3g}); coarsen a "
+                    "positive semi-definite matrix."
+                )
+        return sigma.clamp_min(0)
+
+    def _damp(self, damping: float) -> None:
+        self.damping = check_damping(damping)
+        total = self._sigma + self.damping
+        if total.numel() and not float(total.min()) > float(total.max()) * total.numel() * 1e-2 * torch.finfo(
+            total.dtype
+        ).eps * (self.damping == 0):
+            raise ValueError("The coarse operator is singular; give it a damping or remove coarse columns.")
+        self._weights = total.reciprocal()
+
+    def with_damping(self, damping: float) -> CoarseCorrection:
+        twin = replace(self)
+        twin._damp(damping)
+        return twin
+
+    @property
+    def E(self) -> Tensor:
+        """``Zᵀ A Z``, (k, k)."""
+        return self.galerkin + self.damping * self.gram
+
+    def solve(self, c: Tensor) -> Tensor:
+        """``E⁻¹ c`` for c (k, k')."""
+        return self._basis @ (self._weights[:, None] * (self._basis.T @ c))
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self.Z.prolong(self.solve(self.Z.restrict(v)))
+
+    def dense(self) -> Tensor:
+        columns = self.Z.prolong(self._basis)
+        return (columns * self._weights) @ columns.T
+
+    def __repr__(self) -> str:
+        return self._describe(f"{self.Z.name}, {self.Z.size} columns", f"λ = {self.damping:.3g}")
+
+
+class TwoLevel(Operator):
+    """Two-level K-FAC: a one-level preconditioner M with a coarse correction (Tang et al. 2009, table 1).
+
+    With ``P = I − A Q``, for a residual r:
+
+    - ``additive``: ``M r + Q r`` (Tselepidis et al. 2020);
+    - ``a-def1``: ``Q r + M (r − A Q r)``, coarse then fine;
+    - ``a-def2``: ``M r + Q (r − A M r)``, fine then coarse: the new residual is orthogonal to Z;
+    - ``balanced``: ``Q r + Pᵀ M P r``, symmetric.
+
+    Args:
+        A: the matrix of the system, normally ``F.damped(λ)``.
+        M: a one-level preconditioner on the same partition.
+        Z: a coarse space; an empty one gives M back.
+        correction: one of the four names.
+        coarse_operator: another operator to coarsen in place of A, such as ``KroneckerFisher(F).damped(λ)``
+            in the 2020 paper. The exactness of the deflated forms is then lost.
+    """
+
+    def __init__(
+        self,
+        A: Operator,
+        M: Preconditioner,
+        Z: CoarseSpace,
+        correction: str = "balanced",
+        *,
+        coarse_operator: Operator | None = None,
+    ) -> None:
+        check_choice("correction", correction, CORRECTIONS)
+        check_same_space(A, M)
+        check_same_space(A, Z)
+        self.partition, self.dtype, self.device = A.partition, A.dtype, A.device
+        self.A, self.M, self.Z, self.correction = A, M, Z, correction
+        self.Q = CoarseCorrection(A if coarse_operator is None else coarse_operator, Z)
+        self.galerkin = coarse_operator is None  # whether E is built from A itself
+        if self.galerkin:
+            self.image = self.Q.image
+
+    @cached_property
+    def image(self) -> Image:
+        """The columns of A Z, undamped."""
+        base = self.A.operator if isinstance(self.A, Damped) else self.A
+        return base.image(self.Z)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether plain conjugate gradients may use it."""
+        return self.Z.size == 0 or self.correction in ("additive", "balanced")
+
+    @property
+    def damping(self) -> float:
+        return self.M.damping
+
+    def with_damping(self, damping: float) -> TwoLevel:
+        """A, M and E at another λ together; nothing is factorised again. The columns of Z stay as they are."""
+        if not isinstance(self.A, Damped):
+            raise ValueError(f"{type(self.A).__name__} has no damping to move; build A as F.damped(λ).")
+        A, M, Q = (part.with_damping(damping) for part in (self.A, self.M, self.Q))
+        return replace(self, A=A, M=M, Q=Q)
+
+    def with_correction(self, correction: str) -> TwoLevel:
+        """The same levels, combined in another way."""
+        return replace(self, correction=check_choice("correction", correction, CORRECTIONS))
+
+    def _apply(self, r: Tensor) -> Tensor:
+        M, Q, Z = self.M, self.Q, self.Z
+        if Z.size == 0:
+            return M._apply(r)
+        if self.correction == "additive":
+            return M._apply(r) + Q._apply(r)
+        if self.correction == "a-def2":
+            v = M._apply(r)
+            return v + Z.prolong(Q.solve(Z.restrict(r) - self._restrict_A(v)))
+        c = Q.solve(Z.restrict(r))
+        v = M._apply(r - self._prolong_A(c))
+        if self.correction == "balanced":
+            c = c - Q.solve(self._restrict_A(v))
+        return v + Z.prolong(c)
+
+    def _prolong_A(self, c: Tensor) -> Tensor:
+        """``A Z c``."""
+        damping = getattr(self.A, "damping", 0.0)
+        return self.image.prolong(c) + damping * self.Z.prolong(c)
+
+    def _restrict_A(self, v: Tensor) -> Tensor:
+        """``Zᵀ A v``."""
+        damping = getattr(self.A, "damping", 0.0)
+        return self.image.restrict(v) + damping * self.Z.restrict(v)
+
+    def dense(self) -> Tensor:
+        """The matrix (P, P): M plus products of rank at most twice the coarse dimension."""
+        return self._assemble(self.M.dense())
+
+    def contribution(self) -> Tensor:
+        """What the coarse level adds to M, dense (P, P)."""
+        matrix = self.M.dense()
+        return self._assemble(matrix) - matrix
+
+    def _assemble(self, M: Tensor) -> Tensor:
+        if self.Z.size == 0:
+            return M
+        C, w = self.Z.prolong(self.Q._basis), self.Q._weights
+        if self.correction == "additive":
+            return M + (C * w) @ C.T
+        AC = self._prolong_A(self.Q._basis)
+        Y = M @ AC
+        if self.correction == "a-def1":
+            return M + ((C - Y) * w) @ C.T
+        if self.correction == "a-def2":
+            return M + (C * w) @ (C - Y).T
+        CwY = (C * w) @ Y.T
+        return M - CwY - CwY.T + (C * w) @ (AC.T @ Y * w) @ C.T + (C * w) @ C.T
+
+    def __repr__(self) -> str:
+        coarsened = "" if self.galerkin else "coarsens another operator than A"
+        return self._describe(
+            f"{type(self.M).__name__} + {self.Z.name}",
+            self.correction,
+            f"coarse dimension {self.Z.size}",
+            f"λ = {self.damping:.3g}",
+            coarsened,
+        )
