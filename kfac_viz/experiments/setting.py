@@ -1,0 +1,62 @@
+"""The setting that experiments share: a network at a moment of its training, and what λ does not change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from .. import problems
+from ..fisher import Fisher, KroneckerFisher
+from ..parameters import Range
+from ..problems import Problem
+
+Data = Literal["digits4", "digits8", "autoencoder4", "planted"]
+Flavour = Literal["exact", "mc", "empirical"]
+Widths = Annotated[tuple[int, ...], Range(1, 64)]
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A problem with its Fisher and gradient; everything that is independent of λ and Z is computed once."""
+
+    problem: Problem
+    fisher: str = "exact"
+
+    @cached_property
+    def F(self) -> Fisher:
+        return self.problem.capture(self.fisher)
+
+    @cached_property
+    def g(self) -> Tensor:
+        return self.problem.gradient()
+
+    @cached_property
+    def K(self) -> KroneckerFisher:
+        return KroneckerFisher(self.F)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The Fisher, (P, P)."""
+        return self.F.dense()
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """K-FAC's approximation of it, (P, P): the diagonal blocks ``G ⊗ A`` alone."""
+        return torch.block_diag(*(self.K.block(l, l) for l in range(len(self.F.partition))))
+
+
+@lru_cache(maxsize=8)
+def setting(
+    data: str, widths: tuple[int, ...], n: int, seed: int, steps: int, fisher: str = "exact", device: str = "cpu"
+) -> Setting:
+    """The network ``data`` with hidden ``widths`` after ``steps`` full-batch Adam steps; cached."""
+    if data == "planted":
+        problem = problems.planted(len(widths) + 1, widths[0], n, seed, device=device)
+    else:
+        build = problems.autoencoder if data.startswith("auto") else problems.digits
+        problem = build(widths, n, seed, side=int(data[-1]), device=device)
+    return Setting(problem.trained(steps), fisher)
