@@ -36,7 +36,7 @@ voila-class: .venv/ready  ## serve the playground to a class
 	    --MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60 $(ARGS)
 
 clean:  ## remove .venv, caches and executed notebooks; figures/ stays
-	rm -rf .venv .executed .pytest_cache .ruff_cache .hypothesis build kfac_viz.egg-info
+	rm -rf .venv figures/.made .pytest_cache .ruff_cache .hypothesis build kfac_viz.egg-info
 	find kfac_viz tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- set-up ------------------------------------------------------------------------------------------

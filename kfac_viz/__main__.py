@@ -1,0 +1,384 @@
+"""``python -m kfac_viz``: list the notebooks, and regenerate their figures from parameters.
+
+A notebook ``notebooks/NAME.ipynb`` has one cell tagged ``parameters`` that assigns literals, ``out_dir``
+among them, and writes files whose names begin with NAME into ``out_dir``. It never writes into the output
+folder itself: what it wrote is moved there when it has finished. Hidden in ``DIR/.made`` lie the executed
+copies, a lock, and a stamp for each notebook that says what its files were made from.
+"""
+
+import argparse
+import ast
+import contextlib
+import hashlib
+import html
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kfac_viz import parameters
+from kfac_viz.executor import run_notebooks
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("matplotlib", "numpy", "pandas", "pillow", "scikit-learn", "scipy", "seaborn", "torch")
+START_SECONDS, CELL_SECONDS = 60, 1800
+
+
+# ---- notebooks and what their figures are made from ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """What the command line knows of a notebook without running it."""
+
+    path: Path
+    run: Callable
+    question: str
+    defaults: dict[str, Any]  # of its parameters cell, without out_dir
+    code: str  # hash of its code cells: prose may change without a new figure
+    cells: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook with one choice of values; ``folder`` is relative to the output folder."""
+
+    notebook: Notebook
+    values: dict[str, Any]
+    folder: str
+    inputs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}/{self.notebook.path.stem}".removeprefix("./")
+
+    @property
+    def stamp(self) -> str:
+        return f".made/{self.name}.json"
+
+    def why(self, out: Path) -> str:
+        """Why the files in ``out`` have to be made anew; empty where they need not."""
+        try:
+            stamp = json.loads((out / self.stamp).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return "not made here before"
+        changed = [key for key in self.inputs if self.inputs[key] != stamp["inputs"].get(key)]
+        for name, digest in stamp["files"].items():
+            file = out / self.folder / name
+            if not file.is_file() or _hash(file.read_bytes()) != digest:
+                changed.append(name)
+        return f"{', '.join(changed)} changed" if changed else ""
+
+
+def inputs(notebook: Notebook, values: dict[str, Any]) -> dict[str, Any]:
+    """What its files depend on. A parameter that names a file, such as measured timings, counts with it."""
+    here = notebook.path.parent
+    data = [value for value in values.values() if isinstance(value, str) and (here / value).is_file()]
+    depends = {
+        "notebook": notebook.code,
+        "parameters": values,
+        "data": {name: _hash((here / name).read_bytes()) for name in data},
+        "kfac_viz": _source(),
+        "versions": {name: version(name).split("+")[0] for name in LIBRARIES},
+    }
+    return json.loads(json.dumps(depends))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@cache
+def _source(here: Path = Path(__file__).parent) -> str:
+    """Hash of the package's source, the same whatever the line endings."""
+    files = sorted(here.rglob("*.py"), key=lambda file: file.relative_to(here).as_posix())
+    parts = (file.relative_to(here).as_posix().encode() + b"\n" + file.read_bytes() for file in files)
+    return _hash(b"\0".join(part.replace(b"\r\n", b"\n") for part in parts))
+
+
+def load(path: Path, run: Callable) -> Notebook:
+    """Read a notebook and check its own parameters against the signature of ``run``."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as a notebook: {error!r}") from None
+    text = ["".join(cell["source"]) for cell in cells]
+    code = [source for cell, source in zip(cells, text, strict=True) if cell["cell_type"] == "code"]
+    tagged = [s for c, s in zip(cells, text, strict=True) if "parameters" in c["metadata"].get("tags", ())]
+    if len(tagged) != 1:
+        raise ValueError(f"{path.name} must have exactly one cell tagged parameters; it has {len(tagged)}.")
+    defaults = {}
+    try:
+        for line in ast.parse(tagged[0]).body:
+            target = line.targets[0] if isinstance(line, ast.Assign) else line.target
+            defaults[target.id] = ast.literal_eval(line.value)
+    except (SyntaxError, ValueError, AttributeError):
+        raise ValueError(f"The parameters cell of {path.name} may only assign literals to names.") from None
+    if "out_dir" not in defaults:
+        raise ValueError(f"The parameters cell of {path.name} lacks out_dir.")
+    del defaults["out_dir"]
+    headings = re.findall(r"^#+ *(.+)", "\n".join(text), re.MULTILINE)
+    return Notebook(path, run, headings[0] if headings else "", parameters.check(run, defaults),
+                    _hash("\0".join(code).encode()), len(cells))
+
+
+def notebooks() -> dict[str, Callable]:
+    from kfac_viz.experiments import NOTEBOOKS
+
+    return NOTEBOOKS
+
+
+def select(names: list[str]) -> list[str]:
+    """The stems that are meant: a stem, its number or a part that only one of them has; all for no name."""
+    chosen = []
+    for name in names:
+        asked = Path(name).name.removesuffix(".ipynb")
+        found = [asked] if asked in notebooks() else [stem for stem in notebooks() if asked in stem]
+        if asked.isdigit():
+            found = [stem for stem in notebooks() if stem.split("_")[0] == asked.zfill(2)]
+        if len(found) != 1:
+            which = f"may be any of {', '.join(found)}" if found else f"is none of {', '.join(notebooks())}"
+            raise ValueError(f"{name} {which}.")
+        chosen += found
+    return list(dict.fromkeys(chosen)) or list(notebooks())
+
+
+def plan(names: list[str], given: list[str]) -> list[Job]:
+    """All jobs, with everything checked before a kernel starts; ValueError with a line for each mistake."""
+    grid: dict[str, list] = {}
+    for item in given:
+        name, _, text = item.partition("=")
+        if name in grid or name == "out_dir":
+            raise ValueError("The folder is chosen with --out." if name == "out_dir" else
+                             f"{name} is given twice; for a grid write {name}=first,second.")
+        try:
+            grid[name] = parameters.parse(text)
+        except ValueError as mistake:
+            raise ValueError(f"{name}: {mistake}") from None
+    jobs, mistakes = {}, []
+    for stem in select(names):
+        try:
+            notebook = load(ROOT / "notebooks" / f"{stem}.ipynb", notebooks()[stem])
+            for point in itertools.product(*grid.values()):
+                checked = parameters.check(notebook.run, dict(zip(grid, point, strict=True)))
+                for name in checked.keys() - notebook.defaults.keys():
+                    raise ValueError(f"Its parameters cell has no {name}; it has {', '.join(notebook.defaults)}.")
+                varied = [f"{name}={parameters.to_text(checked[name])}" for name in grid if len(grid[name]) > 1]
+                folder = re.sub(r"[^\w.,=+-]", "", ",".join(varied)) or "."
+                values = notebook.defaults | checked
+                jobs[stem, folder] = Job(notebook, values, folder, inputs(notebook, values))
+        except (TypeError, ValueError) as mistake:
+            mistakes.append(f"{stem}: {mistake}")
+    if mistakes:
+        raise ValueError("\n".join(dict.fromkeys(mistakes)))
+    return list(jobs.values())
+
+
+# ---- files appear whole or not at all --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_run_in(out: Path) -> Iterator[None]:
+    """Wait for other runs that write into ``out``, then finish or remove what a killed one left."""
+    hidden = out / ".made"
+    hidden.mkdir(parents=True, exist_ok=True)
+    with open(hidden / "lock", "w") as lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"Another run is writing into {out}; waiting for it.", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        for finished in hidden.glob("ready-*"):
+            move(finished, out)
+        for unfinished in hidden.glob("making-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        yield
+
+
+def publish(job: Job, made: Path, out: Path) -> None:
+    """Move what the notebook wrote under ``made`` into ``out``, with its stamp."""
+    stem = job.notebook.path.stem
+    files = sorted((made / job.folder).iterdir())
+    strange = [file.name for file in files if not (file.is_file() and file.name.startswith(stem))]
+    if strange or not files:
+        raise ValueError(f"It must write files whose names begin with {stem} into out_dir; "
+                         f"it wrote {', '.join(strange) or 'nothing'}.")
+    for file in files:
+        if file.suffix == ".json":
+            record = json.loads(file.read_text(encoding="utf-8"))
+            record["notebook"] = {"name": stem, "sha256_of_code": job.notebook.code}
+            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            file.write_text(text, encoding="utf-8", newline="\n")
+    stamp = {"inputs": job.inputs, "files": {file.name: _hash(file.read_bytes()) for file in files}}
+    (made / job.stamp).parent.mkdir(parents=True, exist_ok=True)
+    (made / job.stamp).write_text(json.dumps(stamp, indent=2), encoding="utf-8")
+    # From this renaming on the set is complete: whoever comes next finishes the move if this process is killed.
+    move(made.rename(made.with_name(made.name.replace("making", "ready"))), out)
+
+
+def move(ready: Path, out: Path) -> None:
+    """Replace the files in ``out`` by those of a complete tree, each at once, stamps last."""
+    files = [file.relative_to(ready) for file in ready.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: (file.parts[0] == ".made", file)):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(ready / file, out / file)
+    shutil.rmtree(ready)
+
+
+def write_index(out: Path) -> None:
+    """A page of thumbnails over all grid folders in ``out``."""
+    figures = ""
+    for picture in sorted(out.glob("*=*/*.png")):
+        link, words = picture.relative_to(out).as_posix(), f"{picture.stem}, {picture.parent.name}"
+        figures += (f'<figure><a href="{html.escape(link)}"><img src="{html.escape(link)}" '
+                    f'alt="{html.escape(words)}"></a><figcaption>{html.escape(words)}</figcaption></figure>\n')
+    page = (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Figures over a grid of parameters</title>\n'
+        "<style>body { display: flex; flex-wrap: wrap; gap: 1rem; font: 14px sans-serif; }\n"
+        f"figure {{ margin: 0; width: 24rem; }} img {{ width: 100%; }}</style>\n{figures}</html>\n"
+    )
+    new = out / ".made" / "index.html"
+    new.write_text(page, encoding="utf-8", newline="\n")
+    os.replace(new, out / "index.html")
+
+
+# ---- the commands ----------------------------------------------------------------------------------------
+
+
+def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
+    """Run the jobs; returns a paragraph for each that failed."""
+    made = [Path(tempfile.mkdtemp(prefix="making-", dir=out / ".made")) for _ in jobs]
+    orders = []
+    for job, folder in zip(jobs, made, strict=True):
+        (folder / job.folder).mkdir(exist_ok=True)
+        copy = out / ".made" / f"{job.name}.ipynb"
+        copy.parent.mkdir(exist_ok=True)
+        orders.append({
+            "input_path": str(job.notebook.path),
+            "output_path": str(copy),
+            "parameters": job.values | {"out_dir": str(folder / job.folder)},
+            "cwd": str(job.notebook.path.parent),
+            "start_timeout": START_SECONDS,
+            "execution_timeout": CELL_SECONDS,
+        })  # fmt: skip
+    started, terminal, failures = time.monotonic(), sys.stdout.isatty(), []
+    cells, running = [0] * len(jobs), {}
+
+    def say(line: str) -> None:
+        print("\r\x1b[2K" * terminal + line, flush=True)
+
+    try:
+        for happened in run_notebooks(orders, workers):
+            index, event = happened or (None, {})
+            if "error" in event:
+                job, error = jobs[index], event["error"]
+                del running[index]
+                cells[index] = job.notebook.cells
+                if error is None:
+                    try:
+                        publish(job, made[index], out)
+                    except (ValueError, OSError) as mistake:
+                        error = str(mistake)
+                if error is None:
+                    say(f"{job.name}: done")
+                else:
+                    where = f"cell {event['cell']}: " if event.get("cell") else ""
+                    failures.append(f"{job.name} failed: {where}{error}\n    executed copy: "
+                                    f"{out / '.made' / job.name}.ipynb")
+                    say(f"{job.name}: failed")
+            elif event:
+                if index not in running and not terminal:
+                    say(f"{jobs[index].name}: started")
+                running[index] = cells[index] = event["cell"]
+            if terminal and running:
+                done, total = sum(cells), sum(job.notebook.cells for job in jobs)
+                left = (time.monotonic() - started) * (total - done) / done
+                now = "  ".join(f"{jobs[i].name} cell {n}/{jobs[i].notebook.cells}" for i, n in running.items())
+                line = f"{now}  about {left:.0f} s left"[: shutil.get_terminal_size().columns - 1]
+                print("\r\x1b[2K" + line, end="", flush=True)
+    finally:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+    return failures
+
+
+def figures(arguments: argparse.Namespace) -> int:
+    """Make what is missing or changed; 0 if all went well, 1 if a notebook failed."""
+    words = arguments.names + arguments.p
+    jobs = plan([w for w in words if "=" not in w], [w for w in words if "=" in w])
+    out = Path(arguments.out).resolve()
+    with only_run_in(out):
+        todo = []
+        for job in jobs:
+            if reason := "asked for" if arguments.force else job.why(out):
+                todo.append(job)
+                print(f"{job.name}: {reason}", flush=True)
+        failures = make(todo, out, arguments.jobs)
+        if any(job.folder != "." for job in jobs):
+            write_index(out)
+    print(f"{len(todo) - len(failures)} made, {len(jobs) - len(todo)} up to date, {len(failures)} failed: {out}")
+    print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
+    if out == ROOT / "figures" and any(j.folder == "." and j.values != j.notebook.defaults for j in jobs):
+        print("These are not the published parameters; the command without -p brings those back.")
+    return bool(failures)
+
+
+def list_notebooks() -> int:
+    for stem, run in notebooks().items():
+        notebook = load(ROOT / "notebooks" / f"{stem}.ipynb", run)
+        print(f"{stem}: {notebook.question}")
+        for name, parameter in parameters.read(run).items():
+            if name in notebook.defaults:
+                value = parameters.to_text(notebook.defaults[name])
+                print(f"    {name}={value}  ({parameter.allowed})  {parameter.help}".rstrip())
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 all well, 1 a notebook failed, 2 bad arguments."""
+    parser = argparse.ArgumentParser(prog="python -m kfac_viz", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="notebooks with their questions, parameters, defaults and ranges")
+    make_them = commands.add_parser("figures", help="regenerate the figures that are missing or changed")
+    make_them.add_argument("names", nargs="*", metavar="NAME", help="a notebook, its number or a part; default: all")
+    make_them.add_argument("-p", nargs="+", action="extend", default=[], metavar="KEY=VALUE[,VALUE...]",
+                           help="a parameter; several values make a grid; a list is written [12,12]")
+    make_them.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
+                           help="how many notebooks at a time (default: %(default)s)")
+    make_them.add_argument("--out", default=ROOT / "figures", metavar="DIR", help="default: figures/")
+    make_them.add_argument("--force", action="store_true", help="also what is up to date")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "list":
+            return list_notebooks()
+        if arguments.jobs < 1:
+            raise ValueError(f"--jobs must be 1 or more; {arguments.jobs} came.")
+        return figures(arguments)
+    except ValueError as mistake:
+        print(mistake, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted; what was finished is in place.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up on kill, too
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""What may be passed to an experiment: read from the signature of its ``run_x`` and from nowhere else.
+
+Widget bounds, the command line and papermill all use what stands there::
+
+    def run_depth(*, damping: Annotated[float, Range(1e-8, 1e2, log=True, steps=81)] = 1e-3,
+                  coarse: Literal["nicolaides", "spectral"] = "spectral",
+                  widths: Annotated[tuple[int, ...], Range(1, 64)] = (12, 12), seed: Seed = 0,
+                  device: Device = "cpu") -> DepthResult:
+
+A parameter is a bool, int, float or str, one of a ``Literal``, a ``tuple[..., ...]`` of those (range and
+choices then hold for each element), or any of these ``| None``.
+"""
+
+import difflib
+import inspect
+import math
+import re
+import shlex
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Range:
+    """From ``low`` to ``high``, both included; ``steps`` is the number of slider positions, log-spaced or not."""
+
+    low: float
+    high: float
+    log: bool = False
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"A range needs low < high, and low > 0 where it is logarithmic; {self} came.")
+
+    @property
+    def positions(self) -> list[float]:
+        """The slider's positions, rounded to 6 digits so that they can be typed again.
+
+        >>> Range(0.01, 10, log=True, steps=4).positions
+        [0.01, 0.1, 1.0, 10.0]
+        """
+        if self.steps is None or self.steps < 2:
+            raise ValueError(f"{self} has no positions: it needs steps=2 or more.")
+        to, back = (math.log, math.exp) if self.log else (float, float)
+        low, high, n = to(self.low), to(self.high), self.steps - 1
+        return [float(f"{back(low + (high - low) * i / n):.6g}") for i in range(self.steps)]
+
+
+Seed = Annotated[int, Range(0, 2**31 - 1)]
+Device = Literal["cpu", "cuda", "mps"]
+
+_NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_ABSTRACT = {bool: bool, int: Integral, float: Real, str: str}  # numpy's scalars are welcome
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: ``kind`` is the type of the value, or of each element where ``many``."""
+
+    name: str
+    kind: type
+    default: Any
+    many: bool = False
+    optional: bool = False
+    choices: tuple | None = None
+    range: Range | None = None
+    help: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """What is possible, in words.
+
+        >>> Parameter("widths", int, (4,), many=True, range=Range(1, 64)).allowed
+        'a list like [4], each a whole number from 1 to 64'
+        """
+        text = "one of " + ", ".join(map(to_text, self.choices)) if self.choices else _NOUNS[self.kind]
+        if self.range:
+            text += f" from {to_text(self.range.low)} to {to_text(self.range.high)}"
+        if self.many:
+            text = f"a list like {to_text(self.default or ())}, each {text}"
+        return text + " or none" * self.optional
+
+    def check(self, value: Any) -> Any:
+        """``value`` as the experiment expects it; TypeError or ValueError saying what is possible."""
+        if self.optional and (value is None or value == "none"):
+            return None
+        if not self.many:
+            return self._element(value, value)
+        if not isinstance(value, (list, tuple)):
+            raise self._wrong(TypeError, value)
+        return tuple(self._element(element, value) for element in value)
+
+    def _element(self, element: Any, value: Any) -> Any:
+        if not isinstance(element, _ABSTRACT[self.kind]) or (isinstance(element, bool) and self.kind is not bool):
+            raise self._wrong(TypeError, value)
+        try:
+            element = self.kind(element)
+        except OverflowError:
+            raise self._wrong(ValueError, value) from None
+        if self.kind is float and not math.isfinite(element):
+            raise self._wrong(ValueError, value)
+        if self.range and not self.range.low <= element <= self.range.high:
+            raise self._wrong(ValueError, value)
+        if self.choices and element not in self.choices:
+            raise self._wrong(ValueError, value)
+        return element
+
+    def _wrong(self, error: type[Exception], value: Any) -> Exception:
+        return error(f"{self.name} must be {self.allowed}; {to_text(value)} came.")
+
+
+def read(run: Callable) -> dict[str, Parameter]:
+    """The parameters of an experiment, in the order of its signature; helps come from the docstring's Args.
+
+    Raises:
+        TypeError: where an annotation is none of those that the module's docstring lists, or a default is missing.
+    """
+    hints = get_type_hints(run, include_extras=True)
+    doc = inspect.getdoc(run) or ""
+    parameters = {}
+    for name, argument in inspect.signature(run).parameters.items():
+        if name not in hints or argument.default is argument.empty:
+            raise TypeError(f"Parameter {name} of {run.__name__} needs an annotation and a default.")
+        found = re.search(rf"^\s+{name}: *(.+)", doc, re.MULTILINE)
+        parameters[name] = Parameter(name, default=argument.default, help=found[1] if found else "",
+                                     **_understand(hints[name], f"{run.__name__}({name})"))
+    return parameters
+
+
+def _understand(hint: Any, where: str) -> dict[str, Any]:
+    about: dict[str, Any] = {}
+    while hint not in _NOUNS:
+        origin, arguments = get_origin(hint), get_args(hint)
+        if origin is Annotated:
+            about["range"] = next((extra for extra in arguments[1:] if isinstance(extra, Range)), None)
+            hint = arguments[0]
+        elif origin is Literal:
+            about["choices"], hint = arguments, type(arguments[0])
+        elif origin is tuple and len(arguments) == 2 and arguments[1] is ...:
+            about["many"], hint = True, arguments[0]
+        elif origin in (Union, types.UnionType) and len(arguments) == 2 and arguments[1] is types.NoneType:
+            about["optional"], hint = True, arguments[0]
+        else:
+            raise TypeError(f"{where} is annotated {hint}; see kfac_viz.parameters for what is possible.")
+    return {"kind": hint, **about}
+
+
+def check(run: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` for ``run(**values)``: ints become floats and lists tuples where those are expected.
+
+    Raises:
+        ValueError: for an unknown name, a value out of range, NaN or a choice that does not exist.
+        TypeError: for a value of another type. Every message lists what is possible.
+    """
+    parameters = read(run)
+    for name in values:
+        if name not in parameters:
+            close = difflib.get_close_matches(name, parameters, n=1)
+            raise ValueError(f"There is no parameter {name}{f' (did you mean {close[0]}?)' if close else ''}; "
+                             f"there are {', '.join(parameters)}.")
+    return {name: parameters[name].check(value) for name, value in values.items()}
+
+
+def parse(text: str) -> list[Any]:
+    """The alternatives in the text of a command line: a comma outside brackets separates them.
+
+    >>> parse("0.01,1"), parse("[12,12]"), parse("spectral"), parse("[nicolaides,spectral],[]")
+    ([0.01, 1], [[12, 12]], ['spectral'], [['nicolaides', 'spectral'], []])
+    """
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if depth < 0:
+            break
+        if letter == "," and not depth:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    if depth or not all(piece.strip() for piece in pieces):
+        raise ValueError(f"{text!r} cannot be read: write 0.1, or 0.1,1 for a grid, or [12,12] for a list.")
+    return [_value(piece.strip()) for piece in pieces]
+
+
+def _value(text: str) -> Any:
+    if text.startswith("[") and text.endswith("]"):
+        return parse(text[1:-1]) if text[1:-1].strip() else []
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def to_text(value: Any) -> str:
+    """The inverse of :func:`parse`.
+
+    >>> to_text((12, 12)), to_text(True), to_text(1e-3), to_text("spectral"), to_text(None)
+    ('[12,12]', 'true', '0.001', 'spectral', 'none')
+    """
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(to_text, value))}]"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def command(notebook: str, values: Mapping[str, Any]) -> str:
+    """The line for a terminal that makes the notebook's figure with these values.
+
+    >>> command("05_coarse_space", {"damping": 0.01, "widths": (12, 12)})
+    "python -m kfac_viz figures 05_coarse_space -p damping=0.01 -p 'widths=[12,12]'"
+    """
+    pairs = (shlex.quote(f"{name}={to_text(value)}") for name, value in values.items())
+    return " -p ".join([f"python -m kfac_viz figures {notebook}", *pairs])

@@ -1,0 +1,148 @@
+"""Parameters are read from signatures; what is accepted is exactly what they say."""
+
+import math
+from typing import Annotated, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfac_viz.parameters import Device, Range, Seed, check, command, parse, read, to_text
+
+
+def run_example(
+    *,
+    damping: Annotated[float, Range(1e-8, 1e2, log=True, steps=81)] = 1e-3,
+    widths: Annotated[tuple[int, ...], Range(1, 64)] = (12, 12),
+    spaces: tuple[Literal["nicolaides", "spectral"], ...] = ("spectral",),
+    correction: Literal["additive", "balanced"] = "balanced",
+    bias: bool = True,
+    clip: Annotated[float | None, Range(0, 1)] = None,
+    scale: float = 1.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """An example.
+
+    Args:
+        damping: the λ of A = F + λI.
+    """
+
+
+def test_read_understands_every_kind_of_annotation():
+    found = read(run_example)
+    assert list(found) == ["damping", "widths", "spaces", "correction", "bias", "clip", "scale", "seed", "device"]
+    assert found["damping"].range == Range(1e-8, 1e2, log=True, steps=81)
+    assert found["damping"].help == "the λ of A = F + λI."
+    assert (found["widths"].kind, found["widths"].many, found["widths"].range) == (int, True, Range(1, 64))
+    assert (found["spaces"].choices, found["spaces"].many) == (("nicolaides", "spectral"), True)
+    assert found["clip"].optional and found["clip"].kind is float
+    assert {name: parameter.default for name, parameter in found.items()} == run_example.__kwdefaults__
+
+
+def test_own_defaults_pass_their_own_check():
+    assert check(run_example, run_example.__kwdefaults__) == run_example.__kwdefaults__
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("damping", 1, 1.0),
+        ("damping", np.float32(0.5), 0.5),
+        ("widths", [3, 4], (3, 4)),
+        ("widths", [np.int64(3)], (3,)),
+        ("widths", [], ()),
+        ("spaces", ["spectral", "nicolaides"], ("spectral", "nicolaides")),
+        ("clip", "none", None),
+        ("clip", 1, 1.0),
+        ("damping", 1e-8, 1e-8),
+        ("damping", 100, 100.0),
+    ],
+)
+def test_values_are_coerced(name, value, expected):
+    (result,) = check(run_example, {name: value}).values()
+    assert result == expected and type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"dampng": 1.0}, ValueError, "no parameter dampng (did you mean damping?); there are damping, widths"),
+        ({"damping": "high"}, TypeError, "damping must be a number from 1e-08 to 100.0; high came"),
+        ({"damping": True}, TypeError, "true came"),
+        ({"damping": [1.0]}, TypeError, "damping must be a number"),
+        ({"damping": math.nan}, ValueError, "nan came"),
+        ({"damping": 0}, ValueError, "from 1e-08 to 100.0; 0 came"),
+        ({"damping": 10**400}, ValueError, "damping must be"),
+        ({"scale": 10**400}, ValueError, "scale must be a number"),
+        ({"scale": math.inf}, ValueError, "inf came"),
+        ({"widths": 12}, TypeError, "a list like [12,12], each a whole number from 1 to 64; 12 came"),
+        ({"widths": [12, 65]}, ValueError, "[12,65] came"),
+        ({"widths": [12.0]}, TypeError, "[12.0] came"),
+        ({"widths": "12"}, TypeError, "12 came"),
+        ({"spaces": ["smooth"]}, ValueError, "one of nicolaides, spectral"),
+        ({"correction": "adaptive"}, ValueError, "one of additive, balanced; adaptive came"),
+        ({"bias": 1}, TypeError, "true or false"),
+        ({"correction": None}, TypeError, "none came"),
+        ({"seed": -1}, ValueError, "seed must be a whole number from 0"),
+    ],
+)
+def test_what_is_refused_says_what_is_possible(values, error, words):
+    with pytest.raises(error) as caught:
+        check(run_example, values)
+    assert words in str(caught.value)
+
+
+@given(st.floats(allow_nan=True) | st.integers())
+def test_range_is_what_the_signature_says(value):
+    try:
+        assert check(run_example, {"damping": value}) == {"damping": float(value)}
+        assert 1e-8 <= value <= 1e2
+    except ValueError:
+        assert not 1e-8 <= value <= 1e2
+
+
+scalars = st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(["spectral", "a-def1", "x y"])
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4), max_leaves=8)
+
+
+@given(st.lists(values, min_size=1, max_size=4))
+def test_parse_is_the_inverse_of_to_text(alternatives):
+    result = parse(",".join(map(to_text, alternatives)))
+    assert result == alternatives
+    assert list(map(type, result)) == list(map(type, alternatives))
+
+
+@pytest.mark.parametrize("text", ["", "1,", ",1", "[1", "1]", "[1]]", "]1[", "1,,2", "[1,]"])
+def test_text_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="cannot be read"):
+        parse(text)
+
+
+def test_positions_stay_in_range_and_survive_typing():
+    for parameter in read(run_example).values():
+        if parameter.range and parameter.range.steps:
+            positions = parameter.range.positions
+            assert len(positions) == parameter.range.steps == len(set(positions))
+            assert (positions[0], positions[-1]) == (parameter.range.low, parameter.range.high)
+            assert [parameter.check(parse(to_text(x))[0]) for x in positions] == positions
+
+
+def test_ranges_and_annotations_that_make_no_sense():
+    for wrong in [(1, 1), (2, 1), (0, 1, True), (math.nan, 1)]:
+        with pytest.raises(ValueError, match="low < high"):
+            Range(*wrong)
+
+    def run_dict(*, x: dict = {}): ...  # noqa: B006
+
+    def run_bare(*, x=1): ...
+
+    for run in (run_dict, run_bare):
+        with pytest.raises(TypeError, match="x"):
+            read(run)
+
+
+def test_command_can_be_pasted():
+    assert command("06_depth", {}) == "python -m kfac_viz figures 06_depth"
+    assert command("06_depth", {"widths": (1, 2)}).endswith("-p 'widths=[1,2]'")
