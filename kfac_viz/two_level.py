@@ -7,8 +7,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .coarse import CoarseSpace, cholesky
-from .operator import Damped, Image, Operator, check_choice, check_damping, check_same_space, replace
+from .coarse import CoarseSpace
+from .operator import (
+    Damped,
+    Image,
+    Operator,
+    check_choice,
+    check_damping,
+    check_same_space,
+    check_symmetric,
+    check_type,
+    inverse,
+    replace,
+)
 from .preconditioner import Preconditioner
 
 CORRECTIONS = ("additive", "a-def1", "a-def2", "balanced")
@@ -23,7 +34,10 @@ class CoarseCorrection(Operator):
     """
 
     def __init__(self, A: Operator, Z: CoarseSpace, image: Image | None = None) -> None:
+        check_type("A", A, Operator)
+        check_type("Z", Z, CoarseSpace)
         check_same_space(A, Z)
+        check_symmetric(A, "The coarse operator")
         self.partition, self.dtype, self.device = A.partition, A.dtype, A.device
         base, self.damping = (A.operator, A.damping) if isinstance(A, Damped) else (A, 0.0)
         self.Z, self.image = Z, image if image is not None else base.image(Z)
@@ -31,7 +45,11 @@ class CoarseCorrection(Operator):
         if not torch.isfinite(self.galerkin).all():
             raise ValueError("The coarse operator holds NaN or inf.")
         scale = self.gram.diagonal().rsqrt()
-        L = cholesky(self.gram * scale * scale[:, None], "The Gram matrix of the coarse columns")
+        L, info = torch.linalg.cholesky_ex(self.gram * scale * scale[:, None])
+        if int(info):
+            raise ValueError(
+                f"The {Z.size} columns of the coarse space {Z.name!r} are linearly dependent in {Z.dtype}; take fewer."
+            )
         half = torch.linalg.solve_triangular(L, self.galerkin * scale * scale[:, None], upper=False)
         reduced = torch.linalg.solve_triangular(L, half.T, upper=False)
         sigma, V = torch.linalg.eigh((reduced + reduced.T) / 2)
@@ -52,12 +70,7 @@ class CoarseCorrection(Operator):
 
     def _damp(self, damping: float) -> None:
         self.damping = check_damping(damping)
-        total = self._sigma + self.damping
-        if total.numel() and not float(total.min()) > float(total.max()) * total.numel() * 1e-2 * torch.finfo(
-            total.dtype
-        ).eps * (self.damping == 0):
-            raise ValueError("The coarse operator is singular; give it a damping or remove coarse columns.")
-        self._weights = total.reciprocal()
+        self._weights = inverse(self._sigma, self.damping, "The coarse operator")
 
     def with_damping(self, damping: float) -> CoarseCorrection:
         twin = replace(self)
@@ -70,15 +83,20 @@ class CoarseCorrection(Operator):
         return self.galerkin + self.damping * self.gram
 
     def solve(self, c: Tensor) -> Tensor:
-        """``E⁻¹ c`` for c (k, k')."""
-        return self._basis @ (self._weights[:, None] * (self._basis.T @ c))
+        """``E⁻¹ c`` for c (k,) or (k, k')."""
+        weights = self._weights if c.ndim == 1 else self._weights[:, None]
+        return self._basis @ (weights * (self._basis.T @ c))
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.Z.prolong(self.solve(self.Z.restrict(v)))
 
+    @cached_property
+    def columns(self) -> Tensor:
+        """``Z C``, an orthonormal basis of the coarse space, dense (P, k); the same for every λ."""
+        return self.Z.prolong(self._basis)
+
     def dense(self) -> Tensor:
-        columns = self.Z.prolong(self._basis)
-        return (columns * self._weights) @ columns.T
+        return (self.columns * self._weights) @ self.columns.T
 
     def __repr__(self) -> str:
         return self._describe(f"{self.Z.name}, {self.Z.size} columns", f"λ = {self.damping:.3g}")
@@ -112,6 +130,9 @@ class TwoLevel(Operator):
         *,
         coarse_operator: Operator | None = None,
     ) -> None:
+        check_type("A", A, Operator)
+        check_type("M", M, Preconditioner)
+        check_type("Z", Z, CoarseSpace)
         check_choice("correction", correction, CORRECTIONS)
         check_same_space(A, M)
         check_same_space(A, Z)
@@ -174,28 +195,27 @@ class TwoLevel(Operator):
         return self.image.restrict(v) + damping * self.Z.restrict(v)
 
     def dense(self) -> Tensor:
-        """The matrix (P, P): M plus products of rank at most twice the coarse dimension."""
-        return self._assemble(self.M.dense())
+        """The matrix (P, P): M plus a product of rank at most twice the coarse dimension."""
+        return self.M.dense() + self.contribution()
 
     def contribution(self) -> Tensor:
         """What the coarse level adds to M, dense (P, P)."""
-        matrix = self.M.dense()
-        return self._assemble(matrix) - matrix
-
-    def _assemble(self, M: Tensor) -> Tensor:
-        if self.Z.size == 0:
-            return M
-        C, w = self.Z.prolong(self.Q._basis), self.Q._weights
-        if self.correction == "additive":
-            return M + (C * w) @ C.T
-        AC = self._prolong_A(self.Q._basis)
-        Y = M @ AC
+        C, w = self.Q.columns, self.Q._weights
+        if self.correction == "additive" or self.Z.size == 0:
+            return (C * w) @ C.T
+        AC = self._image_columns + getattr(self.A, "damping", 0.0) * C
+        Y = self.M @ AC
         if self.correction == "a-def1":
-            return M + ((C - Y) * w) @ C.T
+            return ((C - Y) * w) @ C.T
         if self.correction == "a-def2":
-            return M + (C * w) @ (C - Y).T
-        CwY = (C * w) @ Y.T
-        return M - CwY - CwY.T + (C * w) @ (AC.T @ Y * w) @ C.T + (C * w) @ C.T
+            return (C * w) @ (C - Y).T
+        w, middle = w[:, None], AC.T @ Y * self.Q._weights  # Q − (C w Yᵀ + its transpose) + C w (ACᵀ Y) w Cᵀ
+        return torch.cat([C, Y], 1) @ torch.cat([w * (C.T + middle @ C.T - Y.T), -w * C.T])
+
+    @cached_property
+    def _image_columns(self) -> Tensor:
+        """``F Z C``, the same for every λ."""
+        return self.image.prolong(self.Q._basis)
 
     def __repr__(self) -> str:
         coarsened = "" if self.galerkin else "coarsens another operator than A"
