@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .kronecker import KroneckerFactors, directional
-from .operator import Operator, check_same_space
+from .operator import Operator, check_count, check_same_space, check_symmetric, check_type
 from .partition import Layer, Partition
 
 if TYPE_CHECKING:
@@ -47,15 +47,18 @@ class CoarseSpace:
     removed: tuple[int, ...] = ()
 
     def __init__(self, partition: Partition, columns: Tensor, *, name: str = "columns") -> None:
-        if not isinstance(columns, Tensor) or not columns.is_floating_point():
-            raise TypeError("columns must be a floating point tensor of shape (P, k).")
+        check_type("partition", partition, Partition)
+        check_type("columns", columns, Tensor)
+        if not columns.is_floating_point():
+            raise TypeError(f"columns must be a floating point tensor of shape (P, k); got {columns.dtype}.")
+        columns = columns.detach()
         if columns.ndim != 2 or columns.shape[0] != partition.size:
             raise ValueError(f"columns must have shape ({partition.size}, k); got {tuple(columns.shape)}.")
         partition.check_finite(columns, "A coarse column")
-        kept = independent(columns)
+        kept, _ = _gram_schmidt(columns)
         self.removed = tuple(j for j in range(columns.shape[1]) if j not in kept)
         if self.removed:
-            warnings.warn(f"Removed linearly dependent coarse columns {list(self.removed)}.", stacklevel=2)
+            _tell_removed(self.removed, name)
         self._init(partition, columns.dtype, columns.device, name)
         self._columns = columns[:, kept].clone()
         self.size = len(kept)
@@ -68,11 +71,28 @@ class CoarseSpace:
         return self._columns.clone()
 
     def restrict(self, r: Tensor) -> Tensor:
-        """``Zᵀ r`` for r (P,) or (P, k'): one number per column."""
-        return self._columns.T @ r
+        """``Zᵀ r`` for r (P,) or (P, k'): one number per column, (k,) or (k, k')."""
+        self._check(r, self.partition.size)
+        return self._restrict(r)
 
     def prolong(self, c: Tensor) -> Tensor:
-        """``Z c`` for c (k,) or (k, k')."""
+        """``Z c`` for c (k,) or (k, k'): (P,) or (P, k')."""
+        self._check(c, self.size)
+        return self._prolong(c)
+
+    def _check(self, x: Tensor, rows: int) -> None:
+        check_type("The argument", x, Tensor)
+        if x.ndim not in (1, 2) or x.shape[0] != rows:
+            raise ValueError(f"Expected shape ({rows},) or ({rows}, k) for {self!r}; got {tuple(x.shape)}.")
+        if (x.dtype, x.device) != (self.dtype, self.device):
+            raise ValueError(
+                f"The coarse space holds {self.dtype} on {self.device}; the argument is {x.dtype} on {x.device}."
+            )
+
+    def _restrict(self, r: Tensor) -> Tensor:
+        return self._columns.T @ r
+
+    def _prolong(self, c: Tensor) -> Tensor:
         return self._columns @ c
 
     def gram(self) -> Tensor:
@@ -85,14 +105,20 @@ class CoarseSpace:
 
     def __repr__(self) -> str:
         removed = f", {len(self.removed)} dependent removed" if self.removed else ""
-        return f"CoarseSpace({self.name}, {self.size} columns over {self.partition}{removed})"
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        return f"{type(self).__name__}({self.name}, {self.size} columns over {self.partition}{removed}, {where})"
 
 
 class LocalSpace(CoarseSpace):
     """Columns that each live in one layer, kept as one matrix (P_l, k_l) per layer: Z is block diagonal."""
 
-    def __init__(self, partition: Partition, blocks: Sequence[Tensor], *, name: str) -> None:
+    def __init__(
+        self, partition: Partition, blocks: Sequence[Tensor], *, name: str, removed: tuple[int, ...] = ()
+    ) -> None:
         self._init(partition, blocks[0].dtype, blocks[0].device, name)
+        self.removed = removed
+        if removed:
+            _tell_removed(removed, name)
         self._blocks = tuple(blocks)
         self.per_layer = tuple(block.shape[1] for block in blocks)
         self.size = sum(self.per_layer)
@@ -100,11 +126,11 @@ class LocalSpace(CoarseSpace):
     def dense(self) -> Tensor:
         return torch.block_diag(*self._blocks)
 
-    def restrict(self, r: Tensor) -> Tensor:
+    def _restrict(self, r: Tensor) -> Tensor:
         pieces = zip(self._blocks, self.partition.slices, strict=True)
         return torch.cat([block.T @ r[s] for block, s in pieces])
 
-    def prolong(self, c: Tensor) -> Tensor:
+    def _prolong(self, c: Tensor) -> Tensor:
         pieces = zip(self._blocks, c.split(self.per_layer), strict=True)
         return torch.cat([block @ part for block, part in pieces])
 
@@ -128,7 +154,7 @@ class RankOneSpace(CoarseSpace):
     def dense(self) -> Tensor:
         return torch.block_diag(*(torch.einsum("ok,ik->oik", W, U).flatten(0, 1) for W, U in self.factors))
 
-    def restrict(self, r: Tensor) -> Tensor:
+    def _restrict(self, r: Tensor) -> Tensor:
         pieces = []
         for (W, U), R in zip(self.factors, self.partition.split(r), strict=True):
             if r.ndim == 1:
@@ -137,7 +163,7 @@ class RankOneSpace(CoarseSpace):
                 pieces.append(((W.mT @ R.permute(2, 0, 1)) * U.mT).sum(-1).mT)
         return torch.cat(pieces)
 
-    def prolong(self, c: Tensor) -> Tensor:
+    def _prolong(self, c: Tensor) -> Tensor:
         pieces = []
         for (W, U), part in zip(self.factors, c.split(self.per_layer), strict=True):
             if c.ndim == 1:
@@ -176,12 +202,12 @@ def nicolaides(F: Operator, per_layer: int = 1) -> RankOneSpace:
     return RankOneSpace(F.partition, factors, name="nicolaides")
 
 
-def spectral(F: HasFactors, per_layer: int) -> RankOneSpace:
+def spectral(F: HasFactors | KroneckerFactors, per_layer: int) -> RankOneSpace:
     """The Kronecker eigenvectors of each layer's own block ``G ⊗ A`` with the *largest* eigenvalues."""
     return _kronecker_eigenvectors(F, per_layer, largest=True, name="spectral")
 
 
-def smooth(F: HasFactors, per_layer: int) -> RankOneSpace:
+def smooth(F: HasFactors | KroneckerFactors, per_layer: int) -> RankOneSpace:
     """Those with the smallest eigenvalues, the low frequencies that Koroko et al. 2023 chose."""
     return _kronecker_eigenvectors(F, per_layer, largest=False, name="smooth")
 
@@ -189,9 +215,11 @@ def smooth(F: HasFactors, per_layer: int) -> RankOneSpace:
 def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
     """Each layer's pieces of ``M g``, ``M A M g``, ``(M A)² M g``, …, made orthonormal layer by layer.
 
-    Pieces that depend on earlier ones are removed: a warning says how many.
+    Piece j of layer l is column ``l · per_layer + j``. Pieces that depend on earlier ones are removed: a warning
+    says which, and ``removed`` keeps their numbers.
     """
     check_same_space(A, M)
+    A.partition.check(g, vector=True)
     A.check(g)
     _check_size(A.partition, per_layer)
     vectors = []
@@ -202,17 +230,14 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
             v = v / norm
         vectors.append(v)
         v = M._apply(A._apply(v))
-    blocks, removed = [], 0
-    for s in A.partition.slices:
-        raw = torch.cat([v[s] for v in vectors], dim=1) if vectors else g.new_zeros(s.stop - s.start, 0)
-        basis = orthonormal(raw)
-        removed += raw.shape[1] - basis.shape[1]
+    columns = torch.cat(vectors, dim=1) if vectors else g.new_zeros(len(g), 0)
+    blocks: list[Tensor] = []
+    removed: list[int] = []
+    for l, s in enumerate(A.partition.slices):
+        kept, basis = _gram_schmidt(columns[s])
         blocks.append(basis)
-    Z = LocalSpace(A.partition, blocks, name="krylov")
-    if removed:
-        Z.removed = tuple(range(removed))
-        warnings.warn(f"Removed {removed} linearly dependent Krylov columns.", stacklevel=2)
-    return Z
+        removed += [l * per_layer + j for j in range(per_layer) if j not in kept]
+    return LocalSpace(A.partition, blocks, name="krylov", removed=tuple(removed))
 
 
 def random(F: Operator, per_layer: int, seed: int = 0) -> RankOneSpace:
@@ -235,6 +260,7 @@ def optimal(A: Operator, M: Operator, per_layer: int) -> CoarseSpace:
     number or the captured decrease.
     """
     check_same_space(A, M)
+    check_symmetric(M, "optimal")
     k = _check_size(A.partition, per_layer, whole=True)
     if k == 0:
         return CoarseSpace(A.partition, A.eye()[:, :0], name="optimal")
@@ -251,18 +277,11 @@ def cholesky(matrix: Tensor, what: str) -> Tensor:
     return L
 
 
-def independent(columns: Tensor) -> list[int]:
-    """Numbers of the columns that do not depend on earlier ones."""
-    return _gram_schmidt(columns)[0]
-
-
-def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the span, nested in the order of the columns."""
-    return _gram_schmidt(columns)[1]
-
-
 def _gram_schmidt(columns: Tensor) -> tuple[list[int], Tensor]:
-    """Gram–Schmidt, twice for stability; a column that vanishes against the earlier ones is dropped."""
+    """Numbers of the columns that do not depend on earlier ones, and an orthonormal basis in their order.
+
+    Gram–Schmidt, twice for stability; a column that vanishes against the earlier ones is dropped.
+    """
     tolerance = columns.shape[0] ** 0.5 * torch.finfo(columns.dtype).eps * 100
     kept: list[int] = []
     Q = torch.zeros_like(columns)
@@ -282,9 +301,13 @@ def _gram_schmidt(columns: Tensor) -> tuple[list[int], Tensor]:
     return kept, Q[:, : len(kept)]
 
 
-def _kronecker_eigenvectors(F: HasFactors, per_layer: int, *, largest: bool, name: str) -> RankOneSpace:
+def _kronecker_eigenvectors(
+    F: HasFactors | KroneckerFactors, per_layer: int, *, largest: bool, name: str
+) -> RankOneSpace:
     _check_size(F.partition, per_layer)
-    kronecker = F.kronecker()
+    if not isinstance(F, KroneckerFactors) and not hasattr(F, "kronecker"):
+        raise TypeError(f"{name} needs a Fisher, a K-FAC preconditioner or KroneckerFactors; got {type(F).__name__}.")
+    kronecker = F if isinstance(F, KroneckerFactors) else F.kronecker()
     factors = []
     for (d_A, U_A), (d_G, U_G) in zip(kronecker.eigen_A, kronecker.eigen_G, strict=True):
         order = torch.outer(d_G, d_A).flatten().argsort(descending=largest, stable=True)[:per_layer]
@@ -313,9 +336,12 @@ def _rectangles(layer: Layer, count: int) -> list[tuple[int, int, int, int]]:
     return columns
 
 
+def _tell_removed(removed: tuple[int, ...], name: str) -> None:
+    warnings.warn(f"Removed linearly dependent columns {list(removed)} of the coarse space {name!r}.", stacklevel=4)
+
+
 def _check_size(partition: Partition, per_layer: int, *, whole: bool = False) -> int:
-    if not isinstance(per_layer, int) or isinstance(per_layer, bool) or per_layer < 0:
-        raise ValueError(f"per_layer must be a whole number of at least 0; got {per_layer!r}.")
+    check_count("per_layer", per_layer, least=0)
     total = per_layer * len(partition)
     smallest = min(partition.layers, key=lambda layer: layer.size)
     if whole and total > partition.size:

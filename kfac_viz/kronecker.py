@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 
 import torch
 from torch import Tensor
@@ -22,6 +23,15 @@ class KroneckerFactors:
     A: tuple[Tensor, ...]
     G: tuple[Tensor, ...]
 
+    def __post_init__(self) -> None:
+        for what, factors, sizes in (
+            ("A", self.A, [layer.features for layer in self.partition.layers]),
+            ("G", self.G, [layer.out for layer in self.partition.layers]),
+        ):
+            shapes, expected = [tuple(X.shape) for X in factors], [(n, n) for n in sizes]
+            if shapes != expected:
+                raise ValueError(f"Factors {what} must have shapes {expected}, one per layer; got {shapes}.")
+
     @property
     def dtype(self) -> torch.dtype:
         return self.A[0].dtype
@@ -32,11 +42,15 @@ class KroneckerFactors:
 
     @cached_property
     def eigen_A(self) -> tuple[Eigen, ...]:
-        return tuple(psd_eigen(A) for A in self.A)
+        return self._eigen("A")
 
     @cached_property
     def eigen_G(self) -> tuple[Eigen, ...]:
-        return tuple(psd_eigen(G) for G in self.G)
+        return self._eigen("G")
+
+    def _eigen(self, which: str) -> tuple[Eigen, ...]:
+        factors = zip(getattr(self, which), self.partition.names, strict=True)
+        return tuple(psd_eigen(X, f"Factor {which} of layer {name!r}") for X, name in factors)
 
     @cached_property
     def pi(self) -> tuple[float, ...]:
@@ -44,7 +58,7 @@ class KroneckerFactors:
         means = torch.stack(
             [torch.stack([A.trace() / len(A), G.trace() / len(G)]) for A, G in zip(self.A, self.G, strict=True)]
         )
-        return tuple((a / g) ** 0.5 if a > 0 and g > 0 else 1.0 for a, g in means.tolist())
+        return tuple((a / g) ** 0.5 if a > 0 and g > 0 and 0 < a / g < inf else 1.0 for a, g in means.tolist())
 
 
 def kron_block(left: Tensor, right: Tensor) -> Tensor:

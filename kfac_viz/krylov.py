@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
 from .coarse import cholesky
-from .operator import Damped, Operator, check_same_space
+from .operator import Damped, Operator, check_count, check_same_space, check_symmetric, check_type
 from .two_level import TwoLevel
 
 
@@ -46,32 +47,29 @@ def pcg(
         A: symmetric positive definite.
         g: right-hand side (P,).
         M: a *symmetric* positive definite preconditioner; others are refused by name.
-        rtol: stop once ‖g − A x‖ ≤ rtol · ‖g‖.
+        rtol: stop once ‖r‖ ≤ rtol · ‖g‖, with the residual r = g − A x updated in the recursion.
         max_iterations: 10 P by default.
         x0: first guess, 0 by default.
         callback: called with (x, relative residual) after each iteration.
 
     Raises:
-        ValueError: a non-symmetric M, or a direction along which A or M is not positive.
+        ValueError: a non-symmetric M, by its name, or a direction along which A or M is not positive.
+        TypeError: A or M is no operator.
     """
-    A.partition.check(g, vector=True)
-    A.check(g)
+    _check_vectors(A, g, *([] if x0 is None else [x0]))
     if M is not None:
+        check_type("M", M, Operator)
         check_same_space(A, M)
-        if not M.symmetric:
-            name = M.correction if isinstance(M, TwoLevel) else type(M).__name__
-            raise ValueError(
-                f"Conjugate gradients need a symmetric preconditioner and {name!r} is not; 'balanced' has the same "
-                "spectrum and is symmetric."
-            )
-    if not rtol > 0:
-        raise ValueError(f"rtol must be positive; got {rtol!r}.")
-    limit = 10 * len(g) if max_iterations is None else max_iterations
+        check_symmetric(M, "pcg")
+    check_symmetric(A, "pcg")
+    if not 0 < rtol < inf:
+        raise ValueError(f"rtol must be positive and finite; got {rtol!r}.")
+    limit = 10 * len(g) if max_iterations is None else check_count("max_iterations", max_iterations, least=0)
     norm = float(torch.linalg.vector_norm(g))
     if norm == 0:
         return Solution(torch.zeros_like(g), (0.0,), True)
-    x = torch.zeros_like(g) if x0 is None else x0.clone()
-    r = g.clone() if x0 is None else g - A @ x0
+    x = torch.zeros_like(g) if x0 is None else x0.detach().clone()
+    r = g.detach().clone() if x0 is None else g.detach() - A @ x
     residuals = [float(torch.linalg.vector_norm(r)) / norm]
     p, rho = None, 1.0
     while residuals[-1] > rtol and len(residuals) <= limit:
@@ -89,7 +87,7 @@ def pcg(
         r.sub_(Ap, alpha=rho / curvature)
         residuals.append(float(torch.linalg.vector_norm(r)) / norm)
         if callback is not None:
-            callback(x, residuals[-1])
+            callback(x.clone(), residuals[-1])
     return Solution(x, tuple(residuals), residuals[-1] <= rtol)
 
 
@@ -97,17 +95,20 @@ def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
     """Eigenvalues of ``M A`` in ascending order, (P,), through a symmetric eigenproblem.
 
     With ``A = L Lᵀ``, M A is similar to ``Lᵀ M L``. The two a-def corrections share the spectrum of
-    ``balanced`` when they coarsen A itself; with another coarse operator theirs may be complex and they are
-    refused by name.
+    ``balanced`` (Tang et al. 2009, theorem 3.1) when they coarsen this very A; else theirs may be complex.
+
+    Raises:
+        ValueError: a non-symmetric M whose spectrum may be complex, by its name; A is not positive definite.
     """
+    check_type("A", A, Operator)
+    check_symmetric(A, "spectrum")
     if M is None:
         return torch.linalg.eigvalsh(A.dense())
+    check_type("M", M, Operator)
     check_same_space(A, M)
-    if not M.symmetric:
-        if not (isinstance(M, TwoLevel) and M.galerkin):
-            name = M.correction if isinstance(M, TwoLevel) else type(M).__name__
-            raise ValueError(f"{name!r} is not symmetric here and its spectrum may be complex; take 'balanced'.")
-        M = M.with_correction("balanced")
+    if isinstance(M, TwoLevel) and M.galerkin and M.M.symmetric and _same_matrix(A, M.A):
+        M = M if M.symmetric else M.with_correction("balanced")
+    check_symmetric(M, "A real spectrum")
     L = cholesky(A.dense(), "The matrix")
     inner = L.T @ M.dense() @ L
     return torch.linalg.eigvalsh((inner + inner.T) / 2)
@@ -120,15 +121,26 @@ def condition_number(A: Operator, M: Operator | None = None) -> float:
     return largest / smallest if smallest > 0 else float("inf")
 
 
+def _same_matrix(A: Operator, B: Operator) -> bool:
+    if isinstance(A, Damped) and isinstance(B, Damped):
+        return A.operator is B.operator and A.damping == B.damping
+    return A is B
+
+
+def _check_vectors(A: Operator, *vectors: Tensor) -> None:
+    check_type("A", A, Operator)
+    for v in vectors:
+        A.partition.check(v, vector=True)
+        A.check(v)
+
+
 def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
     """Share of the best decrease of the quadratic model that the direction v, unscaled, captures.
 
     With ``q(v) = gᵀv − ½ vᵀAv`` and ``v* = A⁻¹g``: ``q(v)/q(v*) = 1 − ‖v − v*‖²_A / ‖v*‖²_A``. 1 is the exact
     natural gradient step, 0 is not moving, negative is worse than not moving.
     """
-    for vector in (g, v):
-        A.partition.check(vector, vector=True)
-        A.check(vector)
+    _check_vectors(A, g, v)
     best = 0.5 * float(g @ exact_direction(A, g))
     if not best > 0:
         raise ValueError("The gradient is zero: there is no decrease to capture.")
@@ -137,6 +149,8 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
 
 def exact_direction(A: Operator, g: Tensor) -> Tensor:
     """``A⁻¹ g``, the natural gradient: through the eigenvectors that every λ shares, or a Cholesky solve."""
+    _check_vectors(A, g)
+    check_symmetric(A, "exact_direction")
     if isinstance(A, Damped):
         return A.solve(g)
     return torch.cholesky_solve(g[:, None], cholesky(A.dense(), "The matrix"))[:, 0]

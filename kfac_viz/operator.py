@@ -6,6 +6,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,9 +27,20 @@ class Eigen(NamedTuple):
     U: Tensor
 
 
-def psd_eigen(matrix: Tensor) -> Eigen:
-    """Eigendecomposition of a positive semi-definite matrix; round-off below zero becomes zero."""
+def psd_eigen(matrix: Tensor, what: str) -> Eigen:
+    """Eigendecomposition of a positive semi-definite matrix; round-off below zero becomes zero.
+
+    Raises:
+        ValueError: NaN, inf, or an eigenvalue below zero by more than round-off; ``what`` names the matrix.
+    """
+    if not torch.isfinite(matrix).all():
+        raise ValueError(f"{what} holds NaN or inf.")
     d, U = torch.linalg.eigh(matrix)
+    smallest, largest = float(d[0]), float(d[-1])
+    if smallest < -100 * len(d) * torch.finfo(d.dtype).eps * max(-smallest, largest):
+        raise ValueError(
+            f"{what} is not positive semi-definite: its eigenvalues run from {smallest:.3g} to {largest:.3g}."
+        )
     return Eigen(d.clamp_min(0), U)
 
 
@@ -84,9 +96,14 @@ class Operator(ABC):
 
     @cached_property
     def eigen(self) -> Eigen:
-        """Dense eigendecomposition (of a positive semi-definite operator), computed once: 9 P³ or so."""
+        """Dense eigendecomposition, computed once: 9 P³ or so.
+
+        Raises:
+            ValueError: the operator is not symmetric positive semi-definite.
+        """
+        check_symmetric(self, "eigen")
         matrix = self.dense()
-        return psd_eigen((matrix + matrix.T) / 2)
+        return psd_eigen((matrix + matrix.T) / 2, f"The matrix of {type(self).__name__}")
 
     def image(self, Z: CoarseSpace) -> Image:
         """The columns of this operator times Z, kept in the cheapest form that can be applied."""
@@ -101,12 +118,13 @@ class Operator(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         def matmat(x):
-            v = torch.as_tensor(x, dtype=self.dtype, device=self.device)
-            return (self @ v).cpu().numpy()
+            v = torch.as_tensor(x)
+            if v.is_complex():
+                raise TypeError(f"{type(self).__name__} is real; got a vector of {v.dtype}.")
+            return (self @ v.to(self.device, self.dtype)).cpu().numpy()
 
         def transpose(x):
-            if not self.symmetric:
-                raise ValueError(f"{self!r} is not symmetric and its transpose is not at hand.")
+            check_symmetric(self, "the transposed product")
             return matmat(x)
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
@@ -126,15 +144,17 @@ class Dense(Operator):
     """A symmetric matrix that is simply there: ``Dense(matrix, partition)``."""
 
     def __init__(self, matrix: Tensor, partition: Partition) -> None:
-        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-            raise TypeError(f"Expected a floating point matrix; got {type(matrix).__name__}.")
+        check_type("matrix", matrix, Tensor)
+        check_type("partition", partition, Partition)
+        if matrix.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"Expected a float32 or float64 matrix; got {matrix.dtype}.")
         if tuple(matrix.shape) != (partition.size, partition.size):
             raise ValueError(f"Expected shape {(partition.size,) * 2} for {partition}; got {tuple(matrix.shape)}.")
         partition.check_finite(matrix, "The matrix")
         if not torch.allclose(matrix, matrix.T):
             raise ValueError("The matrix is not symmetric; the methods of this package assume that it is.")
         self.partition, self.dtype, self.device = partition, matrix.dtype, matrix.device
-        self._matrix = matrix
+        self._matrix = matrix.detach().clone()
 
     def _apply(self, v: Tensor) -> Tensor:
         return self._matrix @ v
@@ -211,8 +231,10 @@ class Image:
 def check_damping(damping: float) -> float:
     """λ as a float; a sentence where it is not a finite number of at least 0."""
     try:
+        if isinstance(damping, (bool, str)):
+            raise TypeError
         value = float(damping)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"damping must be a number; got {damping!r}.") from None
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"damping must be finite and at least 0; got {damping!r}.")
@@ -224,6 +246,27 @@ def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
     return value
+
+
+def check_count(what: str, value: int, least: int) -> int:
+    """Refuse what is not a whole number of at least ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{what} must be a whole number of at least {least}; got {value!r}.")
+    return int(value)
+
+
+def check_type(what: str, value: object, *kinds: type) -> None:
+    """Refuse an argument of another kind, by name."""
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{what} must be of type {expected}; got {type(value).__name__}.")
+
+
+def check_symmetric(operator: Operator, what: str) -> None:
+    """Refuse a non-symmetric operator by its name."""
+    if not operator.symmetric:
+        name = getattr(operator, "correction", type(operator).__name__)
+        raise ValueError(f"{what} needs a symmetric operator and {name!r} is not symmetric; take 'balanced'.")
 
 
 def check_same_space(first: Operator, other: Operator | CoarseSpace) -> None:
@@ -240,17 +283,23 @@ def check_same_space(first: Operator, other: Operator | CoarseSpace) -> None:
 def inverse(d: Tensor, damping: float, what: str) -> Tensor:
     """``1 / (d + λ)`` for eigenvalues d ≥ 0; refuses λ = 0 where the matrix is singular to precision."""
     total = d + damping
-    floor = float(d.max()) * d.numel() * torch.finfo(d.dtype).eps if damping == 0 else 0.0
-    if not float(total.min()) > floor:
+    if not total.numel():
+        return total
+    smallest, largest = (float(x) for x in total.aminmax())
+    info = torch.finfo(d.dtype)
+    if not smallest > (largest * d.numel() * info.eps if damping == 0 else info.tiny):
         raise ValueError(
-            f"{what} is singular (smallest eigenvalue {float(d.min()):.2g}, largest {float(d.max()):.2g}) and the "
-            f"damping {damping:g} does not mend it; choose a larger damping."
+            f"{what} is singular in {d.dtype} (smallest eigenvalue {float(d.min()):.2g}, largest "
+            f"{float(d.max()):.2g}) and the damping {damping:g} does not mend it; choose a larger damping."
         )
+    if not math.isfinite(largest):
+        raise ValueError(f"{what} with damping {damping:g} overflows {d.dtype}; choose a smaller damping.")
     return total.reciprocal()
 
 
 def replace(obj, **changes):
     """A shallow copy with some attributes changed: what was factorised is shared, never redone."""
     twin = copy.copy(obj)
+    vars(twin).pop("eigen", None)  # belongs to the old λ
     vars(twin).update(changes)
     return twin

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import isfinite
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,9 @@ class Partition:
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers:
             raise ValueError("A Partition needs at least one layer; none came.")
+        empty = [layer.name for layer in self.layers if layer.size < 1]
+        if empty:
+            raise ValueError(f"Layers {empty} have no parameters.")
         names = [layer.name for layer in self.layers]
         if len(set(names)) < len(names):
             raise ValueError(f"Layer names must differ; got {names}.")
@@ -61,13 +66,13 @@ class Partition:
     @classmethod
     def from_sizes(cls, sizes: Iterable[int], names: Sequence[str] | None = None) -> Partition:
         """Subdomains of given sizes without a network behind them, each a column ``(size, 1)``."""
-        sizes = [int(size) for size in sizes]
-        if any(size < 1 for size in sizes):
-            raise ValueError(f"Subdomain sizes must be positive; got {sizes}.")
+        sizes = list(sizes)
+        if not all(isinstance(size, Integral) and size > 0 for size in sizes):
+            raise ValueError(f"Subdomain sizes must be positive whole numbers; got {sizes}.")
         names = [str(i) for i in range(len(sizes))] if names is None else list(names)
         if len(names) != len(sizes):
             raise ValueError(f"Expected one name per subdomain: {len(sizes)} sizes, {len(names)} names.")
-        return cls(tuple(Layer(name, size, 1) for name, size in zip(names, sizes, strict=True)))
+        return cls(tuple(Layer(name, int(size), 1) for name, size in zip(names, sizes, strict=True)))
 
     @classmethod
     def from_model(cls, model: nn.Module, layers: Sequence[str] | None = None) -> Partition:
@@ -78,10 +83,14 @@ class Partition:
             layers: names of the layers to keep (as in ``model.named_modules()``); all by default.
 
         Raises:
-            ValueError: no such layer, a frozen or half-frozen one, or a weight shared by two layers.
+            ValueError: no such layer, a frozen or half-frozen one, or a parameter shared with another module.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Expected a torch.nn.Module; got {type(model).__name__}.")
         found = {name: module for name, module in model.named_modules() if is_kronecker_layer(module)}
-        if layers is not None:
+        if layers is not None and found:
+            if isinstance(layers, str) or not layers:
+                raise ValueError(f"layers must be a list of names out of {list(found)}; got {layers!r}.")
             unknown = [name for name in layers if name not in found]
             if unknown:
                 raise ValueError(f"Layers {unknown} are not among the model's layers {list(found)}.")
@@ -97,14 +106,21 @@ class Partition:
                 f"Layers {frozen} are frozen, in whole or in part (requires_grad=False). Unfreeze them, or name "
                 "the layers to keep with layers=[...]."
             )
-        owner: dict[int, str] = {}
         for name, module in found.items():
-            other = owner.setdefault(id(module.weight), name)
-            if other != name:
+            if not isinstance(module.weight, nn.Parameter):
                 raise ValueError(
-                    f"Layers {other!r} and {name!r} share one weight; call one module twice instead, "
-                    "which is captured exactly."
+                    f"The weight of layer {name!r} is computed from other parameters (weight norm, spectral norm, "
+                    "pruning); make it a plain parameter first, or name the other layers with layers=[...]."
                 )
+        owner: dict[int, str] = {}
+        for name, module in model.named_modules():
+            for p in module.parameters(recurse=False):
+                other = owner.setdefault(id(p), name)
+                if other != name and (name in found or other in found):
+                    raise ValueError(
+                        f"Modules {other!r} and {name!r} share a parameter, and then neither has a Fisher of its own; "
+                        "call one module twice instead, which is captured exactly."
+                    )
         return cls(tuple(_describe(name, module) for name, module in found.items()))
 
     @cached_property
@@ -133,6 +149,8 @@ class Partition:
             if layer not in self.names:
                 raise ValueError(f"No layer is called {layer!r}; the layers are {list(self.names)}.")
             return self.names.index(layer)
+        if not isinstance(layer, Integral) or isinstance(layer, bool):
+            raise TypeError(f"A layer is given by its number or its name; got {layer!r}.")
         if not -len(self) <= layer < len(self):
             raise ValueError(f"Layer {layer} does not exist: there are {len(self)} layers.")
         return layer % len(self)
@@ -167,10 +185,23 @@ class Partition:
 
     @torch.no_grad()
     def add_(self, model: nn.Module, v: Tensor, alpha: float = 1.0) -> None:
-        """Add ``alpha * v`` to the parameters of ``model`` in place; non-finite ``v`` changes nothing."""
+        """Add ``alpha * v`` to the parameters of ``model`` in place; what cannot be added changes nothing.
+
+        Raises:
+            ValueError: NaN or inf, naming the layer; another dtype or device than the model's; another model.
+        """
         self.check(v, vector=True)
         self.check_finite(v, "The update")
-        for layer, module, piece in zip(self.layers, self._modules(model), self.split(v), strict=True):
+        if not isfinite(alpha):
+            raise ValueError(f"alpha must be finite; got {alpha!r}.")
+        modules = self._modules(model)
+        for layer, module in zip(self.layers, modules, strict=True):
+            if (v.dtype, v.device) != (module.weight.dtype, module.weight.device):
+                raise ValueError(
+                    f"Layer {layer.name!r} is {module.weight.dtype} on {module.weight.device}; the update is {v.dtype} "
+                    f"on {v.device}. Convert one of them."
+                )
+        for layer, module, piece in zip(self.layers, modules, self.split(v), strict=True):
             weight = piece[:, : layer.features - layer.bias]
             module.weight.add_(weight.reshape(module.weight.shape), alpha=alpha)
             if layer.bias:
@@ -203,10 +234,12 @@ class Partition:
         return modules
 
     def __repr__(self) -> str:
-        return f"Partition({len(self)} layers, {self.size} parameters: {', '.join(map(str, self.layers))})"
+        return f"Partition({self.size} parameters: {', '.join(map(str, self.layers))})"
 
     def __str__(self) -> str:
-        return f"{self.size} parameters in {len(self)} layers"
+        sizes = [str(layer.size) for layer in self.layers]
+        shown = sizes if len(sizes) <= 8 else [*sizes[:4], "…", *sizes[-2:]]
+        return f"{self.size} parameters in {len(self)} layer{'s' * (len(self) > 1)} ({' + '.join(shown)})"
 
 
 def is_kronecker_layer(module: nn.Module) -> bool:
@@ -220,7 +253,7 @@ def _describe(name: str, module: nn.Module) -> Layer:
     if isinstance(module.weight, nn.UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and has no shape yet; run the model once first.")
     bias = module.bias is not None
-    return Layer(name, module.weight.shape[0], module.weight[0].numel() + bias, bias)
+    return Layer(name, module.weight.shape[0], module.weight.shape[1:].numel() + bias, bias)
 
 
 def _matrix(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .fisher import Fisher
 from .kronecker import KroneckerFactors, kron_block, sandwich
-from .operator import Eigen, Operator, check_choice, check_damping, inverse, replace
+from .operator import Operator, check_choice, check_damping, check_type, inverse, psd_eigen, replace
 
 RULES = ("eigen", "factored")
 
@@ -43,6 +43,7 @@ class Identity(Preconditioner):
     """``M = I``: plain gradient descent, whatever λ is."""
 
     def __init__(self, operator: Operator, damping: float = 0.0) -> None:
+        check_type("operator", operator, Operator)
         self._init(operator, damping)
 
     def _apply(self, v: Tensor) -> Tensor:
@@ -60,6 +61,7 @@ class Diagonal(Preconditioner):
     """
 
     def __init__(self, operator: Operator, damping: float, power: float = 1.0) -> None:
+        check_type("operator", operator, Operator)
         if not 0 <= power <= 1:
             raise ValueError(f"power must lie between 0 and 1; got {power!r}.")
         self._d, self.power = operator.diagonal().clamp_min(0), power
@@ -83,14 +85,9 @@ class BlockDiagonal(Preconditioner):
     """Exact inverses of the damped diagonal blocks: block Jacobi with exact local solves."""
 
     def __init__(self, operator: Operator, damping: float) -> None:
-        layers = range(len(operator.partition))
-        self._eigen = []
-        for l in layers:
-            block = operator.block(l, l)
-            d, U = torch.linalg.eigh(block)
-            if float(d.min()) < -1e-6 * float(d.abs().max()):
-                raise ValueError(f"The block of layer {operator.partition.names[l]!r} is not positive semi-definite.")
-            self._eigen.append(Eigen(d.clamp_min(0), U))
+        check_type("operator", operator, Operator)
+        names = operator.partition.names
+        self._eigen = [psd_eigen(operator.block(name, name), f"The block of layer {name!r}") for name in names]
         self._init(operator, damping)
 
     def _damp(self, damping: float) -> None:
@@ -157,6 +154,7 @@ class KFAC(_KroneckerBasis):
         rule: str = "eigen",
         convention: str = "expand",
     ) -> None:
+        check_type("F", F, Fisher, KroneckerFactors)
         self.rule = check_choice("rule", rule, RULES)
         self.factors = F if isinstance(F, KroneckerFactors) else F.kronecker(convention)
         self._init(self.factors, damping)
@@ -184,6 +182,7 @@ class EKFAC(_KroneckerBasis):
     """K-FAC's eigenbasis with the exact variances along it (George et al. 2018): never farther from F_ll."""
 
     def __init__(self, F: Fisher, damping: float, convention: str = "expand") -> None:
+        check_type("F", F, Fisher)
         self.factors = F.kronecker(convention)
         self._d = F.second_moments(self._bases())
         self._init(F, damping)
@@ -208,6 +207,7 @@ class BlockTridiagonal(Preconditioner):
     """
 
     def __init__(self, F: Fisher, damping: float, convention: str = "expand") -> None:
+        check_type("F", F, Fisher)
         layers = range(len(F.partition))
         self.factors = F.kronecker(convention)
         self._cross = [F.factors(l, l + 1, convention) for l in layers[:-1]]
