@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .fisher import Fisher
-from .likelihood import FLAVOURS, LIKELIHOODS, output_vectors
-from .operator import check_choice
+from .likelihood import FLAVOURS, LIKELIHOODS, check_outputs, output_vectors
+from .operator import check_choice, check_count, check_type
 from .partition import Partition
 
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose other parameters were reported
@@ -40,7 +40,7 @@ def capture(
 
     One forward pass in eval mode and one batched backward pass to the pre-activations; no weight gradient is
     formed. Training flags, ``.grad``, ``requires_grad``, batch-norm statistics and the caller's random state
-    are afterwards what they were.
+    are afterwards what they were. Autocast is off inside; half precisions are kept in float32 once captured.
 
     Args:
         model: weights and ``inputs`` share one floating dtype and one device.
@@ -55,7 +55,8 @@ def capture(
 
     Raises:
         ValueError, TypeError: what cannot be captured, in words: no layer, frozen layers, an empty batch,
-            NaN or inf (naming the layer), mixed dtype or device, targets missing or unasked for.
+            NaN or inf (naming the layer), wrong shapes, mixed dtype or device, targets missing or unasked for,
+            batch norm without running statistics (it couples the examples).
 
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -71,14 +72,30 @@ def capture(
             if targets is None
             else f"targets belong to fisher='empirical' only; fisher={fisher!r} takes its labels from the model."
         )
-    if not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples must be a whole number of at least 1; got {samples!r}.")
+    check_count("samples", samples, least=1)
     model = getattr(model, "_orig_mod", model)  # a compiled model runs without hooks; its original has them
     partition = Partition.from_model(model, layers)
-    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     check_inputs(model, partition, inputs)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"Batch norm {name!r} keeps no running statistics and couples the examples, so that no per-example "
+                "Fisher exists; build it with track_running_stats=True."
+            )
+    if generator is not None:
+        check_type("generator", generator, torch.Generator)
+        if generator.device.type != inputs[0].device.type:
+            raise ValueError(f"The generator is on {generator.device}, the inputs are on {inputs[0].device}.")
     tell_others(model, partition)
-    with _evaluation(model, inputs[0].device):
+    device = inputs[0].device
+    with (
+        evaluation(model),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False),
+    ):
+        inputs = tuple(x.clone() if x.is_inference() else x for x in inputs)
         outputs, a, edges = record(model, inputs, partition)
         check_finite(partition, a, "the inputs")
         if not torch.isfinite(outputs).all():
@@ -86,44 +103,57 @@ def capture(
         vectors = output_vectors(outputs, likelihood, fisher, targets=targets, samples=samples, generator=generator)
         g = pull_back(outputs, vectors, edges)
         check_finite(partition, g, "the output-side vectors")
+        dtype = torch.promote_types(a[0].dtype, torch.float32)
+        a, g = [x.to(dtype) for x in a], [x.to(dtype) for x in g]
     return Fisher(partition, a, g, likelihood=likelihood, flavour=fisher)
 
 
 def record(
-    model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition
+    model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition, *, partial: bool = False
 ) -> tuple[Tensor, list[Tensor], list[list]]:
     """Run the model once; return outputs, layer inputs (N, T, features) and the edges of the pre-activations.
 
-    A gradient edge, unlike the tensor, still means the pre-activation after an in-place ``ReLU``.
+    A gradient edge, unlike the tensor, still means the pre-activation after an in-place ``ReLU``. With
+    ``partial``, a layer that took no part has inputs of zeros and no edges; otherwise it is refused.
     """
     calls: dict[str, list] = {name: [] for name in partition.names}
 
     def keep(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            edge = torch.autograd.graph.get_gradient_edge(output)
-            conv = isinstance(module, nn.Conv2d)
-            calls[name].append((_positions_in(name, module, args[0].detach()), edge, output.shape, conv))
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            _check_layer_input(name, module, args[0] if args else kwargs["input"])
 
-        return hook
+        def after(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            if not output.requires_grad:
+                raise ValueError(f"Layer {name!r} runs without gradients (torch.no_grad); no score can be had there.")
+            edge = torch.autograd.graph.get_gradient_edge(output)
+            x = args[0] if args else kwargs["input"]
+            calls[name].append((_positions_in(module, x.detach()), edge, output.shape, isinstance(module, nn.Conv2d)))
+
+        return before, after
 
     with ExitStack() as stack, torch.enable_grad():
         for name in partition.names:
-            stack.callback(model.get_submodule(name).register_forward_hook(keep(name)).remove)
+            module, (before, after) = model.get_submodule(name), keep(name)
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            # First among the hooks: one of the model's own may change the output, and edge would not be g's.
+            stack.callback(module.register_forward_hook(after, with_kwargs=True, prepend=True).remove)
         outputs = model(*inputs)
     unused = [name for name, made in calls.items() if not made]
-    if unused:
+    if unused and not (partial and len(unused) < len(calls)):
         raise ValueError(f"Layers {unused} took no part in the forward pass; name the others with layers=[...].")
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"The model must return one tensor; got {type(outputs).__name__}.")
-    a = []
-    for name, made in calls.items():
-        N = outputs.shape[0]
-        if any(x.shape[0] != N for x, *_ in made):
-            raise ValueError(
-                f"Layer {name!r} saw {made[0][0].shape[0]} rows for a batch of {N} examples: keep the examples on "
-                "the first axis, so that scores can be told apart."
-            )
-        a.append(made[0][0] if len(made) == 1 else torch.cat([x for x, _, _ in made], dim=1))
+    check_outputs(outputs)
+    N, a = outputs.shape[0], []
+    for layer, (name, made) in zip(partition.layers, calls.items(), strict=True):
+        if not made:
+            a.append(outputs.new_zeros(N, 1, layer.features).detach())
+            continue
+        for x, *_ in made:
+            if x.shape[0] != N:
+                raise ValueError(
+                    f"Layer {name!r} saw {x.shape[0]} rows where the model returned {N} examples: keep "
+                    "the examples on the first axis, so that scores can be told apart."
+                )
+        a.append(made[0][0] if len(made) == 1 else torch.cat([x for x, *_ in made], dim=1))
     return outputs, a, [[call[1:] for call in made] for made in calls.values()]
 
 
@@ -144,19 +174,27 @@ def pull_back(outputs: Tensor, vectors: Tensor, edges: list[list]) -> list[Tenso
     return [made[0] if len(made) == 1 else torch.cat(made, dim=2) for made in layers]
 
 
-def _positions_in(name: str, module: nn.Module, x: Tensor) -> Tensor:
-    """Layer input in normal form (N, T, features)."""
+def _check_layer_input(name: str, module: nn.Module, x: Tensor) -> None:
+    """Say in words, before PyTorch does, that an input does not fit its layer."""
     if isinstance(module, nn.Conv2d):
-        if x.ndim != 4:
-            raise ValueError(f"Layer {name!r} expects a batch (N, C, H, W); got {tuple(x.shape)}.")
+        fits, expected = x.ndim == 4 and x.shape[1] == module.in_channels, f"(N, {module.in_channels}, height, width)"
+    else:
+        fits, expected = x.ndim >= 2 and x.shape[-1] == module.in_features, f"(N, …, {module.in_features})"
+    if not fits or not x.is_floating_point():
+        raise ValueError(
+            f"Layer {name!r} expects floating point inputs of shape {expected}; got {tuple(x.shape)}, {x.dtype}."
+        )
+
+
+def _positions_in(module: nn.Module, x: Tensor) -> Tensor:
+    """Layer input in normal form (N, T, features): a copy, which later in-place changes do not reach."""
+    if isinstance(module, nn.Conv2d):
         patches = functional.unfold(
             _padded(module, x), module.kernel_size, dilation=module.dilation, stride=module.stride
         )
         x = patches.transpose(1, 2)
-    elif x.ndim < 2:
-        raise ValueError(f"Layer {name!r} expects a batch (N, …, in); got shape {tuple(x.shape)}.")
     x = x.reshape(x.shape[0], -1, x.shape[-1])
-    return x if module.bias is None else torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
+    return x.clone() if module.bias is None else torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
 
 
 def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
@@ -173,14 +211,12 @@ def _positions_out(g: Tensor, conv: bool) -> Tensor:
 
 
 @contextmanager
-def _evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode, with every module's own training flag and the caller's random state restored."""
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode, with every module's own training flag restored."""
     flags = [(module, module.training) for module in model.modules()]
-    devices = [device] if device.type == "cuda" else []
     try:
         model.eval()
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
         for module, training in flags:
             module.training = training

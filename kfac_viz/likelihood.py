@@ -55,7 +55,7 @@ def output_vectors(
     - ``mc``: gradients at labels drawn from the model, scaled by ``1/√samples``. S = samples.
     - ``empirical``: gradients at the true labels. S = 1.
     """
-    check_outputs(outputs, likelihood)
+    check_likelihood(outputs, likelihood)
     shape = outputs.shape
     f = outputs.detach().reshape(shape[0], -1, shape[-1] if likelihood == "categorical" else outputs[0].numel())
     if flavour == "exact":
@@ -70,7 +70,7 @@ def output_vectors(
         else:
             vectors = (f.sigmoid() if likelihood == "bernoulli" else f) - targets.reshape(f.shape)
         vectors = vectors[None]
-    return vectors.reshape(-1, *shape)
+    return vectors.reshape(-1, *shape).to(outputs.dtype)
 
 
 def _exact(f: Tensor, likelihood: str) -> Tensor:
@@ -81,7 +81,7 @@ def _exact(f: Tensor, likelihood: str) -> Tensor:
         vectors = p.sqrt()[..., None] * (eye - p[:, :, None, :])  # (N, R, class, C)
     elif likelihood == "bernoulli":
         p = f.sigmoid()
-        vectors = (p * (1 - p)).sqrt()[..., None] * eye
+        vectors = (p * (-f).sigmoid()).sqrt()[..., None] * eye  # 1 − p without cancellation
     else:
         vectors = eye.expand(N, R, C, C)
     if R == 1:
@@ -107,20 +107,27 @@ def _sampled(f: Tensor, likelihood: str, samples: int, generator: torch.Generato
     return vectors / samples**0.5
 
 
-def check_outputs(outputs: Tensor, likelihood: str) -> None:
-    """Refuse outputs that no likelihood can be read from."""
-    check_choice("likelihood", likelihood, LIKELIHOODS)
+def check_outputs(outputs: Tensor) -> None:
+    """Refuse what is not one floating point tensor (N, …) with at least one example."""
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         raise TypeError(f"The model must return one floating point tensor; got {_kind(outputs)}.")
     if outputs.ndim < 2:
         raise ValueError(f"The model must return (examples, outputs, …); got shape {tuple(outputs.shape)}.")
+    if outputs.shape[0] == 0:
+        raise ValueError(f"The batch is empty: outputs have shape {tuple(outputs.shape)}.")
+
+
+def check_likelihood(outputs: Tensor, likelihood: str) -> None:
+    """Refuse outputs that this likelihood cannot be read from."""
+    check_choice("likelihood", likelihood, LIKELIHOODS)
+    check_outputs(outputs)
     if likelihood == "categorical" and outputs.shape[-1] < 2:
         raise ValueError("categorical needs at least two classes on the last axis; for one logit use 'bernoulli'.")
 
 
 def check_targets(outputs: Tensor, targets: Tensor | None, likelihood: str) -> None:
     """Refuse targets that do not fit the outputs of the model."""
-    check_outputs(outputs, likelihood)
+    check_likelihood(outputs, likelihood)
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor; got {_kind(targets)}.")
     if targets.device != outputs.device:
@@ -138,8 +145,8 @@ def check_targets(outputs: Tensor, targets: Tensor | None, likelihood: str) -> N
             raise ValueError(
                 f"Class indices must lie in 0…{outputs.shape[-1] - 1}; got {int(targets.min())}…{int(targets.max())}."
             )
-    elif not targets.is_floating_point():
-        raise TypeError(f"{likelihood} targets must be floating point; got {targets.dtype}.")
+    elif targets.dtype not in (outputs.dtype, torch.promote_types(outputs.dtype, torch.float32)):
+        raise TypeError(f"{likelihood} targets must be {outputs.dtype} like the outputs; got {targets.dtype}.")
     elif not torch.isfinite(targets).all():
         raise ValueError("targets hold NaN or inf.")
     elif likelihood == "bernoulli" and targets.numel() and not (0 <= targets.min() and targets.max() <= 1):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .capture import capture
+from .capture import capture, evaluation
 from .fisher import Fisher
 from .likelihood import nll
-from .operator import check_choice
+from .operator import check_choice, check_count
 from .partition import Partition
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
@@ -40,12 +40,8 @@ class Problem:
 
     def loss(self) -> Tensor:
         """Mean negative log-likelihood of the batch in eval mode, a scalar."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation(self.model):
             return nll(self.model(self.inputs), self.targets, self.likelihood)
-        finally:
-            self.model.train(training)
 
     def gradient(self) -> Tensor:
         """Gradient of :meth:`loss` over the partition, (P,); leaves ``.grad`` alone."""
@@ -148,6 +144,8 @@ def planted(
         batch_norm: after every hidden layer, with statistics settled on the data.
         noise: standard deviation added to the labels.
     """
+    check_count("depth", depth, least=1)
+    check_count("n", n, least=1)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 10, generator=generator, dtype=torch.float64)
     plant = torch.randn(10, 1, generator=generator, dtype=torch.float64) / 10**0.5
@@ -167,6 +165,9 @@ def deep_linear(
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
     """Regression by a deep linear network, widths from input to output: here K-FAC's factorisation is exact."""
+    check_count("n", n, least=1)
+    if len(widths) < 2:
+        raise ValueError(f"widths must name at least the input and the output; got {tuple(widths)}.")
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, widths[0], generator=generator, dtype=torch.float64)
     plant = torch.randn(widths[0], widths[-1], generator=generator, dtype=torch.float64) / widths[0] ** 0.5
@@ -181,7 +182,7 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
     if side not in (4, 8):
         raise ValueError(f"side must be 8, or 4 for pooled pixels; got {side!r}.")
     pixels, labels = load_digits(return_X_y=True)
-    if not 1 <= n <= len(pixels):
+    if check_count("n", n, least=1) > len(pixels):
         raise ValueError(f"n must lie between 1 and {len(pixels)}; got {n!r}.")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:n]
     x = torch.as_tensor(pixels)[order].view(n, 1, 8, 8) / 16
@@ -192,8 +193,8 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
 
 def _mlp(widths: list[int], activation: str | None, seed: int, batch_norm: bool = False) -> nn.Sequential:
     """Linear layers with PyTorch's own initialisation, drawn in float64 whatever the default dtype is."""
-    if len(widths) < 2 or any(width < 1 for width in widths):
-        raise ValueError(f"Every layer needs at least one unit; got widths {widths}.")
+    for width in widths:
+        check_count("Every width", width, least=1)
     act: Callable[[], nn.Module] | None = None
     if activation is not None:
         act = ACTIVATIONS[check_choice("activation", activation, tuple(ACTIVATIONS))]
