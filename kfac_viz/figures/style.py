@@ -39,6 +39,12 @@ SPACES: dict[str, Style] = {
     "optimal": Style("optimal", "#000000", "*", "--"),
 }
 
+FLAVOURS: dict[str, Style] = {
+    "exact": Style("exact Fisher", "#000000", "*", "-"),
+    "mc": Style("Monte Carlo Fisher", "#009E73", "s", "-"),
+    "empirical": Style("empirical Fisher", "#CC79A7", "P", "--"),
+}
+
 SIGNED = "RdBu_r"  # zero is white, for matrices whose sign means something
 INK = "#222222"
 FAINT = "#BBBBBB"

@@ -1,0 +1,76 @@
+"""The numbers of a study: curves with their range over seeds, in one tidy table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..operator import Damped
+
+if TYPE_CHECKING:
+    import pandas
+    from numpy.typing import ArrayLike, NDArray
+
+
+class Curve(NamedTuple):
+    """Median over seeds at each x, with the lowest and the highest seed; every array is (n,)."""
+
+    x: NDArray
+    y: NDArray
+    low: NDArray
+    high: NDArray
+
+
+def curve(x: ArrayLike, seeds: ArrayLike | Sequence[Sequence[float]]) -> Curve:
+    """``seeds`` (n,), or (repeats, n), as a :class:`Curve` of 4 significant digits.
+
+    >>> curve([1, 2], [[1.0, 5.0], [3.0, 6.0], [2.0, 9.0]]).y
+    array([2., 6.])
+    """
+    values = np.atleast_2d(np.asarray(seeds, dtype=float))
+    summary = np.median(values, 0), values.min(0), values.max(0)
+    return Curve(rounded(x), *map(rounded, summary))
+
+
+def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
+    """``values`` to significant digits: what is drawn does not depend on the last bits of a sum."""
+    values = np.asarray(values, dtype=float)
+    return np.reshape([float(f"{v:.{digits}g}") for v in values.ravel()], values.shape)
+
+
+def captured(A: Damped, g: Tensor, v: Tensor) -> tuple[float, float]:
+    """Captured decrease of the direction v as it is, and of v with its own best length ``gᵀv / vᵀAv``.
+
+    The second is the squared cosine, in the metric A, of the angle between v and the exact direction.
+    """
+    slope, curvature, best = float(g @ v), float(v @ (A @ v)), float(g @ A.solve(g))
+    return (2 * slope - curvature) / best, slope**2 / (curvature * best)
+
+
+def frobenius(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix))
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A result made of curves: ``curves[quantity, series]``; subclasses add what only pictures need."""
+
+    parameters: dict[str, Any]
+    curves: Mapping[tuple[str, str], Curve]
+
+    def of(self, quantity: str) -> dict[str, Curve]:
+        """The curves of one quantity, by series."""
+        return {series: c for (name, series), c in self.curves.items() if name == quantity}
+
+    def table(self) -> pandas.DataFrame:
+        """One row per point: quantity, series, x, median, low, high."""
+        import pandas
+
+        columns = ["quantity", "series", "x", "median", "low", "high"]
+        rows = [(*key, *point) for key, c in self.curves.items() for point in zip(*c, strict=True)]
+        return pandas.DataFrame(rows, columns=columns)

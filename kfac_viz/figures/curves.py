@@ -1,0 +1,73 @@
+"""Curves with bands over seeds and a line at the slider's value, updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.collections import PolyCollection
+
+from .style import INK, Style
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from ..experiments.curves import Curve
+
+
+class CurveView:
+    """One axes with one line and one band for each series; ``artists`` change, axes and ticks stay.
+
+    Args:
+        series: how each is drawn; a label that begins with ``_`` stays out of the legend.
+        markers: at most this many per line.
+    """
+
+    def __init__(
+        self,
+        ax: Axes,
+        series: Mapping[str, Style],
+        title: str,
+        *,
+        x: str,
+        y: str,
+        xlim: tuple[float, float],
+        ylim: tuple[float, float],
+        scale: tuple[str, str] = ("log", "log"),
+        markers: int = 8,
+    ) -> None:
+        self.ax, self.series, self.markers = ax, series, markers
+        ax.set(title=title, xlabel=x, ylabel=y, xscale=scale[0], yscale=scale[1], xlim=xlim, ylim=ylim)
+        self.lines, self.bands = {}, {}
+        for name, style in series.items():
+            self.bands[name] = ax.add_collection(PolyCollection([], color=style.color, alpha=0.2, linewidth=0))
+            (self.lines[name],) = ax.plot(
+                [], [], color=style.color, linestyle=style.line, marker=style.marker, label=style.label
+            )
+        self.cursor = ax.axvline(np.nan, color=INK, linewidth=0.9, alpha=0.6, zorder=0.5)
+        self.artists: list[Artist] = [*self.bands.values(), *self.lines.values(), self.cursor]
+
+    def update(self, curves: Mapping[str, Curve], at: float | None = None) -> None:
+        """Draw these curves, and the upright line at x = ``at``; series without a curve vanish."""
+        self.cursor.set_xdata([np.nan if at is None else at] * 2)
+        log = self.ax.get_yscale() == "log"
+        for name, line in self.lines.items():
+            c = curves.get(name)
+            if c is None:
+                line.set_data([], [])
+                self.bands[name].set_verts([])
+                continue
+            line.set_data(c.x, positive(c.y) if log else c.y)
+            line.set_markevery(max(1, -(-len(c.x) // self.markers)))
+            low, high = (positive(c.low), positive(c.high)) if log else (c.low, c.high)
+            seen = np.isfinite(low) & np.isfinite(high)
+            outline = np.column_stack([np.r_[c.x[seen], c.x[seen][::-1]], np.r_[low[seen], high[seen][::-1]]])
+            self.bands[name].set_verts([outline] if len(outline) and (c.low != c.high).any() else [])
+
+
+def positive(values: NDArray) -> NDArray:
+    """Values for a logarithmic axis: what is not positive is not drawn."""
+    return np.where(values > 0, values, np.nan)
