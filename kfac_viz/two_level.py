@@ -203,7 +203,7 @@ class TwoLevel(Operator):
         C, w = self.Q.columns, self.Q._weights
         if self.correction == "additive" or self.Z.size == 0:
             return (C * w) @ C.T
-        AC = self._image_columns + getattr(self.A, "damping", 0.0) * C
+        AC = self.image_columns + getattr(self.A, "damping", 0.0) * C
         Y = self.M @ AC
         if self.correction == "a-def1":
             return ((C - Y) * w) @ C.T
@@ -213,7 +213,7 @@ class TwoLevel(Operator):
         return torch.cat([C, Y], 1) @ torch.cat([w * (C.T + middle @ C.T - Y.T), -w * C.T])
 
     @cached_property
-    def _image_columns(self) -> Tensor:
+    def image_columns(self) -> Tensor:
         """``F Z C``, the same for every λ."""
         return self.image.prolong(self.Q._basis)
 

@@ -48,6 +48,29 @@ class Setting:
         """K-FAC's approximation of it, (P, P): the diagonal blocks ``G ⊗ A`` alone."""
         return torch.block_diag(*(self.K.block(l, l) for l in range(len(self.F.partition))))
 
+    @cached_property
+    def basis(self) -> Tensor:
+        """K-FAC's eigenvectors ``U_G ⊗ U_A``, (P, P), in which K-FAC is diagonal for every λ."""
+        f = self.F.kronecker()
+        return torch.block_diag(*(torch.kron(G.U, A.U) for A, G in zip(f.eigen_A, f.eigen_G, strict=True)))
+
+    @cached_property
+    def rotated(self) -> Tensor:
+        """The Fisher in that basis, (P, P)."""
+        return self.basis.T @ self.dense @ self.basis
+
+
+def significant(x, digits: int = 4):
+    """A number or tensor rounded to significant digits: the last bits depend on the number of threads.
+
+    >>> significant(0.0123456), significant(torch.tensor([1234.56, 0.0]))
+    (0.01235, tensor([1235.,    0.]))
+    """
+    if not isinstance(x, Tensor):
+        return float(f"{x:.{digits}g}")
+    scale = 10.0 ** (digits - 1 - x.abs().clamp_min(torch.finfo(x.dtype).tiny).log10().floor())
+    return torch.where(x == 0, x, (x * scale).round() / scale)
+
 
 @lru_cache(maxsize=8)
 def setting(

@@ -1,0 +1,252 @@
+"""What K-FAC misses of the inverse of ``F + λI``, and what a coarse space of a few numbers per layer gives back."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import coarse as spaces
+from ..parameters import Device, Range, Seed
+from ..partition import Partition
+from ..preconditioner import KFAC, Diagonal
+from ..two_level import CORRECTIONS, TwoLevel
+from .setting import Data, Flavour, Setting, Widths, setting, significant
+
+if TYPE_CHECKING:
+    import pandas
+
+Damping = Annotated[float, Range(1e-6, 10, log=True, steps=71)]
+PerLayer = Annotated[int, Range(0, 16)]
+Space = Literal["nicolaides", "spectral", "smooth", "krylov", "random", "optimal"]
+Correction = Literal["additive", "a-def1", "a-def2", "balanced"]
+Rule = Literal["eigen", "factored"]
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseSpaceResult:
+    """What the figure shows, for one λ and one coarse space; matrices are (P, P) in parameter order.
+
+    Attributes:
+        fisher: the exact Fisher F; ``blocks``: what K-FAC keeps of it, ``G ⊗ A`` in each layer.
+        missed: ``A⁻¹ − M``, with ``A = F + λI`` and M = K-FAC; ``added``: ``T − M``, with T the two-level method.
+        spectra: ascending eigenvalues (P,) of M A ("kfac") and T A (the correction's name).
+        captured: captured decrease of each direction; ``at_best_length``: the same after the best rescaling.
+        errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ ("kfac") and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
+            correction's name), in the Frobenius norm.
+    """
+
+    parameters: dict[str, Any]
+    partition: Partition
+    problem: str
+    size: int  # of the coarse space
+    fisher: Tensor
+    blocks: Tensor
+    missed: Tensor
+    added: Tensor
+    spectra: dict[str, Tensor]
+    captured: dict[str, float]
+    at_best_length: dict[str, float]
+    errors: dict[str, float]
+
+    def norms(self, matrix: str) -> Tensor:
+        """Frobenius norm of every block of ``fisher``, ``blocks``, ``missed`` or ``added``, (L, L)."""
+        squares = getattr(self, matrix).square()
+        rows = torch.stack([squares[s].sum(0) for s in self.partition.slices])
+        return torch.stack([rows[:, s].sum(1) for s in self.partition.slices], dim=1).sqrt()
+
+    def table(self) -> pandas.DataFrame:
+        """Tidy: ``quantity``, ``item`` (a method or matrix), ``position`` (rank or pair of layers), ``value``."""
+        import pandas
+
+        rows: list[tuple] = []
+        for quantity in ("captured", "at_best_length", "errors"):
+            rows += [(quantity, item, "", value) for item, value in getattr(self, quantity).items()]
+        for item in ("fisher", "blocks", "missed", "added"):
+            for l, row in enumerate(self.norms(item).tolist()):
+                rows += [("norm of block", item, f"{l + 1},{m + 1}", value) for m, value in enumerate(row)]
+        for item, values in self.spectra.items():
+            rows += [("eigenvalue", item, str(i + 1), value) for i, value in enumerate(values.tolist())]
+        return pandas.DataFrame(rows, columns=["quantity", "item", "position", "value"])
+
+
+def run_coarse_space(
+    *,
+    damping: Damping = 1e-2,
+    per_layer: PerLayer = 4,
+    coarse: Space = "spectral",
+    correction: Correction = "balanced",
+    rule: Rule = "eigen",
+    fisher: Flavour = "exact",
+    data: Data = "digits4",
+    widths: Widths = (12, 12, 12),
+    n: Annotated[int, Range(1, 1797)] = 500,
+    steps: Annotated[int, Range(0, 1000)] = 0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> CoarseSpaceResult:
+    """The exact Fisher, K-FAC, and a coarse correction on a small network.
+
+    Args:
+        damping: λ of A = F + λI, and of K-FAC and the coarse operator.
+        per_layer: columns of the coarse space in each layer.
+        coarse: which columns.
+        correction: how the two levels are combined.
+        rule: how K-FAC is damped.
+        fisher: which Fisher; mc and empirical are drawn as they are, and A is built from them.
+        data: digits (4×4 or 8×8 pixels) as classifier or autoencoder, or the planted toy problem.
+        widths: of the hidden layers.
+        n: examples.
+        steps: full-batch Adam steps before the picture is taken.
+        seed: of data, weights and random columns.
+        device: where to compute.
+    """
+    parameters = dict(locals())
+    where = setting(data, widths, n, seed, steps, fisher, device)
+    return coarse_space(where, parameters, damping=damping, per_layer=per_layer, coarse=coarse,
+                        correction=correction, rule=rule, seed=seed)  # fmt: skip
+
+
+def limits(values: dict[str, Any]) -> dict[str, int]:
+    """The largest coarse space per layer of the network with these values; sliders end there."""
+    partition = setting(*(values[name] for name in ("data", "widths", "n", "seed", "steps", "fisher"))).F.partition
+    return {"per_layer": min(layer.size for layer in partition.layers)}
+
+
+run_coarse_space.limits = limits
+
+
+def coarse_space(
+    where: Setting,
+    parameters: dict[str, Any],
+    *,
+    damping: float,
+    per_layer: int,
+    coarse: str,
+    correction: str,
+    rule: str,
+    seed: int = 0,
+) -> CoarseSpaceResult:
+    """:func:`run_coarse_space` in a setting of the reader's own; ``parameters`` are kept in the result."""
+    one = _one_level(where, rule, damping)
+    levels = _levels(where, per_layer, coarse, rule, seed, damping if coarse in ("krylov", "optimal") else None)
+    T = levels.two_level.with_damping(damping).with_correction(correction)
+    added = T.contribution()
+    left = _norm(one.missed - added) / max(_norm(one.missed), 1e-300)
+    captured, at_best_length = _captured(where, T)
+    return CoarseSpaceResult(
+        parameters=parameters,
+        partition=where.F.partition,
+        problem=where.problem.name,
+        size=T.Z.size,
+        fisher=where.dense,
+        blocks=where.blocks,
+        missed=one.missed,
+        added=added,
+        spectra={"kfac": one.spectrum, correction: levels.spectrum(where, T)},
+        captured=captured,
+        at_best_length=at_best_length,
+        errors={"blocks": _blocks_error(where), "kfac": one.error, correction: significant(left)},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _OneLevel:
+    """What moves with λ alone: ``A⁻¹ − M``, the spectrum of M A, and ‖A⁻¹ − M‖ / ‖A⁻¹‖."""
+
+    missed: Tensor
+    spectrum: Tensor
+    error: float
+
+
+@lru_cache(maxsize=4)
+def _one_level(where: Setting, rule: str, damping: float) -> _OneLevel:
+    M = KFAC(where.F, damping, rule)
+    weights, U = 1 / (where.F.eigen.d + damping), where.F.eigen.U
+    missed = (U * weights) @ U.T - M.dense()
+    error = significant(_norm(missed) / _norm(weights))
+    return _OneLevel(missed, _eigenvalues(_whitened(where, M)[0]), error)
+
+
+@dataclass(frozen=True, eq=False)
+class _Levels:
+    """What a coarse space alone decides: the method, its columns C in K-FAC's eigenbasis, and F C there."""
+
+    two_level: TwoLevel
+    columns: Tensor
+    image: Tensor
+
+    def spectrum(self, where: Setting, T: TwoLevel) -> Tensor:
+        """Ascending eigenvalues of T A, (P,): those of M A after an update of rank k in the whitened basis.
+
+        ``balanced`` and both a-def have an eigenvalue 1 for each column, and otherwise those of
+        ``M^½ (A − A Q A) M^½``; ``additive`` is similar to ``R S R`` with ``R² = I + M^-½ Q M^-½``.
+        """
+        S, half = _whitened(where, T.M)
+        root = T.Q._weights.sqrt()
+        if T.correction != "additive":
+            B = half[:, None] * (self.image + T.damping * self.columns) * root
+            values = _eigenvalues(S - B @ B.T)
+            return torch.cat([values[B.shape[1] :], values.new_ones(B.shape[1])]).sort().values
+        V, s, _ = torch.linalg.svd(self.columns / half[:, None] * root, full_matrices=False)
+        D = (1 + s.square()).sqrt() - 1  # R = I + V D Vᵀ
+        W = S @ V * D + V * D @ (V.T @ S @ V) * (D / 2)
+        return _eigenvalues(S + torch.cat([V, W], 1) @ torch.cat([W, V], 1).T)
+
+
+@lru_cache(maxsize=24)
+def _levels(where: Setting, per_layer: int, coarse: str, rule: str, seed: int, damping: float | None) -> _Levels:
+    """``damping`` is None where the columns are the same for every λ; all else of Z and Q is, anyway."""
+    A, M = where.F.damped(damping or 1.0), KFAC(where.F, damping or 1.0, rule)
+    if coarse in ("krylov", "optimal"):
+        arguments = (A, M, where.g) if coarse == "krylov" else (A, M)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dependent columns go; the result says how many are left
+            Z = getattr(spaces, coarse)(*arguments, per_layer)
+    else:
+        Z = getattr(spaces, coarse)(where.F, per_layer, *([seed] if coarse == "random" else []))
+    T = TwoLevel(A, M, Z)
+    image = T.image_columns
+    return _Levels(T, where.basis.T @ T.Q.columns, where.basis.T @ image)
+
+
+def _captured(where: Setting, T: TwoLevel) -> tuple[dict[str, float], dict[str, float]]:
+    """Captured decrease of every direction, as it is and after the best rescaling."""
+    directions = {"gradient": where.g, "diagonal": Diagonal(where.F, T.damping) @ where.g, "kfac": T.M @ where.g}
+    directions |= {name: T.with_correction(name) @ where.g for name in CORRECTIONS}
+    directions["exact"] = T.A.solve(where.g)
+    V = torch.stack(list(directions.values()), dim=1)
+    slope, curvature = where.g @ V, (V * (where.dense @ V + T.damping * V)).sum(0)
+    best = float(slope[-1])  # gᵀA⁻¹g, twice the decrease of the exact step
+    if not best > 0:
+        raise ValueError("The gradient is zero here: there is no decrease to capture. Take fewer training steps.")
+    captured, rescaled = (2 * slope - curvature) / best, slope.square() / curvature / best
+    return tuple(dict(zip(directions, significant(x).tolist(), strict=True)) for x in (captured, rescaled))
+
+
+@lru_cache(maxsize=8)
+def _blocks_error(where: Setting) -> float:
+    return significant(_norm(where.dense - where.blocks) / _norm(where.dense))
+
+
+def _whitened(where: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
+    """``S = M^½ A M^½`` in K-FAC's eigenbasis, (P, P), and the diagonal of ``M^½`` there, (P,)."""
+    half = torch.cat([weights.flatten() for weights in M._weights]).sqrt()
+    S = where.rotated * half * half[:, None]
+    S.diagonal().add_(M.damping * half.square())
+    return S, half
+
+
+def _eigenvalues(S: Tensor) -> Tensor:
+    """Of a symmetric matrix, ascending, to 4 digits; NumPy's LAPACK is the quicker one on few cores."""
+    values = torch.from_numpy(np.linalg.eigvalsh(S.cpu().numpy()))
+    return significant(values.clamp_min(1e-12 * float(values[-1])))
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x))
