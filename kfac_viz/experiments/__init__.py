@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .coarse_space import CoarseSpaceResult, run_coarse_space
+
 # The notebooks that can be regenerated, and the function whose signature states their parameters.
 NOTEBOOKS: dict[str, Callable] = {}
 
-__all__ = ["NOTEBOOKS"]
+__all__ = ["NOTEBOOKS", "CoarseSpaceResult", "run_coarse_space"]

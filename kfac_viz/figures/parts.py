@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.collections import LineCollection
 
-from .style import FAINT, INK, SIGNED
+from .style import INK, SIGNED
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
     from numpy.typing import ArrayLike, NDArray
@@ -20,28 +22,33 @@ class MatrixView:
     """A signed P×P matrix as an image with layer boundaries and names; zero is white.
 
     Entries are drawn as a share of ``limit``: linear, or linear–logarithmic so that small entries show
-    (linear below ``limit / 1000``). Several entries on one pixel appear as the largest of them in modulus.
+    (linear below ``limit / 100``). Several entries on one pixel, of which there are at most
+    ``pixels`` along a side, appear as the largest of them in modulus.
     """
 
-    PIXELS = 330  # along one side, at most
-    DECADES = 3.0
-
-    def __init__(self, ax: Axes, partition: Partition, title: str, *, logarithmic: bool = True) -> None:
+    def __init__(
+        self, ax: Axes, partition: Partition, title: str, *, logarithmic: bool = True, pixels: int = 330
+    ) -> None:
         self.ax, self.partition, self.logarithmic = ax, partition, logarithmic
-        self._group = -(-partition.size // self.PIXELS)
+        self._group = -(-partition.size // pixels)
         P = partition.size
         self.image: AxesImage = ax.imshow(
             np.zeros((1, 1)),
             cmap=SIGNED,
             vmin=-1,
             vmax=1,
-            extent=(0, P, P, 0),
+            extent=(0, P + -P % self._group, P + -P % self._group, 0),
             interpolation="nearest",
             interpolation_stage="data",
         )
-        for edge in partition.offsets[1:-1]:
-            ax.axhline(edge, color=FAINT, linewidth=0.6)
-            ax.axvline(edge, color=FAINT, linewidth=0.6)
+        ax.set(xlim=(0, P), ylim=(P, 0))
+        edges = [edge for edge in partition.offsets[1:-1] for _ in "xy"]
+        self.edges = LineCollection(
+            [((e, 0), (e, P)) if i % 2 else ((0, e), (P, e)) for i, e in enumerate(edges)],
+            colors=INK,
+            linewidths=0.6 if len(edges) < 20 else 0.3,
+        )
+        ax.add_collection(self.edges, autolim=False)
         centres = [(s.start + s.stop) / 2 for s in partition.slices]
         names = [str(i + 1) for i in range(len(partition))]
         ax.set_xticks(centres, names)
@@ -53,6 +60,21 @@ class MatrixView:
         ax.set_xlabel("layer")
         ax.set_ylabel("layer")
 
+    @property
+    def artists(self) -> list[Artist]:
+        """What has to be drawn again after :meth:`update`: the image, and what lies on it."""
+        return [self.image, self.edges, *self.ax.spines.values()]
+
+    def name_layers(self) -> None:
+        """Names, shapes and sizes of the layers in place of their numbers, where there is room for them."""
+        layers = self.partition.layers
+        if len(layers) <= 6:
+            names = [
+                f"{l + 1}: {layer.features - layer.bias}→{layer.out}\n{layer.size}" for l, layer in enumerate(layers)
+            ]
+            self.ax.set_yticklabels(names, fontsize="small", linespacing=1.4)
+            self.ax.set_ylabel("")
+
     def update(self, matrix: ArrayLike, limit: float) -> None:
         """Draw another matrix; ``limit`` is the modulus at which the colours end."""
         self.image.set_data(self.shade(pooled(matrix, self._group), limit))
@@ -60,10 +82,32 @@ class MatrixView:
     def shade(self, values: NDArray, limit: float) -> NDArray:
         """Entries as numbers in [-1, 1], rounded so that the last bits of a sum cannot change a pixel."""
         share = np.clip(values / limit if limit > 0 else values * 0.0, -1, 1)
-        if self.logarithmic:
-            knee = 10.0**-self.DECADES
-            share = np.sign(share) * np.log1p(np.abs(share) / knee) / np.log1p(1 / knee)
-        return np.round(share, 4)
+        return np.round(compressed(share) if self.logarithmic else share, 4)
+
+
+class ColourBar:
+    """The scale of one or several views, below them; its numbers are texts that :meth:`update` sets."""
+
+    def __init__(self, ax: Axes, *, logarithmic: bool = True) -> None:
+        self.ax, self.logarithmic = ax, logarithmic
+        ax.imshow(np.linspace(-1, 1, 256)[None], cmap=SIGNED, extent=(-1, 1, 0, 1), aspect="auto")
+        ax.set(xticks=[], yticks=[])
+        inner = 0.1 if logarithmic else 0.5
+        self.shares = np.array([-1, -inner, 0, inner, 1])
+        places = compressed(self.shares) if logarithmic else self.shares
+        sides = ("left", "center", "center", "center", "right")
+        self.texts = [
+            ax.text(x, -0.8, "", ha=side, va="top", fontsize="small") for x, side in zip(places, sides, strict=True)
+        ]
+
+    def update(self, limit: float) -> None:
+        for text, share in zip(self.texts, self.shares, strict=True):
+            text.set_text(number(share * limit, 2))
+
+
+def compressed(share: NDArray) -> NDArray:
+    """Linear–logarithmic: [-1, 1] onto itself, with a knee at 1/100."""
+    return np.sign(share) * np.log1p(np.abs(share) * 100) / np.log1p(100)
 
 
 def pooled(matrix: ArrayLike, group: int) -> NDArray:
@@ -71,11 +115,12 @@ def pooled(matrix: ArrayLike, group: int) -> NDArray:
     values = np.asarray(matrix)
     if group == 1:
         return values
+    values = np.pad(values, (0, -len(values) % group))
     P = len(values)
-    pad = -P % group
-    values = np.pad(values, (0, pad))
-    tiles = values.reshape((P + pad) // group, group, (P + pad) // group, group)
-    high, low = tiles.max(axis=(1, 3)), tiles.min(axis=(1, 3))
+    high, low = (
+        reduce(reduce(values.reshape(-1, group, P), axis=1).T.reshape(-1, group, P // group), axis=1).T
+        for reduce in (np.max, np.min)
+    )
     return np.where(high > -low, high, low)
 
 
@@ -83,3 +128,18 @@ def limit_of(matrix: ArrayLike) -> float:
     """A colour limit for a signed matrix: the largest modulus, to two digits."""
     largest = float(np.abs(np.asarray(matrix)).max())
     return float(f"{largest:.1e}") if largest > 0 else 1.0
+
+
+def number(x: float, digits: int = 3) -> str:
+    """A number for a reader: few digits, a proper minus sign, powers of ten as such.
+
+    >>> number(-0.54321), number(1e-5), number(-53200), number(12)
+    ('−0.543', '10⁻⁵', '−5.32·10⁴', '12')
+    """
+    x = float(x)
+    if not np.isfinite(x) or x == 0 or 1e-3 <= abs(x) < 1e4:
+        return f"{float(f'{x:.{digits}g}'):g}".replace("-", "−")
+    mantissa, exponent = f"{x:.{digits - 1}e}".split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    mantissa = f"{float(mantissa):g}".replace("-", "−")
+    return {"1": power, "−1": f"−{power}"}.get(mantissa, f"{mantissa}·{power}")

@@ -21,6 +21,7 @@ class Plot(ABC):
     """
 
     size: tuple[float, float] = (10.0, 6.0)  # inches
+    layout: str | None = "constrained"  # None where ``build`` places the axes itself
 
     def __init__(self, result: Any) -> None:
         import matplotlib
@@ -29,7 +30,7 @@ class Plot(ABC):
 
         self.animated: list[Artist] = []
         with matplotlib.rc_context(rc()):
-            self.figure: Figure = Figure(figsize=self.size, layout="constrained")
+            self.figure: Figure = Figure(figsize=self.size, layout=self.layout)
             FigureCanvasAgg(self.figure)
             self.build(result)
             self.update(result)

@@ -22,6 +22,8 @@ METHODS: dict[str, Style] = {
     "diagonal": Style("diagonal", "#56B4E9", "v", "--"),
     "block-diagonal": Style("exact blocks", "#009E73", "s", "--"),
     "kfac": Style("K-FAC", "#0072B2", "o", "-"),
+    "factored": Style("K-FAC, factored damping", "#003F66", "p", "-."),
+    "sampled": Style("K-FAC, sampled labels", "#882255", "X", "-."),
     "ekfac": Style("EKFAC", "#0072B2", "d", "--"),
     "block-tridiagonal": Style("block-tridiagonal", "#009E73", "P", "-"),
     "additive": Style("two-level, additive", "#E69F00", "^", "-"),
@@ -45,8 +47,17 @@ FLAVOURS: dict[str, Style] = {
     "empirical": Style("empirical Fisher", "#CC79A7", "P", "--"),
 }
 
+PIECES: dict[str, Style] = {  # of K-FAC's error
+    "dropped": Style("blocks dropped", "#0072B2"),
+    "basis": Style("Kronecker basis", "#009E73"),
+    "eigenvalues": Style("Kronecker eigenvalues", "#56B4E9"),
+    "sampling": Style("sampled labels", "#CC79A7"),
+    "damping": Style("factored damping, at λ", "#E69F00"),
+}
+
 SIGNED = "RdBu_r"  # zero is white, for matrices whose sign means something
 INK = "#222222"
+MUTED = "#666666"
 FAINT = "#BBBBBB"
 
 
