@@ -107,10 +107,10 @@ class Partition:
                 "the layers to keep with layers=[...]."
             )
         for name, module in found.items():
-            if not isinstance(module.weight, nn.Parameter):
+            if not all(isinstance(p, nn.Parameter) for p in (module.weight, module.bias) if p is not None):
                 raise ValueError(
-                    f"The weight of layer {name!r} is computed from other parameters (weight norm, spectral norm, "
-                    "pruning); make it a plain parameter first, or name the other layers with layers=[...]."
+                    f"A parameter of layer {name!r} is computed from others (weight norm, spectral norm, "
+                    "pruning); make it a plain one first, or name the other layers with layers=[...]."
                 )
         owner: dict[int, str] = {}
         for name, module in model.named_modules():
