@@ -138,8 +138,9 @@ class TwoLevel(Operator):
         check_same_space(A, Z)
         self.partition, self.dtype, self.device = A.partition, A.dtype, A.device
         self.A, self.M, self.Z, self.correction = A, M, Z, correction
-        self.Q = CoarseCorrection(A if coarse_operator is None else coarse_operator, Z)
         self.galerkin = coarse_operator is None  # whether E is built from A itself
+        self.coarse_operator = A if coarse_operator is None else coarse_operator
+        self.Q = CoarseCorrection(self.coarse_operator, Z)
         if self.galerkin:
             self.image = self.Q.image
 
@@ -160,10 +161,11 @@ class TwoLevel(Operator):
 
     def with_damping(self, damping: float) -> TwoLevel:
         """A, M and E at another λ together; nothing is factorised again. The columns of Z stay as they are."""
-        if not isinstance(self.A, Damped):
-            raise ValueError(f"{type(self.A).__name__} has no damping to move; build A as F.damped(λ).")
+        for what, operator in (("A", self.A), ("The coarse operator", self.coarse_operator)):
+            if not isinstance(operator, Damped):
+                raise ValueError(f"{what} ({type(operator).__name__}) has no damping to move; build it as F.damped(λ).")
         A, M, Q = (part.with_damping(damping) for part in (self.A, self.M, self.Q))
-        return replace(self, A=A, M=M, Q=Q)
+        return replace(self, A=A, M=M, Q=Q, coarse_operator=self.coarse_operator.with_damping(damping))
 
     def with_correction(self, correction: str) -> TwoLevel:
         """The same levels, combined in another way."""
