@@ -33,6 +33,7 @@ except PackageNotFoundError:  # a source tree that was not installed
 _LAZY = {
     "problems": None,
     "experiments": None,
+    "exercises": None,
     "figures": None,
     "widgets": None,
     "explore": "widgets",

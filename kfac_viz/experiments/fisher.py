@@ -142,10 +142,7 @@ def _network(data, widths, n, steps, samples, repeats, seed, device):
 
 def _plane(damping, samples, point, likelihood, seed, device) -> Plane:
     """Regression with one weight and one bias; the noise grows with x, so no point makes the model right."""
-    problem = _small(likelihood, seed, device)
-    with torch.no_grad():
-        problem.model[0].weight.fill_(point[0])
-        problem.model[0].bias.fill_(point[1])
+    problem = small_problem(likelihood, seed, device, weight=point[0], bias=point[1])
     g, generator = problem.gradient(), torch.Generator(device).manual_seed(seed)
     F = {
         "exact": problem.capture(),
@@ -170,28 +167,33 @@ def _plane(damping, samples, point, likelihood, seed, device) -> Plane:
     )
 
 
-def _small(likelihood: str, seed: int, device: str = "cpu") -> Problem:
+def small_problem(
+    likelihood: str, seed: int, device: str = "cpu", *, weight: float = 0.0, bias: float = 0.0
+) -> Problem:
+    """The model with two parameters at one point: 200 examples, least squares or logistic regression."""
     generator = torch.Generator().manual_seed(seed)
     x = 1.5 + torch.randn(200, 1, generator=generator, dtype=torch.float64)
     noise = torch.randn(200, 1, generator=generator, dtype=torch.float64)
     y = x - 0.5 + 0.5 * x * noise
     if likelihood == "bernoulli":
         y = (x - 0.5 + 1.5 * noise > 0).to(torch.float64)
-    return Problem(nn.Sequential(nn.Linear(1, 1, dtype=torch.float64)), x, y, likelihood).to(device)
+    model = nn.Sequential(nn.Linear(1, 1, dtype=torch.float64))
+    problem = Problem(model, x, y, likelihood, "a line")
+    point = torch.tensor([weight, bias], dtype=torch.float64)
+    problem.partition.add_(model, point - problem.partition.pack(model))
+    return problem.to(device)
 
 
 @lru_cache(maxsize=4)
 def _landscape(likelihood: str, seed: int) -> tuple[NDArray, NDArray, NDArray]:
     """The loss on a grid of weights and biases, and its minimum by Newton's method (the exact Fisher: λ = 0)."""
-    problem = _small(likelihood, seed)
+    problem = small_problem(likelihood, seed)
     axis = torch.linspace(-2.5, 2.5, 71, dtype=torch.float64)
 
     def loss(w: Tensor, b: Tensor) -> Tensor:
         return nll(problem.inputs * w + b, problem.targets, likelihood)
 
     grid = torch.vmap(torch.vmap(loss, (0, None)), (None, 0))(axis, axis)
-    θ = torch.zeros(2, dtype=torch.float64)
-    problem.model[0].load_state_dict({"weight": θ[:1, None], "bias": θ[1:]})
     for _ in range(20):
         step = problem.capture().damped(0.0).solve(problem.gradient())
         problem.partition.add_(problem.model, step, alpha=-1)

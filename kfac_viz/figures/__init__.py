@@ -1,7 +1,23 @@
 """Results to matplotlib figures, and figures to files. Nothing here computes, and nothing here knows widgets."""
 
 from .coarse_space import CoarseSpacePlot, plot_coarse_space
+from .damping import DampingPlot, plot_damping
+from .fisher import FisherPlot, plot_fisher
+from .kfac import KfacPlot, plot_kfac
 from .save import save
-from .style import METHODS, SPACES
+from .style import FLAVOURS, METHODS, SPACES
 
-__all__ = ["METHODS", "SPACES", "CoarseSpacePlot", "plot_coarse_space", "save"]
+__all__ = [
+    "FLAVOURS",
+    "METHODS",
+    "SPACES",
+    "CoarseSpacePlot",
+    "DampingPlot",
+    "FisherPlot",
+    "KfacPlot",
+    "plot_coarse_space",
+    "plot_damping",
+    "plot_fisher",
+    "plot_kfac",
+    "save",
+]

@@ -43,7 +43,7 @@ class CurveView:
         ax.set(title=title, xlabel=x, ylabel=y, xscale=scale[0], yscale=scale[1], xlim=xlim, ylim=ylim)
         self.lines, self.bands = {}, {}
         for name, style in series.items():
-            self.bands[name] = ax.add_collection(PolyCollection([], color=style.color, alpha=0.2, linewidth=0))
+            self.bands[name] = ax.add_collection(PolyCollection([], color=style.color, alpha=0.18, linewidth=0))
             (self.lines[name],) = ax.plot(
                 [], [], color=style.color, linestyle=style.line, marker=style.marker, label=style.label
             )

@@ -29,13 +29,11 @@ class FisherPlot(Plot):
     def build(self, result: FisherResult) -> None:
         top, bottom = self.figure.subplots(2, 4)
         self.landscapes = [
-            Landscape(top[0], "Two parameters: what counts as equally far"),
+            Landscape(top[0], "Two parameters: metrics"),
             Landscape(top[1], "Two parameters: steps"),
         ]
         self.ellipses = {name: _line(top[0], style, linewidth=2) for name, style in FLAVOURS.items()}
-        self.steps = {
-            name: _line(top[1], style, marker=style.marker, markevery=[1], markersize=8) for name, style in STEPS.items()
-        }
+        self.steps = {name: _line(top[1], s, marker=s.marker, markevery=[1], markersize=8) for name, s in STEPS.items()}
         self.points = [ax.plot([], [], "o", color=INK, markersize=6, zorder=5)[0] for ax in top[:2]]
         self.shares = {
             name: top[1].text(0.03, 0.27 - 0.06 * i, "", transform=top[1].transAxes, color=s.color, weight="bold")
@@ -47,7 +45,7 @@ class FisherPlot(Plot):
             y="‖F̂ − F‖ / ‖F‖", xlim=(0.9, 1.1 * SAMPLES[-1]), ylim=(0.005, 3),
         )  # fmt: skip
         self.rescaled = CurveView(
-            top[3], FLAVOURS, "Network: captured decrease", x="damping λ", y="share of the best step's, rescaled",
+            top[3], FLAVOURS, "Network: captured decrease", x="damping λ", y="share captured at best length",
             xlim=λ, ylim=(0, 1.03), scale=("log", "linear"),
         )  # fmt: skip
         self.spectrum = CurveView(
@@ -56,7 +54,7 @@ class FisherPlot(Plot):
         )  # fmt: skip
         self.level = bottom[3].axhline(1, color=INK, linewidth=0.9, alpha=0.6)
         self.views = [
-            MatrixView(ax, result.partition, style.label, logarithmic=False)
+            MatrixView(ax, result.partition, style.label, pixels=162, logarithmic=False)
             for ax, style in zip(bottom, FLAVOURS.values(), strict=False)
         ]
         self.scale = bottom[0].text(1, 1.015, "", transform=bottom[0].transAxes, ha="right", fontsize="small")
@@ -66,7 +64,7 @@ class FisherPlot(Plot):
             *(view.lines for view in self.landscapes), *(view.minimum for view in self.landscapes),
             *self.ellipses.values(), *self.steps.values(), *self.points, *self.shares.values(),
             *self.error.artists, *self.rescaled.artists, *self.spectrum.artists, self.level,
-            *(view.image for view in self.views), self.scale,
+            *(artist for view in self.views for artist in view.artists), self.scale,
         ]  # fmt: skip
 
     def update(self, result: FisherResult) -> None:
@@ -83,8 +81,8 @@ class FisherPlot(Plot):
         for name, line in self.steps.items():
             line.set_data(*np.stack([here, here - plane.steps[name]], axis=1))
             self.shares[name].set_text(f"{plane.shares[name]:.2f}  {STEPS[name].label}")
-        # The diagonal of the first layers would outshine the rest: colours end at a tenth of the largest entry.
-        limit = limit_of(result.matrices["exact"] / 10)
+        # The diagonal of the first layers would outshine the rest: colours end at a fifth of the largest entry.
+        limit = limit_of(result.matrices["exact"] / 5)
         for view, matrix in zip(self.views, result.matrices.values(), strict=True):
             view.update(matrix, limit)
         self.scale.set_text(f"colours end at ±{limit:.2g}")
