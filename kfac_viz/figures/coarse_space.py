@@ -49,11 +49,18 @@ class CoarseSpacePlot(Plot):
         self.bars = [ColourBar(self._axes(left, 3.72, 4.95, 0.09)) for left in (1.0, 6.4)]
         self._build_spectra(self._axes(1.0, 4.5, 4.95, 1.7), result)
         self._build_captured(self._axes(7.8, 4.6, 2.9, 1.65))
-        views = [artist for name in ("missed", "added") for artist in self.views[name].artists]
+        views = [artist for view in self.views.values() for artist in view.artists]
         self.animated = [
-            *views, self.title, self.subtitle, *self.notes.values(), *self.bars[1].texts, *self.lines, *self.legend,
+            *views, self.title, self.subtitle, *self.notes.values(), *self.bars[0].texts, *self.bars[1].texts, *self.lines, *self.legend,
             *self.boxes, *self.numbers, self.best, self.off,
         ]  # fmt: skip
+
+    def fits(self, result: CoarseSpaceResult) -> bool:
+        return result.partition == self.views["fisher"].partition
+
+    def scale(self, logarithmic: bool) -> None:
+        for part in (*self.views.values(), *self.bars):
+            part.logarithmic = logarithmic
 
     def _build_spectra(self, ax: Axes, result: CoarseSpaceResult) -> None:
         P = result.partition.size

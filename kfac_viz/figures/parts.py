@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,7 @@ class MatrixView:
         self, ax: Axes, partition: Partition, title: str, *, logarithmic: bool = True, pixels: int = 330
     ) -> None:
         self.ax, self.partition, self.logarithmic = ax, partition, logarithmic
+        self._shown: tuple | None = None
         self._group = -(-partition.size // pixels)
         P = partition.size
         self.image: AxesImage = ax.imshow(
@@ -77,7 +79,9 @@ class MatrixView:
 
     def update(self, matrix: ArrayLike, limit: float) -> None:
         """Draw another matrix; ``limit`` is the modulus at which the colours end."""
-        self.image.set_data(self.shade(pooled(matrix, self._group), limit))
+        if (shown := (id(matrix), limit, self.logarithmic)) != self._shown:
+            self._matrix, self._shown = matrix, shown  # kept, so that no other matrix gets its id
+            self.image.set_data(self.shade(pooled(matrix, self._group), limit))
 
     def shade(self, values: NDArray, limit: float) -> NDArray:
         """Entries as numbers in [-1, 1], rounded so that the last bits of a sum cannot change a pixel."""
@@ -89,20 +93,16 @@ class ColourBar:
     """The scale of one or several views, below them; its numbers are texts that :meth:`update` sets."""
 
     def __init__(self, ax: Axes, *, logarithmic: bool = True) -> None:
-        self.ax, self.logarithmic = ax, logarithmic
+        self.logarithmic = logarithmic
         ax.imshow(np.linspace(-1, 1, 256)[None], cmap=SIGNED, extent=(-1, 1, 0, 1), aspect="auto")
         ax.set(xticks=[], yticks=[])
-        inner = 0.1 if logarithmic else 0.5
-        self.shares = np.array([-1, -inner, 0, inner, 1])
-        places = compressed(self.shares) if logarithmic else self.shares
         sides = ("left", "center", "center", "center", "right")
-        self.texts = [
-            ax.text(x, -0.8, "", ha=side, va="top", fontsize="small") for x, side in zip(places, sides, strict=True)
-        ]
+        self.texts = [ax.text(0, -0.8, "", ha=side, va="top", fontsize="small") for side in sides]
 
     def update(self, limit: float) -> None:
-        for text, share in zip(self.texts, self.shares, strict=True):
-            text.set_text(number(share * limit, 2))
+        inner = 0.1 if self.logarithmic else 0.5
+        for text, share in zip(self.texts, (-1, -inner, 0, inner, 1), strict=True):
+            text.set(x=compressed(share) if self.logarithmic else share, text=number(share * limit, 2))
 
 
 def compressed(share: NDArray) -> NDArray:
@@ -111,16 +111,13 @@ def compressed(share: NDArray) -> NDArray:
 
 
 def pooled(matrix: ArrayLike, group: int) -> NDArray:
-    """The entry of largest modulus in every group × group tile."""
-    values = np.asarray(matrix)
-    if group == 1:
-        return values
-    values = np.pad(values, (0, -len(values) % group))
-    P = len(values)
-    high, low = (
-        reduce(reduce(values.reshape(-1, group, P), axis=1).T.reshape(-1, group, P // group), axis=1).T
-        for reduce in (np.max, np.min)
-    )
+    """The entry of largest modulus in every group × group tile, in single precision: it becomes a colour."""
+    values = np.asarray(matrix, dtype=np.float32)
+    values = np.pad(values, (0, -len(values) % group)) if group > 1 else values
+    high = low = values
+    for _ in range(2):  # rows, then columns
+        high = reduce(np.maximum, (high[i::group] for i in range(group))).T
+        low = reduce(np.minimum, (low[i::group] for i in range(group))).T
     return np.where(high > -low, high, low)
 
 

@@ -44,3 +44,7 @@ class Plot(ABC):
     @abstractmethod
     def update(self, result: Any) -> None:
         """Put the numbers of ``result`` into the artists, and its words into ``figure.set_label``."""
+
+    def fits(self, result: Any) -> bool:
+        """Whether :meth:`update` can show ``result``; else a new plot is built."""
+        return True
