@@ -20,7 +20,7 @@ from torch.nn import functional
 from .fisher import Fisher
 from .likelihood import FLAVOURS, LIKELIHOODS, check_outputs, output_vectors
 from .operator import check_choice, check_count, check_type
-from .partition import Partition
+from .partition import Partition, all_finite
 
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose other parameters were reported
 
@@ -98,7 +98,7 @@ def capture(
         inputs = tuple(x.clone() if x.is_inference() else x for x in inputs)
         outputs, a, edges = record(model, inputs, partition)
         check_finite(partition, a, "the inputs")
-        if not torch.isfinite(outputs).all():
+        if not all_finite(outputs):
             raise ValueError("The model's outputs hold NaN or inf; look at its inputs and weights.")
         vectors = output_vectors(outputs, likelihood, fisher, targets=targets, samples=samples, generator=generator)
         g = pull_back(outputs, vectors, edges)
@@ -237,19 +237,19 @@ def check_inputs(model: nn.Module, partition: Partition, inputs: tuple[Tensor, .
                 f"{first.device}; one dtype and device are needed."
             )
         bias = model.get_submodule(name).bias
-        if not torch.isfinite(p).all() or (bias is not None and not torch.isfinite(bias).all()):
+        if not all_finite(p) or (bias is not None and not all_finite(bias)):
             raise ValueError(f"The weights of layer {name!r} hold NaN or inf.")
     for x in inputs:
         if x.device != first.device or (x.is_floating_point() and x.dtype != first.dtype):
             raise ValueError(f"The model is {first.dtype} on {first.device}, the inputs {x.dtype} on {x.device}.")
-        if x.is_floating_point() and not torch.isfinite(x).all():
+        if x.is_floating_point() and not all_finite(x):
             raise ValueError("The inputs of the model hold NaN or inf.")
 
 
 def check_finite(partition: Partition, tensors: list[Tensor], what: str) -> None:
     """Refuse captured tensors with NaN or inf, naming the first layer that has them."""
     for name, x in zip(partition.names, tensors, strict=True):
-        if not torch.isfinite(x).all():
+        if not all_finite(x):
             raise ValueError(f"{what[0].upper()}{what[1:]} of layer {name!r} hold NaN or inf.")
 
 

@@ -95,6 +95,10 @@ class CoarseSpace:
     def _prolong(self, c: Tensor) -> Tensor:
         return self._columns @ c
 
+    def add_(self, v: Tensor, c: Tensor, alpha: float = 1.0) -> Tensor:
+        """``v + alpha Z c``, in place, for v (P, k') and c (k, k')."""
+        return v.add_(self._prolong(c), alpha=alpha)
+
     def gram(self) -> Tensor:
         """``ZᵀZ``, (k, k)."""
         return self._columns.T @ self._columns
@@ -155,6 +159,8 @@ class RankOneSpace(CoarseSpace):
         return torch.block_diag(*(torch.einsum("ok,ik->oik", W, U).flatten(0, 1) for W, U in self.factors))
 
     def _restrict(self, r: Tensor) -> Tensor:
+        if r.ndim == 2 and r.shape[1] == 1:
+            return self._restrict(r[:, 0])[:, None]
         pieces = []
         for (W, U), R in zip(self.factors, self.partition.split(r), strict=True):
             if r.ndim == 1:
@@ -171,6 +177,14 @@ class RankOneSpace(CoarseSpace):
             else:
                 pieces.append(((W * part.mT[:, None]) @ U.mT).permute(1, 2, 0))
         return self.partition.join(pieces)
+
+    def add_(self, v: Tensor, c: Tensor, alpha: float = 1.0) -> Tensor:
+        if c.shape[1:] != (1,) or not v.is_contiguous():
+            return super().add_(v, c, alpha)
+        pieces = zip(self.factors, c[:, 0].split(self.per_layer), self.partition.split(v[:, 0]), strict=True)
+        for (W, U), part, V in pieces:
+            V.addmm_(W * part, U.mT, alpha=alpha)
+        return v
 
     def gram(self) -> Tensor:
         return torch.block_diag(*((W.T @ W) * (U.T @ U) for W, U in self.factors))

@@ -60,6 +60,12 @@ class Fisher(Operator):
             pieces.append(torch.einsum("ntok,nti->oik", w, a))
         return self.partition.join(pieces)
 
+    def add_pulled_(self, v: Tensor, s: Tensor, alpha: float) -> Tensor:
+        """``v + alpha Jᵀ s`` in place, for v (P, 1) and s (S, N, 1): one product a layer and no temporary."""
+        for a, g, V in zip(self.a, self.g, self.partition.split(v[:, 0]), strict=True):
+            V.addmm_((g * s[..., None]).sum(0).flatten(0, 1).mT, a.flatten(0, 1), alpha=alpha)
+        return v
+
     def dense(self) -> Tensor:
         """The matrix (P, P), from the blocks on and above the diagonal: N P² products, not S N P²."""
         P, slices = self.partition.size, self.partition.slices
@@ -147,7 +153,7 @@ class Fisher(Operator):
         a, g = self.a[l], self.g[l]
         if convention == "reduce":
             return a.mean(1), g.sum(2)
-        return a.flatten(0, 1) / a.shape[1] ** 0.5, g.flatten(1, 2)
+        return (a[:, 0] if a.shape[1] == 1 else a.flatten(0, 1) / a.shape[1] ** 0.5), g.flatten(1, 2)
 
     def _chunks(self, tensors: tuple[Tensor, ...], per_example: int) -> Iterator[list[Tensor]]:
         """The examples of inputs (N, T, …) and vectors (S, N, T, …), a bounded number at a time."""
@@ -174,6 +180,11 @@ class ScoreImage(Image):
 
     def prolong(self, c: Tensor) -> Tensor:
         return self.F.pull(self.U @ c) / self.F.N
+
+    def add_(self, v: Tensor, c: Tensor) -> Tensor:
+        if c.shape[1] != 1 or not v.is_contiguous():
+            return super().add_(v, c)
+        return self.F.add_pulled_(v, self.U @ c, 1 / self.F.N)
 
     def restrict(self, r: Tensor) -> Tensor:
         return self.U.flatten(0, 1).T @ self.F.scores(r).flatten(0, 1) / self.F.N

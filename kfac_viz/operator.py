@@ -220,6 +220,10 @@ class Image:
     def prolong(self, c: Tensor) -> Tensor:
         return self._columns @ c
 
+    def add_(self, v: Tensor, c: Tensor) -> Tensor:
+        """``v + B Z c``, in place."""
+        return v.add_(self.prolong(c))
+
     def restrict(self, r: Tensor) -> Tensor:
         return self._columns.T @ r
 

@@ -176,15 +176,19 @@ class TwoLevel(Operator):
         if Z.size == 0:
             return M._apply(r)
         if self.correction == "additive":
-            return M._apply(r) + Q._apply(r)
+            return Z.add_(M._apply(r), Q.solve(Z.restrict(r)))
         if self.correction == "a-def2":
             v = M._apply(r)
-            return v + Z.prolong(Q.solve(Z.restrict(r) - self._restrict_A(v)))
+            return Z.add_(v, Q.solve(Z.restrict(r) - self._restrict_A(v)))
         c = Q.solve(Z.restrict(r))
-        v = M._apply(r - self._prolong_A(c))
+        v = M._apply(self._add_AZ_(r.clone(), -c))
         if self.correction == "balanced":
             c = c - Q.solve(self._restrict_A(v))
-        return v + Z.prolong(c)
+        return Z.add_(v, c)
+
+    def _add_AZ_(self, v: Tensor, c: Tensor) -> Tensor:
+        """``v + A Z c``, in place."""
+        return self.Z.add_(self.image.add_(v, c), c, alpha=getattr(self.A, "damping", 0.0))
 
     def _prolong_A(self, c: Tensor) -> Tensor:
         """``A Z c``."""

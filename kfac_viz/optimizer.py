@@ -1,0 +1,652 @@
+"""Train with the objects that the figures draw: two-level K-FAC as a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import coarse as spaces
+from .cached import CachedKFAC, LeadingEigenvectors
+from .coarse import CoarseSpace, LocalSpace, RankOneSpace
+from .fisher import Fisher, KroneckerFisher
+from .kronecker import CONVENTIONS, KroneckerFactors
+from .likelihood import FLAVOURS, LIKELIHOODS
+from .operator import Damped, check_choice, check_damping, replace
+from .partition import Partition, all_finite, is_kronecker_layer
+from .preconditioner import RULES
+from .statistics import RunningFactors, Window, observe_batch
+from .step import STEP_RULES, QuadraticModel, adapted_damping, best_coefficients, kl_scale
+from .two_level import CORRECTIONS, TwoLevel
+
+SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
+COARSE_OPERATORS = ("captured", "kronecker")
+GUARDS = ("off", "count", "shorten")
+ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
+REJECTION = 4.0  # factor on λ after a step that went up
+
+
+class TwoLevelKFAC(Optimizer):
+    """K-FAC with a coarse correction between layers, built from :class:`TwoLevel` and nothing else.
+
+    >>> import kfac_viz as kv
+    >>> problem = kv.problems.digits(widths=(8,), side=4, n=64)
+    >>> opt = TwoLevelKFAC(problem.model, likelihood="categorical")
+    >>> for _ in range(3):
+    ...     opt.zero_grad()
+    ...     loss = kv.nll(problem.model(problem.inputs), problem.targets, "categorical")
+    ...     loss.backward()
+    ...     opt.observe(problem.inputs)
+    ...     opt.step()
+    >>> opt.preconditioner.correction
+    'balanced'
+
+    The loss has to be the mean over examples of the *summed* negative log-likelihood, :func:`kfac_viz.nll`: the
+    curvature and the damping are on that scale.
+
+    What is averaged or stale: M holds exponential averages of the factors, as they were at the last refresh; A is
+    the weighted Fisher of the last observed batches, as it was at the last coarse refresh; both share λ. After a
+    single observation of a batch that fits in ``coarse_examples`` they are that batch's own.
+
+    Args:
+        model: its trainable Linear and ungrouped Conv2d layers get curvature; other parameters get plain gradient
+            steps, and a warning names them once. Compiled models are seen through.
+        params: parameters or groups with their own ``lr``, ``momentum``, ``weight_decay``, ``maximize``; all
+            trainable ones by default. A layer is preconditioned if all of its parameters are given.
+        likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
+        lr: factor on every step; with ``step_rule="quadratic"`` 1 is the rule's own length.
+        damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
+        rule: ``"factored"`` (two products per layer) or ``"eigen"`` (four).
+        coarse, per_layer: coarse space and its columns per layer; ``per_layer=0`` is one-level K-FAC.
+        correction: ``"additive"``, ``"a-def1"``, ``"a-def2"`` or ``"balanced"``.
+        coarse_operator: ``"captured"`` coarsens A itself; ``"kronecker"`` the Kronecker model, as the 2020 paper.
+        fisher, samples: ``"mc"`` with so many labels drawn per example, ``"exact"`` or ``"empirical"``.
+        decay: weight of a batch against the next newer one in every average.
+        observe_every, refresh_every, coarse_every: steps between observations, factorisations of M, and rebuilds
+            of the coarse level (None: with M).
+        coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches.
+        momentum: in [0, 1); the quadratic rule finds its own coefficient, and 0 turns that off.
+        weight_decay: of the loss, also in the quadratic model; or shrinks weights directly if ``decoupled``.
+        step_rule: ``"fixed"``; ``"kl_clip"`` shortens directions with ``lr² vᵀFv > kl_clip``; ``"quadratic"``
+            takes step length and momentum from the captured model (Martens and Grosse 2015, section 7).
+        overshoot: what to do with steps along which the captured model itself goes up: ``"count"`` looks at the
+            step after each observation and warns once, ``"shorten"`` cuts every such step to the model's minimum.
+        convention: ``"expand"`` or ``"reduce"`` for layers with positions (Eschenhagen et al. 2023).
+        layers: names of the layers to precondition; all of them by default.
+        seed: of the sampled labels, which have their own generator.
+
+    Raises:
+        ValueError, TypeError: a hyperparameter out of range, in words.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
+        *,
+        likelihood: str,
+        lr: float = 1.0,
+        damping: float = 1e-2,
+        rule: str = "factored",
+        coarse: str = "spectral",
+        per_layer: int = 4,
+        correction: str = "balanced",
+        coarse_operator: str = "captured",
+        fisher: str = "mc",
+        samples: int = 1,
+        decay: float = 0.95,
+        observe_every: int = 1,
+        refresh_every: int = 1,
+        coarse_every: int | None = None,
+        coarse_examples: int = 1024,
+        coarse_window: int = 8,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        maximize: bool = False,
+        step_rule: str = "quadratic",
+        kl_clip: float = 1e-2,
+        overshoot: str = "count",
+        convention: str = "expand",
+        layers: Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.likelihood = check_choice("likelihood", likelihood, LIKELIHOODS)
+        self.rule = check_choice("rule", rule, RULES)
+        self.coarse = check_choice("coarse", coarse, SPACES)
+        self.correction = check_choice("correction", correction, CORRECTIONS)
+        self.coarse_operator = check_choice("coarse_operator", coarse_operator, COARSE_OPERATORS)
+        self.fisher = check_choice("fisher", fisher, FLAVOURS)
+        self.step_rule = check_choice("step_rule", step_rule, STEP_RULES)
+        self.overshoot = check_choice("overshoot", overshoot, GUARDS)
+        self.convention = check_choice("convention", convention, CONVENTIONS)
+        self.damping = check_damping(damping)
+        self.per_layer = _count("per_layer", per_layer, 0)
+        self.samples = _count("samples", samples)
+        self.observe_every = _count("observe_every", observe_every)
+        self.refresh_every = _count("refresh_every", refresh_every)
+        self.coarse_every = None if coarse_every is None else _count("coarse_every", coarse_every)
+        self.seed = _count("seed", seed, 0)
+        self.kl_clip = _number("kl_clip", kl_clip, 0.0, math.inf, open_low=True)
+        self.decoupled = bool(decoupled)
+        self.model = getattr(model, "_orig_mod", model)
+        self._only = None if layers is None else tuple(layers)
+        self._factors = RunningFactors(_number("decay", decay, 0.0, 1.0), self.convention)
+        self._window = Window(
+            _count("coarse_window", coarse_window), _count("coarse_examples", coarse_examples), self._factors.decay
+        )
+        self._steps = 0
+        self._forget()
+        #: Counters and the last values of the step rule; plain numbers.
+        self.diagnostics: dict[str, float] = dict.fromkeys(
+            ("observations", "refreshes", "coarse refreshes", "overshoots", "shortened", "rejected")
+            + ("fallbacks to eigenvalues", "fallbacks to one level", "layers without statistics"),
+            0,
+        )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": bool(maximize)}
+        if params is None:
+            params = [p for p in self.model.parameters() if p.requires_grad]
+        self._told: set[str] = set()
+        self.partition: Partition | None = None
+        super().__init__(params, defaults)
+        self._lay_out()
+
+    @classmethod
+    def as_published_2020(cls, model: nn.Module, **options: Any) -> TwoLevelKFAC:
+        """The choice of Tselepidis, Kohler and Orvieto, mended: one constant per layer, its coarse operator from
+        the Kronecker model, added to K-FAC. The coarse matrix is rebuilt at each refresh and damped by ``λ ZᵀZ``."""
+        published = {"coarse": "nicolaides", "per_layer": 1, "correction": "additive", "coarse_operator": "kronecker"}
+        return cls(model, **{**published, **options})
+
+    # ---- curvature ------------------------------------------------------------------------------------
+
+    def observe(self, *inputs: Tensor, targets: Tensor | None = None) -> None:
+        """Capture curvature from a batch when it is due; at other steps it costs nothing.
+
+        Call it with the arguments of the model, after ``backward`` and before ``step``; the parts of an
+        accumulated batch may come one by one. The model keeps its mode, buffers and ``.grad``, and the global
+        random state stays. ``targets`` belong to ``fisher="empirical"``.
+
+        Raises:
+            ValueError, TypeError: what cannot be captured, in words; nothing has been changed then.
+        """
+        if self._observed_at is not None and self._steps % self.observe_every:
+            return
+        if (self.fisher == "empirical") != (targets is not None):
+            raise ValueError("fisher='empirical' needs the true labels as targets=…, and no other kind takes them.")
+        if self._eligible() != self.partition.names:
+            self._lay_out()  # a layer was frozen or unfrozen since
+        self._follow()
+        generator = torch.Generator(self._params[0].device)
+        generator.manual_seed(1_000_003 * self.seed + self.diagnostics["observations"])
+        F, seen = observe_batch(
+            self.model,
+            inputs,
+            self.partition,
+            likelihood=self.likelihood,
+            fisher=self.fisher,
+            targets=targets,
+            samples=self.samples,
+            generator=generator,
+        )
+        same_batch = self._observed_at == self._steps
+        self._factors.add(F, seen, same_batch=same_batch)
+        self._window.add(F, same_batch=same_batch)
+        self._observed_at, self._stale, self._coarse_stale = self._steps, True, True
+        self.diagnostics["observations"] += 1
+
+    @property
+    def preconditioner(self) -> TwoLevel:
+        """The two-level preconditioner that the next step applies; it can be drawn."""
+        if self._observed_at is None:
+            raise ValueError("No curvature yet: call observe(inputs) after loss.backward() and before step().")
+        T = self._T
+        if T is None or (self._stale and self._due(self._built_at, self.refresh_every)):
+            factors = self._factors.factors(self.partition, self._like())
+            M = CachedKFAC(factors, self.damping, self.rule)
+            self.diagnostics["refreshes"] += 1
+            self.diagnostics["fallbacks to eigenvalues"] += M.fallbacks
+            self._T = replace(T.with_damping(self.damping), M=M) if T is not None else None
+            if T is None or self.coarse_every is None:
+                self._coarsen(M)
+            self._built_at, self._stale = self._steps, False
+        elif T.damping != self.damping:
+            self._T = T.with_damping(self.damping)
+        if self.coarse_every and self._coarse_stale and self._due(self._coarse_at, self.coarse_every):
+            self._coarsen(self._T.M)
+        return self._T
+
+    def _due(self, last: int, every: int) -> bool:
+        """Whether so many steps have gone by, or something more was observed in the step of the last rebuild."""
+        return self._steps == last or self._steps - last >= every
+
+    def _coarsen(self, M: CachedKFAC) -> None:
+        F = self._window.fisher(self.partition, self.likelihood, self.fisher)
+        A = F.damped(self.damping)
+        self._T = self._two_level(A, M, self._space(A, M))
+        self._coarse_at, self._coarse_stale = self._steps, False
+        self.diagnostics["coarse refreshes"] += 1
+
+    def _two_level(self, A: Damped, M: CachedKFAC, Z: CoarseSpace) -> TwoLevel:
+        """The levels together; where E cannot be inverted M alone, told once and counted."""
+        E = None
+        if self.coarse_operator == "kronecker" and Z.size:
+            E = KroneckerFisher(A.operator, self.convention).damped(A.damping)
+        try:
+            return TwoLevel(A, M, Z, self.correction, coarse_operator=E)
+        except ValueError as error:
+            self.diagnostics["fallbacks to one level"] += 1
+            self._tell("one level", f"The coarse level is left out until the next refresh: {error}")
+            return TwoLevel(A, M, spaces.nicolaides(A, 0), self.correction)
+
+    def _space(self, A: Damped, M: CachedKFAC) -> CoarseSpace:
+        if self.coarse == "krylov" and self.per_layer:
+            return spaces.krylov(A, M, self._gradient()[0].clone(), self.per_layer)
+        if self.coarse == "spectral" and self.per_layer and self.rule == "factored":
+            return spaces.spectral(LeadingEigenvectors(M.factors, self.per_layer), self.per_layer)
+        source = M if self.coarse in ("spectral", "smooth") and self.per_layer else A
+        builder = getattr(spaces, self.coarse if self.per_layer else "nicolaides")
+        return builder(source, self.per_layer)
+
+    # ---- the step -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step along ``preconditioner @ gradient``; returns the closure's loss.
+
+        Args:
+            closure: recomputes the loss and its gradient, as for every PyTorch optimizer. With the quadratic rule
+                it is called again after the step: λ follows the reduction ratio, and a step that went up is
+                undone, its momentum forgotten and λ raised fourfold.
+
+        Raises:
+            ValueError: no observation yet, no gradient, or one with NaN or inf (naming the layer); parameters and
+                momentum have not been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._follow()
+        g, grads = self._gradient()
+        T = self.preconditioner
+        v = T._apply(g[:, None])[:, 0]
+        for name, s in zip(self.partition.names, self.partition.slices, strict=True):
+            if name not in self._factors.weight:  # λ alone would set the length of its step
+                v[s] = 0
+                self.diagnostics["layers without statistics"] += 1
+        self.partition.check_finite(v, "The preconditioned gradient")
+        model = QuadraticModel(T.A.operator, g, self._ridge())
+        judged = closure is not None and self.step_rule == "quadratic"
+        before = {p: p.clone() for p in grads} if judged else {}
+        steps = self._quadratic_steps(v, grads, model) if self.step_rule == "quadratic" else self._steps_along(v, grads)
+        predicted = None
+        if judged or self.overshoot == "shorten" or (self.overshoot == "count" and self._observed_at == self._steps):
+            predicted = self._guarded(steps, model)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in steps]
+            if params and self.decoupled and group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            if params:
+                torch._foreach_add_(params, [steps[p] for p in params])
+        if judged:
+            self._judge(closure, loss, before, predicted)
+        self._steps += 1
+        return loss
+
+    def _gradient(self) -> tuple[Tensor, dict[Tensor, Tensor]]:
+        """The gradient over the partition (P,), and of each parameter that has one: checked, with weight decay."""
+        grads: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            found = [p.grad for p in params]
+            if any(grad.layout != torch.strided for grad in found):
+                raise ValueError("Sparse gradients are not supported; build the embedding with sparse=False.")
+            if params and group["maximize"]:
+                found = torch._foreach_neg(found)
+            if params and group["weight_decay"] and not self.decoupled:
+                found = torch._foreach_add(found, params, alpha=group["weight_decay"])
+            grads.update(zip(params, found, strict=True))
+        if not grads:
+            raise ValueError("No parameter of the optimizer has a gradient; call loss.backward() first.")
+        g = self._joined(grads)
+        self.partition.check_finite(g, "The gradient")
+        for p, grad in grads.items():
+            if p not in self._index and not all_finite(grad):
+                raise ValueError(f"The gradient holds NaN or inf in parameter {self._names.get(p, '?')!r}.")
+        return g, grads
+
+    def _steps_along(self, v: Tensor, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """``-lr · buffer`` with ``buffer ← momentum · buffer + direction``, parameter by parameter."""
+        if self.step_rule == "kl_clip":
+            moved = self._scaled(v, {p: self._group[p]["lr"] for p in self._params})
+            s = self.preconditioner.A.operator.scores(moved[:, None])
+            curvature = float(s.square().sum()) / self.preconditioner.A.operator.N
+            self.diagnostics["clip"] = scale = kl_scale(curvature, self.kl_clip)
+            v = v * scale
+        directions = {p: grad for p, grad in grads.items() if p not in self._index}
+        directions |= {p: x.to(p.dtype) for p, x in zip(self._params, self._split(v), strict=True) if p in grads}
+        steps = {}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in directions]
+            along = [directions[p] for p in params]
+            if not params:
+                continue
+            if group["momentum"]:
+                buffers = [self._buffer(p) for p in params]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, along)
+                along = buffers
+            steps |= zip(params, torch._foreach_mul(along, -group["lr"]), strict=True)
+        return steps
+
+    def _quadratic_steps(self, v: Tensor, grads: dict[Tensor, Tensor], model: QuadraticModel) -> dict[Tensor, Tensor]:
+        """The best combination of −v and of the last step; ``lr`` scales it, and layers against each other."""
+        top = max(group["lr"] for group in self.param_groups)
+        v = self._scaled(v, {p: self._group[p]["lr"] / top if top else 0.0 for p in self._params})
+        directions = [-v]
+        if any(group["momentum"] for group in self.param_groups):
+            directions.append(self._joined({p: self._buffer(p) for p in self._params}))
+        D = torch.stack(directions, dim=1)
+        c = best_coefficients(*model.along(D))
+        self.diagnostics["step length"], self.diagnostics["momentum coefficient"] = [*c.tolist(), 0.0][:2]
+        best = D @ (top * c)
+        rest = {p: grad for p, grad in grads.items() if p not in self._index}
+        steps = {p: x.to(p.dtype) for p, x in zip(self._params, self._split(best), strict=True) if p in grads}
+        for p, step in steps.items():
+            self._buffer(p).copy_(step)
+        return steps | self._steps_along(v, rest) if rest else steps
+
+    def _guarded(self, steps: dict[Tensor, Tensor], model: QuadraticModel) -> float:
+        """The change that the captured model predicts, after its own overshoot has been counted or cut."""
+        slope, curvature = (float(x) for x in model.along(self._joined(steps)[:, None]))
+        if slope + 0.5 * curvature <= 0:
+            return slope + 0.5 * curvature
+        self.diagnostics["overshoots"] += 1
+        if self.overshoot == "count":
+            self._tell(
+                "overshoot",
+                "By the captured quadratic model this step goes up: it is too long. Lower lr, raise damping, or take "
+                "step_rule='quadratic' or overshoot='shorten'. Counted from now on in diagnostics['overshoots'].",
+            )
+            return slope + 0.5 * curvature
+        scale = max(0.0, -slope / curvature)
+        self.diagnostics["shortened"] += 1
+        mine = [p for p in self._params if p in steps]
+        torch._foreach_mul_([steps[p] for p in mine], scale)
+        torch._foreach_mul_([self._buffer(p) for p in mine], scale)
+        return 0.5 * scale * slope
+
+    def _judge(
+        self, closure: Callable[[], Tensor], loss: Tensor, before: dict[Tensor, Tensor], predicted: float
+    ) -> None:
+        """Compare with the loss after the step: undo what went up, and adapt λ."""
+        with torch.enable_grad():
+            after = float(closure().detach())
+        sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
+        change = sign * (after - float(loss.detach()))
+        if not self.decoupled:
+            for p, value in before.items():
+                decay = self._group[p]["weight_decay"]
+                change += 0.5 * decay * float(p.square().sum() - value.square().sum()) if decay else 0.0
+        ratio = self.diagnostics["reduction ratio"] = change / predicted if predicted else 0.0
+        if not change <= 0:
+            for p, value in before.items():
+                p.copy_(value)
+                self._buffer(p).zero_()
+            self.diagnostics["rejected"] += 1
+            self.damping = max(REJECTION * self.damping, 1e-8)
+        elif self._steps % ADAPT_EVERY == 0:
+            self.damping = adapted_damping(self.damping, ratio, ADAPT_EVERY)
+
+    def _ridge(self) -> float | Tensor:
+        """λ, plus each parameter's weight decay where that is part of the loss."""
+        if self.decoupled or not any(group["weight_decay"] for group in self.param_groups):
+            return self.damping
+        return self.damping + self._scaled(
+            self._like().new_ones(self.partition.size), {p: self._group[p]["weight_decay"] for p in self._params}
+        )
+
+    # ---- flat vectors and parameters ------------------------------------------------------------------
+
+    def _like(self) -> Tensor:
+        """An empty tensor of the dtype (at least float32) and device of the statistics."""
+        p = self._params[0]
+        return torch.empty(0, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+
+    def _split(self, v: Tensor) -> list[Tensor]:
+        """Views of v (P,) in the shapes of the layers' parameters, in the order of ``self._params``."""
+        pieces = []
+        for layer, V in zip(self.partition.layers, self.partition.split(v), strict=True):
+            weight = self._params[len(pieces)]
+            pieces.append(V[:, : layer.features - layer.bias].view(weight.shape))
+            if layer.bias:
+                pieces.append(V[:, -1])
+        return pieces
+
+    def _joined(self, tensors: dict[Tensor, Tensor]) -> Tensor:
+        """The inverse of :meth:`_split`; parameters that are missing have zeros."""
+        missing = any(p not in tensors for p in self._params)
+        v = self._like().new_zeros(self.partition.size) if missing else self._like().new_empty(self.partition.size)
+        views = [(view, tensors[p]) for p, view in zip(self._params, self._split(v), strict=True) if p in tensors]
+        if views:
+            torch._foreach_copy_(*map(list, zip(*views, strict=True)))
+        return v
+
+    def _scaled(self, v: Tensor, factors: dict[Tensor, float]) -> Tensor:
+        """v with one factor per parameter."""
+        if len(set(factors.values())) == 1:
+            return v * next(iter(factors.values()))
+        v = v.clone()
+        for p, view in zip(self._params, self._split(v), strict=True):
+            view.mul_(factors[p])
+        return v
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+    # ---- what it acts on ------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; layers that they complete join the curvature at the next :meth:`observe`."""
+        group = self.defaults | param_group
+        _number("lr", group["lr"], 0.0, math.inf)
+        _number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
+        _number("weight_decay", group["weight_decay"], 0.0, math.inf)
+        super().add_param_group(param_group)
+        if self.partition is not None:
+            self._lay_out()
+
+    def _eligible(self) -> tuple[str, ...]:
+        """Names of the layers all of whose parameters are trainable and in a group."""
+        given = {p for group in self.param_groups for p in group["params"]}
+        return tuple(
+            name
+            for name, module in self.model.named_modules()
+            if is_kronecker_layer(module)
+            and (self._only is None or name in self._only)
+            and all(p.requires_grad and p in given for p in module.parameters(recurse=False))
+        )
+
+    def _lay_out(self) -> None:
+        """(Re)build the partition; factors are kept by name, captured vectors are not."""
+        names = self._eligible()
+        missing = [name for name in self._only or () if name not in names]
+        if missing or not names:
+            raise ValueError(
+                f"Layers {missing} are not trainable Linear or ungrouped Conv2d layers of the model with all their "
+                "parameters in the optimizer."
+                if missing
+                else "The model has no trainable Linear or ungrouped Conv2d layer with all its parameters given."
+            )
+        self.partition = Partition.from_model(self.model, names)
+        self._window.entries = []
+        self._forget()
+        self._lookup()
+        left = [n for n, m in self.model.named_modules() if is_kronecker_layer(m) and n not in names]
+        if left:
+            self._tell("left", f"Left out of the curvature, being frozen or not given in full: {', '.join(left)}.")
+        plain = [self._names.get(p, "?") for p in self._group if p not in self._index and p.requires_grad]
+        if plain:
+            self._tell("plain", f"Plain gradient steps, with the lr of their group, for: {', '.join(plain)}.")
+
+    def _lookup(self) -> None:
+        """Dictionaries from parameters to what belongs to them."""
+        self._group = {p: group for group in self.param_groups for p in group["params"]}
+        self._names = {p: name for name, p in self.model.named_parameters()}
+        modules = (self.model.get_submodule(name) for name in self.partition.names)
+        self._params = [p for m in modules for p in (m.weight, m.bias) if p is not None]
+        self._index = set(self._params)
+
+    def _forget(self) -> None:
+        """No preconditioner, and the next observation is due."""
+        self._T: TwoLevel | None = None
+        self._observed_at: int | None = None
+        self._built_at = self._coarse_at = 0
+        self._stale = self._coarse_stale = False
+
+    def _tell(self, key: str, message: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            warnings.warn(message, stacklevel=4)
+
+    # ---- state ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As PyTorch's, with ``"curvature"`` beside it: tensors, numbers, strings, lists and dictionaries only."""
+        return super().state_dict() | {"curvature": self._curvature()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume bit for bit; the constructor's other arguments are the caller's to repeat.
+
+        Raises:
+            ValueError: a state of another optimizer, or of other layers; nothing has been changed then.
+        """
+        saved = state_dict.get("curvature")
+        if saved is None:
+            raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
+        mine = {layer.name: list(layer.shape) for layer in self.partition.layers}
+        if saved["layers"] != mine:
+            raise ValueError(f"The state belongs to layers {saved['layers']}; this optimizer has {mine}.")
+        super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "curvature"}))
+        self._restore(saved)
+
+    def _curvature(self) -> dict[str, Any]:
+        T, level = self._T, None
+        if T is not None:
+            F = T.A.operator
+            level = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), "a": list(F.a), "g": list(F.g)}
+            level |= {"damping": T.damping, "space": T.Z.name, "columns": _columns(T.Z)}
+        return {
+            "layers": {layer.name: list(layer.shape) for layer in self.partition.layers},
+            "damping": self.damping,
+            "steps": self._steps,
+            "diagnostics": dict(self.diagnostics),
+            "marks": [self._observed_at, self._built_at, self._coarse_at, self._stale, self._coarse_stale],
+            "factors": {name: [A, self._factors.G[name]] for name, A in self._factors.A.items()},
+            "weights": dict(self._factors.weight),
+            "window": [dict(entry) for entry in self._window.entries],
+            "level": level,
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take over what :meth:`_curvature` gave, on the device and in the dtype of the parameters."""
+        saved = _converted(saved, self._like())
+        self.damping, self._steps, self.diagnostics = saved["damping"], saved["steps"], saved["diagnostics"]
+        self._factors.A = {name: A for name, (A, _) in saved["factors"].items()}
+        self._factors.G = {name: G for name, (_, G) in saved["factors"].items()}
+        self._factors.weight, self._window.entries = saved["weights"], saved["window"]
+        self._forget()
+        level = saved["level"]
+        if level is not None:
+            factors = KroneckerFactors(self.partition, tuple(level["A"]), tuple(level["G"]))
+            M = CachedKFAC(factors, level["damping"], self.rule)
+            F = Fisher(self.partition, level["a"], level["g"], likelihood=self.likelihood, flavour=self.fisher)
+            space, columns = level["space"], level["columns"]
+            if space == "krylov":
+                Z = LocalSpace(self.partition, columns, name=space)
+            else:
+                Z = RankOneSpace(self.partition, [(W, U) for W, U in columns], name=space)
+            self._T = self._two_level(F.damped(level["damping"]), M, Z)
+        self._observed_at, self._built_at, self._coarse_at, self._stale, self._coarse_stale = saved["marks"]
+
+    def _follow(self) -> None:
+        """Move the state after the model to another device or dtype."""
+        kept, like = next(iter(self._factors.A.values()), None), self._like()
+        if kept is not None and (kept.dtype, kept.device) != (like.dtype, like.device):
+            self._restore(self._curvature())
+            for p, state in self.state.items():
+                self.state[p] = _converted(state, p)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("partition", "model", "diagnostics", "damping", "_factors", "_window", "_T", "_steps", "_told", "_only")
+        marks = ("_observed_at", "_built_at", "_coarse_at", "_stale", "_coarse_stale")
+        return super().__getstate__() | {name: self.__dict__[name] for name in (*own, *marks, *_OPTIONS)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lookup()
+
+    def __repr__(self) -> str:
+        space = f"{self.coarse}-{self.per_layer} {self.correction}" if self.per_layer else "one level"
+        vectors = f"mc with {self.samples} labels per example" if self.fisher == "mc" else self.fisher
+        window = f"{self._window.examples} examples of the last {self._window.batches} observed batches"
+        every = (self.observe_every, self.refresh_every, self.coarse_every or self.refresh_every)
+        groups = "; ".join(
+            ", ".join(f"{key}={value:.3g}" for key, value in group.items() if key != "params")
+            for group in self.param_groups
+        )
+        return (
+            f"TwoLevelKFAC({self.partition}, {space}, rule {self.rule}, λ = {self.damping:.3g}\n"
+            f"  curvature: {vectors}; A and E ({self.coarse_operator}) from at most {window}, decay "
+            f"{self._factors.decay:g}; observe, refresh, coarsen every {every} steps\n"
+            f"  step: {self.step_rule}, overshoot {self.overshoot}; {groups}\n"
+            f"  so far: {', '.join(f'{key} {value:.4g}' for key, value in self.diagnostics.items() if value)})"
+        )
+
+
+_OPTIONS = (
+    *("likelihood", "rule", "coarse", "per_layer", "correction", "coarse_operator", "fisher", "samples", "seed"),
+    *("observe_every", "refresh_every", "coarse_every", "decoupled", "step_rule", "kl_clip", "overshoot", "convention"),
+)
+
+
+def _columns(Z: CoarseSpace) -> list:
+    return list(Z._blocks) if isinstance(Z, LocalSpace) else [list(pair) for pair in Z.factors]
+
+
+def _converted(value: Any, like: Tensor) -> Any:
+    """The same nest of dictionaries and lists, its tensors in the dtype and on the device of ``like``."""
+    if isinstance(value, dict):
+        return {key: _converted(item, like) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_converted(item, like) for item in value]
+    return value.to(like) if isinstance(value, Tensor) else value
+
+
+def _count(what: str, value: int, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{what} must be a whole number of at least {least}; got {value!r}.")
+    return value
+
+
+def _number(what: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False):
+    """A float in the interval, or a sentence."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} must be a number; got {value!r}.") from None
+    inside = (number > low if open_low else number >= low) and (number < high if open_high else number <= high)
+    if not (inside and math.isfinite(number)):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
+        raise ValueError(f"{what} must lie in {interval}; got {value!r}.")
+    return number
