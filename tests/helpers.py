@@ -95,11 +95,11 @@ class Sequence(nn.Module):
         return self.head(torch.tanh(self.each(x)))
 
 
-def conv() -> nn.Sequential:
+def conv(padding: int | str = 1, padding_mode: str = "zeros") -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
         nn.Tanh(),
-        nn.Conv2d(3, 2, 2, bias=False, padding="same", padding_mode="circular"),
+        nn.Conv2d(3, 2, 2, bias=False, padding=padding, padding_mode=padding_mode),
         nn.Tanh(),
         nn.Flatten(),
         nn.LazyLinear(3),
@@ -141,6 +141,7 @@ ZOO = {
     "two extra axes": Case(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)), (2, 2, 3)),
     "sequence": Case(Sequence, (2, 3)),
     "conv": Case(conv, (2, 5, 5)),
+    "conv, circular": Case(lambda: conv("same", "circular"), (2, 5, 5)),
     "batch norm, dropout": Case(batch_norm),
 }
 
