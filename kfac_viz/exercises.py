@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .experiments.setting import Setting
 
 TRUTHS: dict[str, Exercise] = {}
 
@@ -37,7 +41,7 @@ class Verdict(str):
 
 
 def check(name: str, answer: Any = None) -> Verdict:
-    """Whether ``answer``, a number or a text, is right; ``None`` stands for one that is still to be given.
+    """Whether ``answer``, a number, an array or a text, is right; ``None`` stands for one that is still to be given.
 
     >>> check("04a", None)
     Exercise 04a: put your answer in place of None.
@@ -55,10 +59,72 @@ def check(name: str, answer: Any = None) -> Verdict:
         right = str(answer).strip().lower() == truth
     else:
         try:
-            right = math.isclose(float(answer), truth, rel_tol=task.tolerance, abs_tol=1e-12)
+            given, truth = np.asarray(answer, dtype=float), np.asarray(truth, dtype=float)
         except (TypeError, ValueError):
-            return Verdict(f"Exercise {name}: the answer is a number; {answer!r} came.")
+            return Verdict(f"Exercise {name}: the answer is made of numbers; {answer!r} came.")
+        if given.shape != truth.shape:
+            return Verdict(f"Exercise {name}: the answer has shape {truth.shape}; yours has {given.shape}.")
+        right = bool(np.linalg.norm(given - truth) <= task.tolerance * np.linalg.norm(truth) + 1e-12)
     return Verdict(f"Exercise {name}: right." if right else f"Exercise {name}: not yet. {task.hint}")
+
+
+def _network(steps: int = 100) -> Setting:
+    """The network of the first studies, as published."""
+    from .experiments.setting import setting
+
+    return setting("digits4", (12, 12, 12), 500, 0, steps)
+
+
+@exercise("01a", "The error falls with the root of the number of labels: what does a factor of ten cost?", 0.2)
+def _labels_for_one_percent() -> float:
+    from .experiments.fisher import sampling_error
+
+    s = _network(steps=20)
+    error = sampling_error(s.F, s.problem.model(s.problem.inputs).detach().softmax(1))
+    return (error / float(s.dense.norm()) / 0.01) ** 2
+
+
+@exercise("01b", "The score of one example is its residual times (x, 1); average the outer products.", 1e-6)
+def _empirical_fisher_of_a_line() -> np.ndarray:
+    from .experiments.fisher import small_problem
+
+    return small_problem("gaussian", 0, weight=0.0, bias=1.0).capture("empirical").dense().numpy()
+
+
+@exercise("02a", "Only the blocks between layers are lost for certain; what is the norm of those?", 0.01)
+def _best_block_diagonal_error() -> float:
+    from .experiments.kfac import split
+
+    s = _network()
+    return (split(s.F, s.dense)[0] / float(s.dense.square().sum())) ** 0.5
+
+
+@exercise("02b", "Multiply the product out: both terms that are left over grow with the root of λ.", 0.01)
+def _growth_of_the_factored_excess() -> float:
+    from .experiments.kfac import kronecker_blocks
+
+    F = _network().F
+    near, far = (kronecker_blocks(F, λ) - kronecker_blocks(F) - λ * F.eye() for λ in (1e-3, 1e-1))
+    return float(far.square().sum() / near.square().sum())
+
+
+@exercise("03a", "Σ d/(d + λ) falls as λ grows: try values, or halve an interval.", 0.05)
+def _damping_for_a_tenth_of_the_dimensions() -> float:
+    from scipy.optimize import brentq
+
+    d = _network().F.eigen.d.numpy()
+    return 10 ** brentq(lambda e: (d / (d + 10**e)).sum() - len(d) / 10, -12, 3)
+
+
+@exercise("03b", "The loss behind the step less the loss before it changes its sign: halve an interval of λ.", 0.05)
+def _damping_at_which_the_step_stops_helping() -> float:
+    from scipy.optimize import brentq
+
+    from .experiments.damping import loss_after
+
+    s = _network()
+    now = float(s.problem.loss().detach())
+    return 10 ** brentq(lambda e: loss_after(s.problem, s.F.damped(10**e).solve(s.g)) - now, -4, -1)
 
 
 @exercise("04a", "Each inner boundary couples one pair of neighbours, and that pair spans how many dimensions?")

@@ -82,7 +82,7 @@ def run_fisher(
         device: where to compute.
     """
     parameters = dict(locals())
-    partition, matrices, curves, largest = _network(data, widths, n, steps, samples, repeats, seed, device)
+    partition, matrices, curves, largest = _network(data, tuple(widths), n, steps, samples, repeats, seed, device)
     plane = _plane(damping, samples, (weight, bias), likelihood, seed, device)
     shares = {("plane", name): curve([damping], [share]) for name, share in plane.shares.items()}
     return FisherResult(parameters, curves | shares, partition, matrices, largest, plane)

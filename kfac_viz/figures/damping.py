@@ -34,7 +34,7 @@ class DampingPlot(Plot):
             λ = DAMPINGS.low, DAMPINGS.high
             return CurveView(ax, series, title, x="damping λ", y=y, xlim=λ, ylim=ylim, scale=("log", scale))
 
-        P = result.size
+        self.size_of_F = P = result.size
         self.spectrum = CurveView(
             axes[0], MOMENT, "Spectrum of F, and λ", x="rank", y="eigenvalue", xlim=(0.9, 1.1 * P), ylim=(1e-8, 100)
         )
@@ -75,6 +75,9 @@ class DampingPlot(Plot):
             + "; ".join(told)
             + "."
         )
+
+    def fits(self, result: DampingResult) -> bool:
+        return result.size == self.size_of_F
 
 
 def plot_damping(result: DampingResult) -> Figure:

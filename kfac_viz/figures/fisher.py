@@ -101,6 +101,9 @@ class FisherPlot(Plot):
             "colour scale, and their spectra."
         )
 
+    def fits(self, result: FisherResult) -> bool:
+        return result.partition == self.views[0].partition
+
 
 class Landscape:
     """Contours of the loss over two parameters, and its minimum."""

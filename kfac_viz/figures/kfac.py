@@ -77,6 +77,9 @@ class KfacPlot(Plot):
             "against damping for exact blocks, EKFAC, K-FAC, sampled labels, factored damping and block-tridiagonal."
         )
 
+    def fits(self, result: KfacResult) -> bool:
+        return result.partition == self.F.partition
+
 
 class PairView:
     """A number for each pair of layers, shaded and written; symmetric, so the upper half says it all."""
