@@ -62,7 +62,7 @@ class Diagonal(Preconditioner):
 
     def __init__(self, operator: Operator, damping: float, power: float = 1.0) -> None:
         check_type("operator", operator, Operator)
-        if not 0 <= power <= 1:
+        if not (isinstance(power, (int, float)) and 0 <= power <= 1):
             raise ValueError(f"power must lie between 0 and 1; got {power!r}.")
         self._d, self.power = operator.diagonal().clamp_min(0), power
         self._init(operator, damping)
