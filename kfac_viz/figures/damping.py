@@ -71,9 +71,7 @@ class DampingPlot(Plot):
         self.figure.set_label(
             f"Curves over the damping λ for a network of {result.size} parameters, at the start and after training: "
             "spectrum, effective dimension, length of the step, captured and actual decrease, reduction ratio. "
-            "Largest decrease, as a share of the loss: "
-            + "; ".join(told)
-            + "."
+            "Largest decrease, as a share of the loss: " + "; ".join(told) + "."
         )
 
     def fits(self, result: DampingResult) -> bool:
