@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -30,6 +31,17 @@ COARSE_OPERATORS = ("captured", "kronecker")
 GUARDS = ("off", "count", "shorten")
 ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
 REJECTION = 4.0  # factor on λ after a step that went up
+
+
+def _full_precision(method: Callable) -> Callable:
+    """Keep statistics out of an autocast that surrounds the call."""
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        with torch.autocast(self._params[0].device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 class TwoLevelKFAC(Optimizer):
@@ -166,6 +178,7 @@ class TwoLevelKFAC(Optimizer):
 
     # ---- curvature ------------------------------------------------------------------------------------
 
+    @_full_precision
     def observe(self, *inputs: Tensor, targets: Tensor | None = None) -> None:
         """Capture curvature from a batch when it is due; at other steps it costs nothing.
 
@@ -180,6 +193,9 @@ class TwoLevelKFAC(Optimizer):
             return
         if (self.fisher == "empirical") != (targets is not None):
             raise ValueError("fisher='empirical' needs the true labels as targets=…, and no other kind takes them.")
+        present = set(self.model.parameters())
+        if not all(p in present for p in self._params):
+            raise ValueError("The model's layers have changed since the optimizer was built; build a new optimizer.")
         if self._eligible() != self.partition.names:
             self._lay_out()  # a layer was frozen or unfrozen since
         self._follow()
@@ -202,6 +218,7 @@ class TwoLevelKFAC(Optimizer):
         self.diagnostics["observations"] += 1
 
     @property
+    @_full_precision
     def preconditioner(self) -> TwoLevel:
         """The two-level preconditioner that the next step applies; it can be drawn."""
         if self._observed_at is None:
@@ -257,6 +274,7 @@ class TwoLevelKFAC(Optimizer):
     # ---- the step -------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @_full_precision
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step along ``preconditioner @ gradient``; returns the closure's loss.
 

@@ -50,7 +50,7 @@ def observe_batch(
     """The Fisher of one batch in the mode that the model is in, and the names of the layers that took part.
 
     A layer that took none has zero vectors, which is its exact share. Vectors are kept in the precision of the
-    parameters and at least in float32; autocast is off.
+    parameters and at least in float32.
 
     Raises:
         ValueError, TypeError: NaN or inf (naming the layer), an empty batch, mixed dtypes or devices.
@@ -58,7 +58,7 @@ def observe_batch(
     check_inputs(model, partition, inputs)
     device = inputs[0].device
     dtype = torch.promote_types(model.get_submodule(partition.names[0]).weight.dtype, torch.float32)
-    with untouched(model, device), torch.autocast(device.type, enabled=False):
+    with untouched(model, device):
         outputs, a, edges = record(model, inputs, partition, partial=True)
         a = [x.to(dtype) for x in a]
         check_finite(partition, a, "the inputs")
