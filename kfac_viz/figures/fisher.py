@@ -57,14 +57,14 @@ class FisherPlot(Plot):
             MatrixView(ax, result.partition, style.label, pixels=162, logarithmic=False)
             for ax, style in zip(bottom, FLAVOURS.values(), strict=False)
         ]
-        self.scale = bottom[0].text(1, 1.015, "", transform=bottom[0].transAxes, ha="right", fontsize="small")
+        self.ends = bottom[0].text(1, 1.015, "", transform=bottom[0].transAxes, ha="right", fontsize="small")
         handles = [*self.steps.values(), self.error.lines["theory"]]
         self.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         self.animated = [
             *(view.lines for view in self.landscapes), *(view.minimum for view in self.landscapes),
             *self.ellipses.values(), *self.steps.values(), *self.points, *self.shares.values(),
             *self.error.artists, *self.rescaled.artists, *self.spectrum.artists, self.level,
-            *(artist for view in self.views for artist in view.artists), self.scale,
+            *(artist for view in self.views for artist in view.artists), self.ends,
         ]  # fmt: skip
 
     def update(self, result: FisherResult) -> None:
@@ -85,7 +85,7 @@ class FisherPlot(Plot):
         limit = limit_of(result.matrices["exact"] / 5)
         for view, matrix in zip(self.views, result.matrices.values(), strict=True):
             view.update(matrix, limit)
-        self.scale.set_text(f"colours end at ±{limit:.2g}")
+        self.ends.set_text(f"colours end at ±{limit:.2g}")
         self.error.update(result.of("error"), at=p["samples"])
         self.rescaled.update(result.of("rescaled"), at=p["damping"])
         self.spectrum.update(result.of("spectrum"))

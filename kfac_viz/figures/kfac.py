@@ -30,7 +30,7 @@ class KfacPlot(Plot):
         top = [self.figure.add_subplot(grid[0, i]) for i in range(4)]
         self.F = MatrixView(top[0], result.partition, "Fisher F", pixels=162, logarithmic=False)
         self.error = MatrixView(top[1], result.partition, "F − K-FAC", pixels=162, logarithmic=False)
-        self.scale = top[0].text(1, 1.015, "", transform=top[0].transAxes, ha="right", fontsize="small")
+        self.ends = top[0].text(1, 1.015, "", transform=top[0].transAxes, ha="right", fontsize="small")
         L = len(result.partition)
         self.lost = PairView(top[2], L, "Where the squared error lies", "{:.1%}", 0.5)
         self.misfit = PairView(top[3], L, "Misfit of G ⊗ A, if kept", "{:.2f}", 1.0)
@@ -47,7 +47,7 @@ class KfacPlot(Plot):
         self.captured.ax.axhline(0, color=INK, linewidth=0.6)
         self.figure.legend(*self.captured.ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN))
         self.animated = [
-            *self.F.artists, *self.error.artists, self.scale, self.lost.image, *self.lost.texts.flat,
+            *self.F.artists, *self.error.artists, self.ends, self.lost.image, *self.lost.texts.flat,
             self.misfit.image, *self.misfit.texts.flat,
             *self.pieces.artists, *self.matrix_error.artists, *self.captured.artists,
         ]  # fmt: skip
@@ -57,7 +57,7 @@ class KfacPlot(Plot):
         limit = limit_of(result.fisher / 5)
         self.F.update(result.fisher, limit)
         self.error.update(result.error, limit)
-        self.scale.set_text(f"colours end at ±{limit:.2g}")
+        self.ends.set_text(f"colours end at ±{limit:.2g}")
         self.lost.update(result.lost)
         self.misfit.update(result.misfit)
         pieces = result.of("piece")
