@@ -145,3 +145,20 @@ def _most_block_jacobi_can_overshoot() -> int:
     layers = 17  # the worst case: every layer sees the same direction
     A = Dense(torch.ones(layers, layers, dtype=torch.float64), Partition.from_sizes([1] * layers)).damped(1e-9)
     return round(float(spectrum(A, BlockDiagonal(A, 1e-9))[-1]))
+
+
+@exercise("06b", "Call run_depth for one size after the other and watch the captured decrease.")
+def _eigenvectors_for_nine_tenths() -> int:
+    from .experiments import run_depth
+
+    captured = (run_depth(layers=(9,), repeats=1, per_layer=k).of("captured")["leading, balanced"] for k in range(1, 8))
+    return next(k for k, c in enumerate(captured, 1) if c.y[0] >= 0.95)
+
+
+@exercise("04b", "kv.spectrum(A, T)[-1], with T = kv.TwoLevel(A, M, Z, 'balanced').", 1e-3)
+def _largest_balanced_eigenvalue() -> float:
+    from . import BlockDiagonal, TwoLevel, coarse, spectrum
+    from .experiments.origin import poisson
+
+    A = poisson(subdomains=8, local=16)
+    return float(spectrum(A, TwoLevel(A, BlockDiagonal(A, 0.0), coarse.nicolaides(A, 1)))[-1])

@@ -6,24 +6,33 @@ from collections.abc import Callable
 
 from .coarse_space import CoarseSpaceResult, run_coarse_space
 from .damping import DampingResult, run_damping
+from .depth import DepthResult, run_depth
 from .fisher import FisherResult, run_fisher
 from .kfac import KfacResult, run_kfac
+from .origin import OriginResult, run_origin
 
 # The notebooks that can be regenerated, and the function whose signature states their parameters.
 NOTEBOOKS: dict[str, Callable] = {
+    "00_playground": run_coarse_space,
     "01_fisher": run_fisher,
     "02_kfac": run_kfac,
     "03_damping": run_damping,
+    "04_where_it_comes_from": run_origin,
+    "06_depth": run_depth,
 }
 
 __all__ = [
     "NOTEBOOKS",
     "CoarseSpaceResult",
     "DampingResult",
+    "DepthResult",
     "FisherResult",
     "KfacResult",
+    "OriginResult",
     "run_coarse_space",
     "run_damping",
+    "run_depth",
     "run_fisher",
     "run_kfac",
+    "run_origin",
 ]

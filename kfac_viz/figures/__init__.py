@@ -2,8 +2,10 @@
 
 from .coarse_space import CoarseSpacePlot, plot_coarse_space
 from .damping import DampingPlot, plot_damping
+from .depth import DepthPlot, plot_depth
 from .fisher import FisherPlot, plot_fisher
 from .kfac import KfacPlot, plot_kfac
+from .origin import OriginPlot, plot_origin
 from .save import save
 from .style import FLAVOURS, METHODS, SPACES
 
@@ -13,11 +15,15 @@ __all__ = [
     "SPACES",
     "CoarseSpacePlot",
     "DampingPlot",
+    "DepthPlot",
     "FisherPlot",
     "KfacPlot",
+    "OriginPlot",
     "plot_coarse_space",
     "plot_damping",
+    "plot_depth",
     "plot_fisher",
     "plot_kfac",
+    "plot_origin",
     "save",
 ]
