@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .. import coarse as spaces
-from ..parameters import Device, Range, Seed
+from ..parameters import Device, Range, Seed, check
 from ..partition import Partition
 from ..preconditioner import KFAC, Diagonal
 from ..two_level import CORRECTIONS, TwoLevel
 from .setting import Data, Flavour, Setting, Widths, setting, significant
+from .threads import one_thread
 
 if TYPE_CHECKING:
     import pandas
@@ -27,6 +29,8 @@ PerLayer = Annotated[int, Range(0, 16)]
 Space = Literal["nicolaides", "spectral", "smooth", "krylov", "random", "optimal"]
 Correction = Literal["additive", "a-def1", "a-def2", "balanced"]
 Rule = Literal["eigen", "factored"]
+Steps = Literal[0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+LARGEST = 2500  # parameters: the matrices are dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +91,7 @@ def run_coarse_space(
     data: Data = "digits4",
     widths: Widths = (12, 12, 12),
     n: Annotated[int, Range(1, 1797)] = 500,
-    steps: Annotated[int, Range(0, 1000)] = 0,
+    steps: Steps = 0,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> CoarseSpaceResult:
@@ -107,19 +111,40 @@ def run_coarse_space(
         seed: of data, weights and random columns.
         device: where to compute.
     """
-    parameters = dict(locals())
-    where = setting(data, widths, n, seed, steps, fisher, device)
+    parameters = check(run_coarse_space, locals())
+    where = setting(data, tuple(widths), n, seed, steps, fisher, device)
     return coarse_space(where, parameters, damping=damping, per_layer=per_layer, coarse=coarse,
                         correction=correction, rule=rule, seed=seed)  # fmt: skip
 
 
 def limits(values: dict[str, Any]) -> dict[str, int]:
     """The largest coarse space per layer of the network with these values; sliders end there."""
-    partition = setting(*(values[name] for name in ("data", "widths", "n", "seed", "steps", "fisher"))).F.partition
+    partition = setting(values["data"], values["widths"], values["n"], values["seed"], 0).problem.partition
     return {"per_layer": min(layer.size for layer in partition.layers)}
 
 
 run_coarse_space.limits = limits
+
+
+def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
+    """The same experiment on a setting of the reader's own: what does not depend on the network stays to choose."""
+    room = min(layer.size for layer in where.problem.partition.layers)
+    start = min(4, room)
+
+    def run(
+        *,
+        damping: Damping = 1e-2,
+        per_layer: PerLayer = start,
+        coarse: Space = "spectral",
+        correction: Correction = "balanced",
+        rule: Rule = "eigen",
+    ) -> CoarseSpaceResult:
+        choices = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
+        return coarse_space(where, choices | {"fisher": where.fisher}, **choices)
+
+    run.limits = lambda values: {"per_layer": room}
+    run.__doc__ = run_coarse_space.__doc__
+    return run
 
 
 def coarse_space(
@@ -134,10 +159,16 @@ def coarse_space(
     seed: int = 0,
 ) -> CoarseSpaceResult:
     """:func:`run_coarse_space` in a setting of the reader's own; ``parameters`` are kept in the result."""
-    levels = _levels(where, per_layer, coarse, rule, seed, damping if coarse in ("krylov", "optimal") else None)
-    T = levels.two_level.with_damping(damping).with_correction(correction)
-    with ThreadPoolExecutor(1) as other_core:  # the spectra are half of the work
-        spectrum = other_core.submit(levels.spectrum, where, T)
+    if (size := where.problem.partition.size) > LARGEST:
+        raise ValueError(
+            f"The network has {size} parameters, and matrices of that size are drawn; at most {LARGEST} are possible. "
+            "Take narrower layers."
+        )
+    depends = damping if coarse in ("krylov", "optimal") else None
+    with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as other_core:
+        levels = _levels(where, per_layer, coarse, rule, seed, depends)
+        T = levels.two_level.with_damping(damping).with_correction(correction)
+        spectrum = other_core.submit(levels.spectrum, where, T)  # half of the work
         one, added = _one_level(where, rule, damping), T.contribution()
         captured, at_best_length = _captured(where, T)
     left = _norm(one.missed - added) / max(_norm(one.missed), 1e-300)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..experiments.coarse_space import CoarseSpaceResult
 
 FLOOR, CEILING = 1e-4, 1e2  # of the spectrum's axis
+NAMES = {"fisher": "F", "blocks": "G ⊗ A", "missed": "A⁻¹ − M", "added": "T − M"}
 ORDER = ("gradient", "diagonal", "kfac", "additive", "a-def1", "a-def2", "balanced", "exact")
 
 
@@ -57,6 +58,21 @@ class CoarseSpacePlot(Plot):
 
     def fits(self, result: CoarseSpaceResult) -> bool:
         return result.partition == self.views["fisher"].partition
+
+    def regions(self, result: CoarseSpaceResult) -> list[tuple[float, float, float, float, str]]:
+        """Every block of every matrix, with its layers and its norm."""
+        offsets, size = result.partition.offsets, result.partition.size
+        names = [f"{l + 1} ({name})" for l, name in enumerate(result.partition.names)]
+        found = []
+        for which, view in self.views.items():
+            x, y, width, height = view.ax.get_position().bounds
+            for l, row in enumerate(result.norms(which).tolist()):
+                for m, norm in enumerate(row):
+                    part = (offsets[m], offsets[l], offsets[m + 1] - offsets[m], offsets[l + 1] - offsets[l])
+                    left, top, w, h = (share / size for share in part)
+                    words = f"{NAMES[which]}, layers {names[l]} and {names[m]}: Frobenius norm {number(norm)}"
+                    found.append((x + left * width, 1 - y - (1 - top) * height, w * width, h * height, words))
+        return found
 
     def scale(self, logarithmic: bool) -> None:
         for part in (*self.views.values(), *self.bars):

@@ -48,3 +48,7 @@ class Plot(ABC):
     def fits(self, result: Any) -> bool:
         """Whether :meth:`update` can show ``result``; else a new plot is built."""
         return True
+
+    def regions(self, result: Any) -> list[tuple[float, float, float, float, str]]:
+        """Left, top, width, height as shares of the figure, and what a reader who points there is told."""
+        return []

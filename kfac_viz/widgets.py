@@ -1,0 +1,308 @@
+"""Live panels: any experiment with its plot under sliders, in JupyterLab, Notebook 7 and Voila.
+
+A panel calls the same two functions as a regenerated figure. Its picture is one image widget, encoded in the
+kernel; comm callbacks may run in a thread beside a busy cell, so there is no pyplot here, and a lock.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from . import parameters
+from .figures.live import Live
+from .figures.plot import Plot
+from .parameters import Parameter, Range, to_text
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FIRST = ("damping", "per_layer")  # where an experiment has them
+
+# Runs whenever the words below the picture are new: what ipywidgets has no trait for.
+_LABELS = """
+const panel = this.closest('.kfac-panel');
+panel.querySelector('img.widget-image').alt = this.dataset.alt;
+panel.querySelectorAll('.widget-slider').forEach(slider => {
+  const handle = slider.querySelector('.noUi-handle'), text = slider.querySelector('.widget-readout');
+  handle.setAttribute('aria-label', slider.querySelector('.widget-label').textContent);
+  if (text) handle.setAttribute('aria-valuetext', text.textContent);
+});
+"""
+_PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
+_STYLE = """<style>
+.kfac-panel {{ max-width: {width}px; }}
+.kfac-panel .widget-html, .kfac-panel .widget-html-content {{ height: auto; line-height: 1.4; }}
+.kfac-panel .widget-html {{ margin: 0; }}
+.kfac-panel img.widget-image {{ width: 100%; aspect-ratio: {width} / {height}; border-radius: 4px; margin: 0; }}
+.kfac-panel .kfac-regions {{ position: relative; height: 0; z-index: 1; }}
+.kfac-panel .kfac-regions > div {{ position: absolute; width: 100%; aspect-ratio: {width} / {height};
+  pointer-events: none; }}
+.kfac-panel .kfac-regions span {{ position: absolute; pointer-events: auto; }}
+.kfac-panel .kfac-regions span:hover {{ outline: 2px solid #E69F00; outline-offset: -1px; }}
+.kfac-panel .kfac-words {{ height: 5.7em; overflow: auto; font-size: 12px; }}
+.kfac-panel code {{ user-select: all; font-size: 12px; }}
+.kfac-panel .kfac-error {{ height: 1.5em; color: var(--jp-error-color1, #d32f2f); font-weight: 600; overflow: auto; }}
+</style>"""
+
+
+class Panel(widgets.VBox):
+    """Controls, the picture, its description with the numbers, a line for errors, and the command for the view.
+
+    Attributes:
+        controls: the control of each parameter, by name; set their ``value`` to move the panel.
+        result: what the picture shows.
+        error: the sentence in the error line, empty where all is well.
+        command: the line that makes this figure again.
+    """
+
+    def __init__(
+        self,
+        run: Callable,
+        plot: type[Plot],
+        controls: Sequence[str] | None = None,
+        *,
+        reproduce: Callable[[dict[str, Any]], str] | None = None,
+        **fixed: Any,
+    ) -> None:
+        self.run, self._plot_type, self._lock, self._busy = run, plot, threading.RLock(), True
+        known = parameters.read(run)
+        self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
+        names = list(parameters.check(run, {name: known[name].default for name in controls or known if name in known}))
+        unknown = [name for name in controls or () if name not in known]
+        if unknown:
+            raise ValueError(f"{run.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
+        names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+        self._reproduce = reproduce or (lambda values: parameters.command(_notebook(run), _changed(run, values)))
+        self.error = self.command = ""
+        self.controls = {name: _control(known[name], self._values[name]) for name in names}
+        self._bound(self._values)
+        self.result = run(**self._values)
+        self._live = Live(plot(self.result))
+        self._picture = widgets.Image(format="jpeg")
+        self._regions, self._below, self._alert = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.scale = widgets.ToggleButtons(options=["lin–log", "linear"], description="colours", style=_WIDE)
+        self.scale.style.button_width = "5em"
+        for control in (*self.controls.values(), self.scale):
+            control.observe(self._moved, "value")
+        self._busy = False
+        self._draw()
+        W, H = (round(inches * self._live.plot.figure.dpi) for inches in plot.size)
+        first = [self.controls[name] for name in names if name in FIRST]
+        others = [self.controls[name] for name in names if name not in FIRST]
+        others += [self.scale] if hasattr(plot, "scale") else []
+        row = widgets.Layout(flex_flow="row wrap", width="100%")
+        super().__init__(
+            [
+                widgets.HTML(_STYLE.format(width=W, height=H)),
+                widgets.Box(first, layout=row),
+                widgets.Box(others, layout=row),
+                self._regions,
+                self._picture,
+                self._alert,
+                self._below,
+            ]
+        )
+        self.add_class("kfac-panel")
+
+    def _moved(self, change: dict[str, Any]) -> None:
+        with self._lock:
+            if not self._busy:
+                self._busy = True
+                try:
+                    self._update()
+                finally:
+                    self._busy = False
+
+    def _update(self) -> None:
+        """Read the controls, run, draw; what goes wrong is said in the panel, and the last good picture stays."""
+        try:
+            read = {name: _read(self.run, name, control.value) for name, control in self.controls.items()}
+            values = self._values | read
+            self._bound(values)
+            result = self.run(**values)
+            if not self._live.plot.fits(result):
+                self._live = Live(self._plot_type(result))
+            plot = self._live.plot
+            if hasattr(plot, "scale"):
+                plot.scale(self.scale.index == 0)
+            plot.update(result)
+            self._values, self.result = values, result
+            self._draw()
+            self._tell("")
+        except (ValueError, TypeError) as error:
+            self._tell(str(error))
+        except Exception as error:  # would go to a log that nobody sees
+            self._tell(f"{type(error).__name__}: {error}")
+
+    def _bound(self, values: dict[str, Any]) -> None:
+        """Keep values, and the ends of their sliders, where the experiment says that they exist."""
+        for name, high in getattr(self.run, "limits", lambda _: {})(values).items():
+            stated = parameters.read(self.run)[name].range
+            high = min(high, stated.high) if stated else high
+            values[name] = min(values[name], high)
+            control = getattr(self, "controls", {}).get(name)
+            if control is not None and control.max != high:
+                control.max = high  # its value follows
+
+    def _draw(self) -> None:
+        plot = self._live.plot
+        self.command = self._reproduce(self._values)
+        alt = html.escape(plot.figure.get_label())
+        spans = (
+            f'<span style="left:{100 * x:.2f}%;top:{100 * y:.2f}%;width:{100 * w:.2f}%;height:{100 * h:.2f}%" '
+            f'title="{html.escape(words)}"></span>'
+            for x, y, w, h, words in plot.regions(self.result)
+        )
+        self._picture.value = self._live.jpeg()
+        self._regions.value = f'<div class="kfac-regions"><div>{"".join(spans)}</div></div>'
+        self._below.value = (
+            f'<div class="kfac-words" role="status">{alt}</div>To make this figure again: '
+            f"<code>{html.escape(self.command)}</code>"
+            f'<img src="{_PIXEL}" alt="" data-alt="{alt}" onload="{html.escape(_LABELS)}">'
+        )
+
+    def _tell(self, words: str) -> None:
+        if words != self.error:
+            self.error = words
+            text = html.escape(words + " The picture shows the last values that worked.") if words else ""
+            self._alert.value = f'<div class="kfac-error" role="alert">{text}</div>'
+
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
+        """The live view, and beside it the picture for pages without a kernel."""
+        data = super()._repr_mimebundle_(**options)
+        with self._lock:
+            picture, alt = base64.b64encode(self._live.png()).decode(), self._live.plot.figure.get_label()
+        return {**data, "image/png": picture, "text/plain": alt}, {"image/png": {"alt": alt}}
+
+
+def panel(run: Callable, plot: type[Plot], controls: Sequence[str] | None = None, **fixed: Any) -> Panel:
+    """An experiment under sliders.
+
+    Args:
+        run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result.
+        plot: how it is drawn.
+        controls: names of the parameters to move, all by default; ``damping`` and ``per_layer`` come first.
+        fixed: values of the others, and first values of these.
+
+    Raises:
+        ValueError, TypeError: an unknown name, or a value out of its range.
+    """
+    return Panel(run, plot, controls, **fixed)
+
+
+def explore(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor | None = None,
+    *,
+    likelihood: str,
+    fisher: str = "exact",
+    **values: Any,
+) -> Panel:
+    """The playground on the reader's own network, of some hundred parameters; the model is left as it is.
+
+    Args:
+        model: with Linear or Conv2d layers; a copy in double precision is taken.
+        inputs: a batch (N, …).
+        targets: true labels (see :func:`kfac_viz.nll`); without them one label per example is drawn from the
+            model, so that the gradient is noise of the model's own kind.
+        likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
+        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        values: where the controls start, such as ``damping=0.1``.
+
+    Raises:
+        ValueError, TypeError: too many parameters for P×P matrices, or what :func:`kfac_viz.capture` refuses.
+    """
+    import copy
+
+    import torch
+
+    from .experiments.coarse_space import run_on
+    from .experiments.setting import Setting
+    from .figures.coarse_space import CoarseSpacePlot
+    from .likelihood import output_vectors
+    from .problems import Problem
+
+    model = copy.deepcopy(model).double().eval()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    if targets is None:
+        with torch.no_grad():
+            outputs = model(inputs)
+        means = {"categorical": outputs.softmax(-1), "bernoulli": outputs.sigmoid()}.get(likelihood, outputs)
+        targets = means - output_vectors(outputs, likelihood, "mc")[0]
+        targets = targets.argmax(-1) if likelihood == "categorical" else targets
+    elif targets.is_floating_point():
+        targets = targets.double()
+    where = Setting(Problem(model, inputs, targets, likelihood, type(model).__name__), fisher)
+    run = run_on(where)
+
+    def reproduce(values: dict[str, Any]) -> str:
+        rank = f"kv.coarse.{values['coarse']}(F, per_layer={values['per_layer']})"
+        if values["coarse"] in ("krylov", "optimal"):
+            rank = rank.replace("(F, ", "(A, M, g, " if values["coarse"] == "krylov" else "(A, M, ")
+        return (
+            f"F = kv.capture(model, inputs, likelihood={likelihood!r}); A = F.damped({values['damping']}); "
+            f"M = kv.KFAC(F, {values['damping']}, {values['rule']!r}); "
+            f"T = kv.TwoLevel(A, M, {rank}, {values['correction']!r})"
+        )
+
+    return Panel(run, CoarseSpacePlot, reproduce=reproduce, **values)
+
+
+_WIDE = {"description_width": "initial"}
+
+
+def _control(parameter: Parameter, value: Any) -> widgets.Widget:
+    """The control that can reach every allowed value and no other, as far as there is one."""
+    about = {"description": parameter.name, "style": _WIDE, "tooltip": parameter.help or parameter.allowed}
+    span = parameter.range
+    wide = {"width": "48%", "min_width": "20em"}
+    if parameter.choices and parameter.kind is int and not (parameter.many or parameter.optional):
+        return widgets.SelectionSlider(options=parameter.choices, value=value, **about, layout=wide)
+    if parameter.choices and not parameter.many:
+        options = [*parameter.choices, *[None] * parameter.optional]
+        return widgets.Dropdown(options=[(to_text(x), x) for x in options], value=value, **about,
+                                layout={"width": "auto"})  # fmt: skip
+    if parameter.many or parameter.optional or parameter.kind is str:
+        return widgets.Text(to_text(value), continuous_update=False, **about, layout={"width": "16em"})
+    if parameter.kind is bool:
+        return widgets.Checkbox(value, indent=False, **about)
+    if parameter.kind is float and span:
+        steps = span if span.steps else Range(span.low, span.high, span.log, steps=61)
+        positions = sorted({*steps.positions, value})
+        about |= {"description": "damping λ" if parameter.name == "damping" else parameter.name}
+        return widgets.SelectionSlider(options=[(f"{x:.3g}", x) for x in positions], value=value, **about,
+                                       layout=wide)  # fmt: skip
+    if parameter.kind is int and span and span.high - span.low <= 1000:
+        return widgets.IntSlider(value, span.low, span.high, **about, layout=wide)
+    if span:
+        return widgets.BoundedIntText(value, span.low, span.high, **about, layout={"width": "12em"})
+    kind = widgets.IntText if parameter.kind is int else widgets.FloatText
+    return kind(value, **about, layout={"width": "12em"})
+
+
+def _read(run: Callable, name: str, value: Any) -> Any:
+    """The value of a control as the experiment takes it; texts are parsed like those of the command line."""
+    parameter = parameters.read(run)[name]
+    if isinstance(value, str) and not parameter.choices:
+        alternatives = parameters.parse(value)
+        single = len(alternatives) == 1 and not (parameter.many and isinstance(alternatives[0], (int, float)))
+        value = alternatives[0] if single else alternatives
+    return parameter.check(value)
+
+
+def _notebook(run: Callable) -> str:
+    from .experiments import NOTEBOOKS
+
+    return next((name for name, function in NOTEBOOKS.items() if function is run), "NOTEBOOK")
+
+
+def _changed(run: Callable, values: dict[str, Any]) -> dict[str, Any]:
+    defaults = {name: parameter.default for name, parameter in parameters.read(run).items()}
+    return {name: value for name, value in values.items() if value != defaults[name]}
