@@ -27,6 +27,8 @@ class Fisher(Operator):
         g: output-side vectors, one (S, N, T, out) per layer.
     """
 
+    semidefinite = True
+
     def __init__(
         self,
         partition: Partition,
@@ -199,6 +201,8 @@ class KroneckerFisher(Operator):
 
     Positive semi-definite, as a principal part of a Kronecker product of two Gram matrices.
     """
+
+    semidefinite = True
 
     def __init__(self, F: Fisher, convention: str = "expand") -> None:
         self.F, self.convention = F, check_choice("convention", convention, CONVENTIONS)

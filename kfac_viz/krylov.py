@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .coarse import cholesky
-from .operator import Damped, Operator, check_count, check_same_space, check_symmetric, check_type
+from .operator import Damped, Operator, check_count, check_same_space, check_symmetric, check_type, flushed
 from .two_level import TwoLevel
 
 
@@ -103,15 +103,20 @@ def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
     check_type("A", A, Operator)
     check_symmetric(A, "spectrum")
     if M is None:
-        return torch.linalg.eigvalsh(A.dense())
+        return torch.linalg.eigvalsh(flushed(A.dense()))
     check_type("M", M, Operator)
     check_same_space(A, M)
     if isinstance(M, TwoLevel) and M.galerkin and M.M.symmetric and _same_matrix(A, M.A):
         M = M if M.symmetric else M.with_correction("balanced")
     check_symmetric(M, "A real spectrum")
-    L = cholesky(A.dense(), "The matrix")
+    L, info = torch.linalg.cholesky_ex(A.dense())
+    if int(info):  # λ lies below the round-off in A; the eigenvectors say what of A is zero
+        d, U = A.eigen
+        if not float(d[0]) > 0:
+            raise ValueError("The matrix is not positive definite to working precision; choose a larger damping.")
+        L = U * d.sqrt()
     inner = L.T @ M.dense() @ L
-    return torch.linalg.eigvalsh((inner + inner.T) / 2)
+    return torch.linalg.eigvalsh(flushed((inner + inner.T) / 2))
 
 
 def condition_number(A: Operator, M: Operator | None = None) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from .partition import Partition
 
@@ -27,6 +28,12 @@ class Eigen(NamedTuple):
     U: Tensor
 
 
+def flushed(matrix: Tensor) -> Tensor:
+    """Numbers so small that their products underflow become zero: LAPACK's eigensolvers fail on some of them."""
+    info = torch.finfo(matrix.dtype)
+    return hardshrink(matrix, info.tiny / info.eps)
+
+
 def psd_eigen(matrix: Tensor, what: str) -> Eigen:
     """Eigendecomposition of a positive semi-definite matrix; round-off below zero becomes zero.
 
@@ -35,7 +42,7 @@ def psd_eigen(matrix: Tensor, what: str) -> Eigen:
     """
     if not torch.isfinite(matrix).all():
         raise ValueError(f"{what} holds NaN or inf.")
-    d, U = torch.linalg.eigh(matrix)
+    d, U = torch.linalg.eigh(flushed(matrix))
     smallest, largest = float(d[0]), float(d[-1])
     if smallest < -100 * len(d) * torch.finfo(d.dtype).eps * max(-smallest, largest):
         raise ValueError(
@@ -55,6 +62,7 @@ class Operator(ABC):
     dtype: torch.dtype
     device: torch.device
     symmetric: bool = True
+    semidefinite: bool = False  # positive semi-definite by construction, so that less than zero is round-off
 
     @abstractmethod
     def _apply(self, v: Tensor) -> Tensor:
@@ -293,8 +301,9 @@ def inverse(d: Tensor, damping: float, what: str) -> Tensor:
     info = torch.finfo(d.dtype)
     if not smallest > (largest * d.numel() * info.eps if damping == 0 else info.tiny):
         raise ValueError(
-            f"{what} is singular in {d.dtype} (smallest eigenvalue {float(d.min()):.2g}, largest "
-            f"{float(d.max()):.2g}) and the damping {damping:g} does not mend it; choose a larger damping."
+            f"{what} is {'singular' if smallest >= 0 else 'indefinite'} in {d.dtype} (smallest eigenvalue "
+            f"{float(d.min()):.2g}, largest {float(d.max()):.2g}) and the damping {damping:g} does not mend it; choose "
+            "a larger damping."
         )
     if not math.isfinite(largest):
         raise ValueError(f"{what} with damping {damping:g} overflows {d.dtype}; choose a smaller damping.")

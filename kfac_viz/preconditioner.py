@@ -249,7 +249,7 @@ class BlockTridiagonal(Preconditioner):
         L, info = torch.linalg.cholesky_ex(X)
         if int(info):
             raise ValueError(
-                f"A factor of layer {name!r} is singular at damping {self.damping:g}; choose a larger one."
+                f"A factor of layer {name!r} is singular at damping {self.damping:g}; choose a larger damping."
             )
         return L
 

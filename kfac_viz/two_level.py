@@ -17,6 +17,7 @@ from .operator import (
     check_same_space,
     check_symmetric,
     check_type,
+    flushed,
     inverse,
     replace,
 )
@@ -52,21 +53,10 @@ class CoarseCorrection(Operator):
             )
         half = torch.linalg.solve_triangular(L, self.galerkin * scale * scale[:, None], upper=False)
         reduced = torch.linalg.solve_triangular(L, half.T, upper=False)
-        sigma, V = torch.linalg.eigh((reduced + reduced.T) / 2)
-        self._sigma = self._clamped(sigma)
+        sigma, V = torch.linalg.eigh(flushed((reduced + reduced.T) / 2))
+        self._sigma = sigma.clamp_min(0) if base.semidefinite else sigma
         self._basis = scale[:, None] * torch.linalg.solve_triangular(L.T, V, upper=True)  # C, (k, k)
         self._damp(self.damping)
-
-    @staticmethod
-    def _clamped(sigma: Tensor) -> Tensor:
-        if sigma.numel():
-            slack = 1e3 * sigma.numel() * torch.finfo(sigma.dtype).eps * float(sigma.abs().max())
-            if float(sigma[0]) < -slack:
-                raise ValueError(
-                    f"The coarse operator is indefinite (smallest eigenvalue {float(sigma[0]):.3g}); coarsen a "
-                    "positive semi-definite matrix."
-                )
-        return sigma.clamp_min(0)
 
     def _damp(self, damping: float) -> None:
         self.damping = check_damping(damping)

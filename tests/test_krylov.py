@@ -238,3 +238,15 @@ def test_float32_and_devices(device):
     assert x.converged and x.solution.dtype == torch.float32 and x.solution.device.type == device
     assert_close(x.solution.cpu().double(), kv.exact_direction(reference, normal(F.shape[0], seed=3)), 1e-4)
     assert np.isfinite(kv.condition_number(A, T))
+
+
+@pytest.mark.parametrize("damping", [1e-12, 1e-9])
+def test_spectrum_when_the_damping_is_below_round_off(damping):
+    """Cholesky fails on F + λI, where F has round-off below −λ; the eigenvalues of M A are still there."""
+    model, inputs = ZOO["residual"].make(3)
+    F = kv.capture(model, 1e4 * inputs, likelihood="gaussian")
+    A = F.damped(damping)
+    assert int(torch.linalg.cholesky_ex(A.dense())[1]) > 0
+    values = kv.spectrum(A, kv.Identity(F))
+    assert_close(values, A.eigen.d, 1e-12)
+    assert float(values[0]) > 0
