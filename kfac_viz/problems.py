@@ -63,6 +63,7 @@ class Problem:
 
     def trained(self, steps: int, lr: float = 1e-2) -> Problem:
         """A copy of the problem after full-batch Adam steps, deterministic."""
+        check_count("steps", steps, least=0)
         model = copy.deepcopy(self.model)
         twin = replace(self, model=model)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr)

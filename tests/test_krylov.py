@@ -244,7 +244,7 @@ def test_float32_and_devices(device):
 def test_spectrum_when_the_damping_is_below_round_off(damping):
     """Cholesky fails on F + λI, where F has round-off below −λ; the eigenvalues of M A are still there."""
     model, inputs = ZOO["residual"].make(3)
-    F = kv.capture(model, 1e4 * inputs, likelihood="gaussian")
+    F = kv.capture(model, 1e5 * inputs, likelihood="gaussian")
     A = F.damped(damping)
     assert int(torch.linalg.cholesky_ex(A.dense())[1]) > 0
     values = kv.spectrum(A, kv.Identity(F))
