@@ -162,3 +162,20 @@ def _largest_balanced_eigenvalue() -> float:
 
     A = poisson(subdomains=8, local=16)
     return float(spectrum(A, TwoLevel(A, BlockDiagonal(A, 0.0), coarse.nicolaides(A, 1)))[-1])
+
+
+@exercise("05a", "run_coarse_space(coarse=…, per_layer=1).captured['balanced'], for one name after the other.")
+def _best_single_column() -> str:
+    from .coarse import SPACES
+    from .experiments import run_coarse_space
+
+    return max(SPACES, key=lambda name: run_coarse_space(coarse=name, per_layer=1).captured["balanced"])
+
+
+@exercise("05b", "The step misses the exact one by M g; measure that in the norm of A.", 0.01)
+def _additive_with_everything() -> float:
+    from . import KFAC, captured_decrease
+
+    s = _network(steps=0)
+    A = s.F.damped(0.01)
+    return captured_decrease(A, s.g, KFAC(s.F, 0.01) @ s.g + A.solve(s.g))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .coarse_sizes import CoarseSizesResult, run_coarse_sizes
 from .coarse_space import CoarseSpaceResult, run_coarse_space
 from .damping import DampingResult, run_damping
 from .depth import DepthResult, run_depth
@@ -18,17 +19,20 @@ NOTEBOOKS: dict[str, Callable] = {
     "02_kfac": run_kfac,
     "03_damping": run_damping,
     "04_where_it_comes_from": run_origin,
+    "05_coarse_space": run_coarse_space,
     "06_depth": run_depth,
 }
 
 __all__ = [
     "NOTEBOOKS",
+    "CoarseSizesResult",
     "CoarseSpaceResult",
     "DampingResult",
     "DepthResult",
     "FisherResult",
     "KfacResult",
     "OriginResult",
+    "run_coarse_sizes",
     "run_coarse_space",
     "run_damping",
     "run_depth",

@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .. import coarse, problems
 from ..coarse import cholesky
 from ..krylov import pcg
 from ..operator import Dense
-from ..parameters import Device, Range, Seed
+from ..parameters import Device, Range, Seed, check
 from ..preconditioner import KFAC
 from ..two_level import TwoLevel
 from .curves import Study, curve
@@ -60,7 +60,7 @@ def run_depth(
         seed: of data and weights.
         device: where to compute.
     """
-    parameters = dict(locals())
+    parameters = check(run_depth, locals())
     values: dict[tuple[str, str], list[list[float]]] = defaultdict(list)  # one row per seed
     for s in range(seed, seed + repeats):
         rows = defaultdict(list)
@@ -123,12 +123,12 @@ def _measure(network: _Network, damping: float, per_layer: int, rtol: float) -> 
         T = Dense(method.dense(), F.partition)
         v = T @ g
         found["iterations", name] = pcg(A, g, T, rtol=rtol).iterations
-        found["largest", name] = _largest(T.dense(), L)
+        found["largest", name] = largest_eigenvalue(T.dense(), L)
         found["captured", name] = float(2 * (g @ v) - v @ (A @ v)) / float(g @ exact)
     return found
 
 
-def _largest(T: Tensor, L: Tensor) -> float:
+def largest_eigenvalue(T: Tensor, L: Tensor) -> float:
     """λ_max(T A) for ``A = L Lᵀ``, by Lanczos on the similar ``Lᵀ T L``."""
     import numpy as np
     from scipy.sparse.linalg import LinearOperator, eigsh

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..coarse import nicolaides
 from ..krylov import pcg
 from ..operator import Damped, Dense
-from ..parameters import Device, Range, Seed
+from ..parameters import Device, Range, Seed, check
 from ..partition import Partition
 from ..preconditioner import BlockDiagonal, Identity
 from ..two_level import TwoLevel
@@ -70,7 +70,7 @@ def run_origin(
         seed: of right-hand sides, examples and clusters.
         device: where to compute.
     """
-    parameters = dict(locals())
+    parameters = check(run_origin, locals())
     seeds = range(seed, seed + repeats)
     curves = {}
     for quantity, x, measure in (

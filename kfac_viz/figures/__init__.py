@@ -1,5 +1,6 @@
 """Results to matplotlib figures, and figures to files. Nothing here computes, and nothing here knows widgets."""
 
+from .coarse_sizes import CoarseSizesPlot, plot_coarse_sizes
 from .coarse_space import CoarseSpacePlot, plot_coarse_space
 from .damping import DampingPlot, plot_damping
 from .depth import DepthPlot, plot_depth
@@ -13,12 +14,14 @@ __all__ = [
     "FLAVOURS",
     "METHODS",
     "SPACES",
+    "CoarseSizesPlot",
     "CoarseSpacePlot",
     "DampingPlot",
     "DepthPlot",
     "FisherPlot",
     "KfacPlot",
     "OriginPlot",
+    "plot_coarse_sizes",
     "plot_coarse_space",
     "plot_damping",
     "plot_depth",

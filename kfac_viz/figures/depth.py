@@ -43,7 +43,8 @@ class DepthPlot(Plot):
             "largest": CurveView(axes[0], SERIES, "Largest eigenvalue of M A", y="", ylim=(0.9, 100), **x),
             "iterations": CurveView(axes[1], {**SERIES, "eigenvalues": above}, "Iterations of conjugate gradients",
                                     y="", ylim=(8, 800), **x),
-            "captured": CurveView(axes[2], SERIES, "Captured decrease of one step", y="", ylim=(-3000, 1.15), **x),
+            "captured": CurveView(axes[2], SERIES, "Captured decrease of one step", y="", ylim=(-2000, 1.15),
+                                  scale=("log", "symlog"), **x),
         }  # fmt: skip
         for ax in axes:
             ax.set_xticks(layers, [str(l) for l in layers])
@@ -99,7 +100,8 @@ def describe(result: DepthResult) -> str:
     )
     return (
         f"{headline(result)}. Medians over {p['repeats']} seeds with a band from the lowest to the highest; hidden "
-        f"width {p['width']}, λ = {p['damping']:g} of the largest eigenvalue of F. At {max(p['layers'])} layers: {deepest}."
+        f"width {p['width']}, λ = {p['damping']:g} of the largest eigenvalue of F. "
+        f"At {max(p['layers'])} layers: {deepest}."
     )
 
 

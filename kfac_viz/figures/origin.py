@@ -45,9 +45,9 @@ class OriginPlot(Plot):
         top, bottom = self.figure.subplots(2, 3)
         self.lines = self._interval(top[0], result)
         errors = {"start": START, "blocks": BLOCKS, "balanced": BALANCED}
-        points = p["shown"] * p["local"]
+        modes = min(4, p["local"]) * p["shown"]
         self.modes = CurveView(top[1], errors, "Poisson: energy left in each sine mode", x="mode", y="",
-                               xlim=(0, min(points, 4 * p["shown"])), ylim=(1e-2, 1.5), scale=("linear", "log"))  # fmt: skip
+                               xlim=(0, modes), ylim=(1e-2, 1.5), scale=("linear", "log"))  # fmt: skip
         for line in self.modes.lines.values():
             line.set_marker("")
         top[1].axvline(p["shown"], color=FAINT, linewidth=1, zorder=0.5)

@@ -1,0 +1,109 @@
+"""Coarse spaces of every kind and size: captured decrease, largest eigenvalue, iterations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .curves import CurveView
+from .plot import Plot
+from .style import FAINT, METHODS, SPACES
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+    from ..experiments.coarse_sizes import CoarseSizesResult
+
+NONE = METHODS["gradient"]._replace(label="no preconditioner", marker="", line=":", color="#222222")
+ROWS = ("balanced", "additive")
+
+
+class CoarseSizesPlot(Plot):
+    """Balanced corrections above, added ones below."""
+
+    size = (11.6, 6.8)
+
+    def build(self, result: CoarseSizesResult) -> None:
+        sizes = result.parameters["sizes"]
+        highest = {q: max(c.high.max() for c in result.of(q).values()) for q in ("largest", "iterations")}
+        fewest = min(c.low.min() for c in result.of("iterations").values())
+        below = {-(10**i): f"−{10**i}" for i in range(5)}
+        self.views = {}
+        for row, axes in zip(ROWS, self.figure.subplots(2, 3), strict=True):
+            lowest = min(c.low.min() for key, c in result.of("captured").items() if key.endswith(row))
+            kinds = {
+                "captured": (SPACES, "captured decrease of one step", "symlog", (min(-0.05, 1.5 * lowest), 1.08),
+                             {1: "1: exact", 0.5: "0.5", 0: "0: no step", **below}),
+                "largest": (SPACES, "largest eigenvalue of T A", "log", (0.95, 1.3 * highest["largest"]),
+                            {v: str(v) for v in (1, 2, 3, 5, 10, 30, 100)}),
+                "iterations": ({**SPACES, "none": NONE}, "iterations", "log",
+                               (0.7 * fewest, 1.4 * highest["iterations"]),
+                               {v: str(v) for v in (1, 3, 10, 30, 100, 300, 1000)}),
+            }  # fmt: skip
+            for ax, (quantity, (styles, title, scale, ylim, names)) in zip(axes, kinds.items(), strict=True):
+                self.views[row, quantity] = CurveView(
+                    ax, styles, f"{row.capitalize()}: {title}", x="columns per layer", y="",
+                    xlim=(-0.1, max(sizes) * 1.12), ylim=ylim, scale=("symlog", scale),
+                )  # fmt: skip
+                ax.set_xscale("symlog", linthresh=1, linscale=0.3)
+                if scale == "symlog":
+                    ax.set_yscale("symlog", linthresh=1, linscale=1.6)
+                    ax.axhline(0, color=FAINT, linewidth=1, zorder=0.5)
+                if quantity != "iterations":
+                    ax.axhline(1, color=FAINT, linewidth=1, zorder=0.5)
+                _numbers(ax.xaxis, {size: str(size) for size in sizes})
+                _numbers(ax.yaxis, names)
+        lines = self.views["balanced", "iterations"].lines
+        self.figure.legend(handles=[*lines.values()], loc="outside lower center", ncols=len(lines))
+        self.title = self.figure.suptitle("", x=0.01, ha="left", weight="bold", fontsize=11)
+        self.animated = [*(artist for view in self.views.values() for artist in view.artists), self.title]
+
+    def update(self, result: CoarseSizesResult) -> None:
+        for (row, quantity), view in self.views.items():
+            curves = result.of(quantity)
+            view.update({name: curves[key] for name in view.lines if (key := series(name, row)) in curves})
+        self.title.set_text(headline(result))
+        self.figure.set_label(describe(result))
+
+
+def series(space: str, correction: str) -> str:
+    return space if space == "none" else f"{space}, {correction}"
+
+
+def _numbers(axis: Axis, names: dict[float, str]) -> None:
+    low, high = axis.get_view_interval()
+    names = {value: name for value, name in names.items() if low <= value <= high}
+    axis.set_ticks(list(names), list(names.values()))
+    axis.set_ticks([], minor=True)
+
+
+def headline(result: CoarseSizesResult) -> str:
+    """What to see, in one line."""
+    sizes, captured = result.parameters["sizes"], result.of("captured")
+    at = min(range(len(sizes)), key=lambda i: abs(sizes[i] - 4))
+    shares = ", ".join(
+        f"{words} {captured[f'{name}, balanced'].y[at]:.2f}"
+        for name, words in (("nicolaides", "constants"), ("spectral", "eigenvectors"), ("krylov", "Krylov pieces"))
+    )
+    kfac = captured["spectral, balanced"].y[0]
+    return f"One step with {sizes[at]} balanced columns per layer: {shares}; K-FAC {kfac:.2f}"
+
+
+def describe(result: CoarseSizesResult) -> str:
+    """The alternative text: what every space captures at its largest size."""
+    p, captured = result.parameters, result.of("captured")
+    rows = "; ".join(
+        f"{row}: " + ", ".join(f"{SPACES[name].label} {captured[series(name, row)].y[-1]:.3g}" for name in SPACES)
+        for row in ROWS
+    )
+    return (
+        f"{headline(result)}. Captured decrease, largest eigenvalue and iterations of conjugate gradients for six "
+        f"coarse spaces of {p['sizes'][0]} to {p['sizes'][-1]} columns per layer, balanced above and added below; "
+        f"medians over {p['repeats']} seeds, bands from the lowest to the highest. Captured with "
+        f"{p['sizes'][-1]} columns, {rows}."
+    )
+
+
+def plot_coarse_sizes(result: CoarseSizesResult) -> Figure:
+    """The figure of :func:`kfac_viz.experiments.run_coarse_sizes`."""
+    return CoarseSizesPlot(result).figure
