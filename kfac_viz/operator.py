@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
     from .coarse import CoarseSpace
+
+
+T = TypeVar("T")
 
 
 class Eigen(NamedTuple):
@@ -310,7 +313,7 @@ def inverse(d: Tensor, damping: float, what: str) -> Tensor:
     return total.reciprocal()
 
 
-def replace(obj, **changes):
+def replace(obj: T, **changes: object) -> T:
     """A shallow copy with some attributes changed: what was factorised is shared, never redone."""
     twin = copy.copy(obj)
     vars(twin).pop("eigen", None)  # belongs to the old λ

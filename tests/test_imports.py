@@ -1,0 +1,172 @@
+"""Imports run downwards: what computes never draws, what draws never shows widgets, and importing is cheap."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import kfac_viz as kv
+
+ROOT = Path(kv.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py"))
+# Each may import those before it.
+CORE = (
+    "partition", "operator", "likelihood", "kronecker", "coarse", "fisher", "capture", "preconditioner", "two_level",
+    "krylov", "problems",
+)  # fmt: skip
+WIDGETS = {"ipywidgets", "IPython", "anywidget"}
+DRAWING = {"matplotlib", "seaborn", "PIL"}
+HEAVY = {"matplotlib.pyplot", "seaborn", "sklearn", "pandas", "papermill", "scipy", "nbformat"} | WIDGETS
+SHELL = ("__main__", "executor")  # the command line: runs notebooks that draw
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def kind(path: Path) -> str:
+    top = module_name(path).split(".")[0]
+    return {"figures": "draws", "widgets": "shows"}.get(top, "shell" if top in SHELL else "computes")
+
+
+@cache
+def imports(path: Path) -> list[tuple[str, str]]:
+    """(where, what): where is "top", "later" (in a function) or "typing"; inner names have a leading dot."""
+    package = module_name(path).split(".")[: -1 if path.name != "__init__.py" else None]
+    package = [part for part in package if part != "__init__"]
+    found = []
+
+    def visit(node, where):
+        for child in ast.iter_child_nodes(node):
+            inner = where
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and where == "top":
+                inner = "later"
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                inner = "typing"
+            if isinstance(child, ast.Import):
+                found.extend((where, alias.name) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    base = "." + ".".join([*package[: len(package) - child.level + 1], *filter(None, [base])])
+                found.extend(
+                    (where, f"{base}.{alias.name}" if base != "." else f".{alias.name}") for alias in child.names
+                )
+            visit(child, inner)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), "top")
+    return [
+        (where, "." + what.removeprefix("kfac_viz.") if what.startswith("kfac_viz.") else what) for where, what in found
+    ]
+
+
+def inner_modules(path: Path, *wheres: str) -> set[str]:
+    """Modules of the package that a file imports."""
+    known = {module_name(p).removesuffix(".__init__").removesuffix("__init__") for p in FILES}
+    result = set()
+    for where, what in imports(path):
+        if where in wheres and what.startswith("."):
+            name = what[1:]
+            while name and name not in known:
+                name = name.rpartition(".")[0]
+            result.add(name)
+    return result - {""}
+
+
+def outside(path: Path, names: set[str], *wheres: str) -> set[str]:
+    return {
+        what for where, what in imports(path) if where in wheres and any(f"{what}.".startswith(f"{n}.") for n in names)
+    }
+
+
+def test_the_reader_of_imports_sees_them():
+    """Negative control: what this file looks for is found where it is known to be."""
+    assert ("top", ".operator.Damped") in imports(ROOT / "krylov.py")
+    assert ("later", "scipy.sparse.linalg.LinearOperator") in imports(ROOT / "operator.py")
+    assert ("typing", ".coarse.CoarseSpace") in imports(ROOT / "operator.py")
+    assert outside(ROOT / "operator.py", {"scipy"}, "later") and not outside(ROOT / "operator.py", {"scipy"}, "top")
+    assert "operator" in inner_modules(ROOT / "krylov.py", "top")
+    assert {kind(path) for path in FILES} >= {"computes"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_layers(path):
+    everywhere = ("top", "later", "typing")
+    inner = {name.split(".")[0] for name in inner_modules(path, *everywhere)}
+    if kind(path) == "computes":
+        assert not outside(path, DRAWING | WIDGETS, *everywhere)
+        assert not inner & {"figures", "widgets"}
+    if kind(path) == "draws":
+        assert not outside(path, WIDGETS, *everywhere)
+        assert not inner & {"widgets"}
+    if kind(path) == "shell":
+        assert not outside(path, WIDGETS, *everywhere)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    assert not outside(path, HEAVY, "top") or kind(path) == "shows"
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_imports_downwards(name):
+    below = set(CORE[: CORE.index(name)])
+    assert inner_modules(ROOT / f"{name}.py", "top", "later") <= below
+
+
+def test_no_cycles():
+    graph = {module_name(path): inner_modules(path, "top") for path in FILES if path.name != "__init__.py"}
+    done: set[str] = set()
+    while graph.keys() - done:
+        free = {name for name in graph.keys() - done if not (graph[name] & graph.keys()) - done}
+        assert free, f"these import each other: {sorted(graph.keys() - done)}"
+        done |= free
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_loads_nothing_heavy_and_changes_nothing():
+    code = """
+import sys, warnings, torch
+before = torch.get_num_threads(), torch.get_default_dtype(), len(warnings.filters), torch.random.get_rng_state().sum()
+import kfac_viz
+kfac_viz.problems, kfac_viz.coarse.spectral
+after = torch.get_num_threads(), torch.get_default_dtype(), len(warnings.filters), torch.random.get_rng_state().sum()
+assert before == after, (before, after)
+print(*sorted({name.split('.')[0] for name in sys.modules}))
+"""
+    loaded = set(run(code).split())
+    assert not loaded & ({name.split(".")[0] for name in HEAVY} | DRAWING)
+    assert {"torch", "kfac_viz"} <= loaded
+
+
+def test_every_public_name_is_there():
+    assert run("import kfac_viz as kv; [getattr(kv, name) for name in kv.__all__]; print('all')") == "all\n"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kv.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_assertion_guards_a_user(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_what_is_public_has_a_docstring_and_type_hints(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for node in tree.body:
+        functions += [f for f in node.body if isinstance(f, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
+    for function in functions:
+        arguments = [a for a in function.args.args + function.args.kwonlyargs if a.arg not in ("self", "cls")]
+        assert all(a.annotation is not None for a in arguments) and function.returns is not None, function.name
