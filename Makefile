@@ -24,7 +24,7 @@ lab: .venv/ready  ## open JupyterLab on the notebooks
 	@$(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 bench: .venv/ready  ## measure timings on this machine and print them
-	@$(PY) tests/bench.py $(ARGS)
+	@$(PY) tests/benchmarks $(ARGS)
 
 test-browser: .venv/ready  ## test the notebooks in a real Chromium
 	@[ -n "$(CHROMIUM)" ] || { echo "No browser found: install chromium (Debian: apt-get install chromium)" \

@@ -72,7 +72,7 @@ class TwoLevelKFAC(Optimizer):
         params: parameters or groups with their own ``lr``, ``momentum``, ``weight_decay``, ``maximize``; all
             trainable ones by default. A layer is preconditioned if all of its parameters are given.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
-        lr: factor on every step; with ``step_rule="quadratic"`` 1 is the rule's own length.
+        lr: factor on every step: 0.1 by default, and with ``step_rule="quadratic"`` 1, the rule's own length.
         damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
         rule: ``"factored"`` (two products per layer) or ``"eigen"`` (four).
         coarse, per_layer: coarse space and its columns per layer; ``per_layer=0`` is one-level K-FAC.
@@ -85,8 +85,10 @@ class TwoLevelKFAC(Optimizer):
         coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches.
         momentum: in [0, 1); the quadratic rule finds its own coefficient, and 0 turns that off.
         weight_decay: of the loss, also in the quadratic model; or shrinks weights directly if ``decoupled``.
-        step_rule: ``"fixed"``; ``"kl_clip"`` shortens directions with ``lr² vᵀFv > kl_clip``; ``"quadratic"``
-            takes step length and momentum from the captured model (Martens and Grosse 2015, section 7).
+        step_rule: ``"fixed"``; ``"kl_clip"`` shortens directions with ``lr² vᵀ(F + λI)v > kl_clip``, F itself and
+            not its Kronecker model: that bounds the KL divergence, and where F vanishes because the model is sure
+            of itself, λ still bounds the step; ``"quadratic"`` takes step length and momentum from the captured
+            model (Martens and Grosse 2015, section 7).
         overshoot: what to do with steps along which the captured model itself goes up: ``"count"`` looks at the
             step after each observation and warns once, ``"shorten"`` cuts every such step to the model's minimum.
         convention: ``"expand"`` or ``"reduce"`` for layers with positions (Eschenhagen et al. 2023).
@@ -103,8 +105,8 @@ class TwoLevelKFAC(Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
         *,
         likelihood: str,
-        lr: float = 1.0,
-        damping: float = 1e-2,
+        lr: float | None = None,
+        damping: float = 0.1,
         rule: str = "factored",
         coarse: str = "spectral",
         per_layer: int = 4,
@@ -116,14 +118,14 @@ class TwoLevelKFAC(Optimizer):
         observe_every: int = 1,
         refresh_every: int = 1,
         coarse_every: int | None = None,
-        coarse_examples: int = 1024,
-        coarse_window: int = 8,
+        coarse_examples: int = 2048,
+        coarse_window: int = 16,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         decoupled: bool = False,
         maximize: bool = False,
-        step_rule: str = "quadratic",
-        kl_clip: float = 1e-2,
+        step_rule: str = "kl_clip",
+        kl_clip: float = 1e-3,
         overshoot: str = "count",
         convention: str = "expand",
         layers: Iterable[str] | None = None,
@@ -161,6 +163,7 @@ class TwoLevelKFAC(Optimizer):
             + ("fallbacks to eigenvalues", "fallbacks to one level", "layers without statistics"),
             0,
         )
+        lr = (1.0 if step_rule == "quadratic" else 0.1) if lr is None else lr
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": bool(maximize)}
         if params is None:
             params = [p for p in self.model.parameters() if p.requires_grad]
@@ -303,7 +306,11 @@ class TwoLevelKFAC(Optimizer):
         model = QuadraticModel(T.A.operator, g, self._ridge())
         judged = closure is not None and self.step_rule == "quadratic"
         before = {p: p.clone() for p in grads} if judged else {}
-        steps = self._quadratic_steps(v, grads, model) if self.step_rule == "quadratic" else self._steps_along(v, grads)
+        steps = (
+            self._quadratic_steps(v, grads, model)
+            if self.step_rule == "quadratic"
+            else self._steps_along(v, grads, model)
+        )
         predicted = None
         if judged or self.overshoot == "shorten" or (self.overshoot == "count" and self._observed_at == self._steps):
             predicted = self._guarded(steps, model)
@@ -340,16 +347,18 @@ class TwoLevelKFAC(Optimizer):
                 raise ValueError(f"The gradient holds NaN or inf in parameter {self._names.get(p, '?')!r}.")
         return g, grads
 
-    def _steps_along(self, v: Tensor, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """``-lr · buffer`` with ``buffer ← momentum · buffer + direction``, parameter by parameter."""
+    def _steps_along(self, v: Tensor, grads: dict[Tensor, Tensor], model: QuadraticModel) -> dict[Tensor, Tensor]:
+        """Steps of a given length along v, clipped or not, and along the gradient of other parameters."""
         if self.step_rule == "kl_clip":
             moved = self._scaled(v, {p: self._group[p]["lr"] for p in self._params})
-            s = self.preconditioner.A.operator.scores(moved[:, None])
-            curvature = float(s.square().sum()) / self.preconditioner.A.operator.N
-            self.diagnostics["clip"] = scale = kl_scale(curvature, self.kl_clip)
+            self.diagnostics["clip"] = scale = kl_scale(float(model.along(moved[:, None])[1]), self.kl_clip)
             v = v * scale
         directions = {p: grad for p, grad in grads.items() if p not in self._index}
         directions |= {p: x.to(p.dtype) for p, x in zip(self._params, self._split(v), strict=True) if p in grads}
+        return self._plain_steps(directions)
+
+    def _plain_steps(self, directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """``-lr · buffer`` with ``buffer ← momentum · buffer + direction``, parameter by parameter."""
         steps = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p in directions]
@@ -379,7 +388,7 @@ class TwoLevelKFAC(Optimizer):
         steps = {p: x.to(p.dtype) for p, x in zip(self._params, self._split(best), strict=True) if p in grads}
         for p, step in steps.items():
             self._buffer(p).copy_(step)
-        return steps | self._steps_along(v, rest) if rest else steps
+        return steps | self._plain_steps(rest) if rest else steps
 
     def _guarded(self, steps: dict[Tensor, Tensor], model: QuadraticModel) -> float:
         """The change that the captured model predicts, after its own overshoot has been counted or cut."""

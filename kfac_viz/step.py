@@ -36,7 +36,7 @@ class QuadraticModel:
 
 
 def kl_scale(curvature: float, limit: float) -> float:
-    """Factor ≤ 1 that brings ``δᵀFδ``, twice the KL divergence of the step, down to ``limit``."""
+    """Factor ≤ 1 that brings ``δᵀ(F + λI)δ``, no less than twice the KL divergence of the step, down to ``limit``."""
     return min(1.0, (limit / curvature) ** 0.5) if curvature > 0 else 1.0
 
 

@@ -1,0 +1,123 @@
+"""How the cost of a step grows with width, depth, batch and coarse size, beside the counted limit.
+
+Plain multilayer perceptrons with equal hidden layers, optimizers at the same schedule. The counted limit is the
+time that the matrix products of a step would take at this machine's rate for large products.
+
+    python tests/benchmarks growth [--device cuda]
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from machine import arguments, describe, rate, write
+from speed import counted, network, peak_cuda
+
+import kfac_viz as kv
+
+OBSERVE, REFRESH = 10, 20
+BASE = {"width": 256, "depth": 8, "batch": 256, "per_layer": 4}
+SWEEPS = {
+    "cpu": {
+        "width": (32, 64, 128, 256, 512, 1024),
+        "depth": (4, 8, 16, 32, 64),
+        "batch": (64, 128, 256, 512, 1024),
+        "per_layer": (1, 2, 4, 8, 16),
+    },
+    "cuda": {
+        "width": (128, 256, 512, 1024, 2048, 4096),
+        "depth": (4, 8, 16, 32, 64),
+        "batch": (128, 512, 2048, 8192),
+        "per_layer": (1, 2, 4, 8, 16),
+    },
+}
+METHODS = ("Adam", "K-FAC", "constants, additive", "leading, balanced")
+
+
+def stepper(method: str, width: int, depth: int, batch: int, per_layer: int, device: str):
+    torch.manual_seed(0)
+    widths = (width,) * (depth + 1)
+    model = network(widths).to(device)
+    x = torch.rand(batch, width, device=device)
+    if method == "Adam":
+        opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+    else:
+        space = {
+            "K-FAC": {"per_layer": 0},
+            "constants, additive": {"coarse": "nicolaides", "per_layer": 1, "correction": "additive"},
+            "leading, balanced": {"per_layer": per_layer},
+        }[method]
+        opt = kv.TwoLevelKFAC(
+            model,
+            likelihood="gaussian",
+            lr=1e-4,
+            damping=1.0,
+            step_rule="fixed",
+            observe_every=OBSERVE,
+            refresh_every=REFRESH,
+            coarse_examples=128,
+            coarse_window=1,
+            **space,
+        )
+
+    def step() -> None:
+        opt.zero_grad()
+        kv.nll(model(x), x, "gaussian").backward()
+        if hasattr(opt, "observe"):
+            opt.observe(x)
+        opt.step()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def amortised(step) -> float:
+    """Milliseconds per step of a cycle: medians of plain, observing and refreshing steps, weighed."""
+    times: dict[str, list[float]] = {"plain": [], "observe": [], "refresh": []}
+    for i in range(2 * REFRESH + 1):
+        kind = "refresh" if i % REFRESH == 0 else "observe" if i % OBSERVE == 0 else "plain"
+        start = time.perf_counter()
+        step()
+        if i:  # the first step warms up
+            times[kind].append(time.perf_counter() - start)
+    medians = {kind: statistics.median(found) for kind, found in times.items()}
+    return 1e3 * (18 * medians["plain"] + medians["observe"] + medians["refresh"]) / REFRESH
+
+
+def limit(method: str, width: int, depth: int, batch: int, per_layer: int) -> float:
+    """Floating point operations of the products that a step cannot do without."""
+    needed = counted((width,) * (depth + 1), batch)
+    total = needed["gradient"]
+    if method != "Adam":
+        total += needed["apply"] + needed["observe"] + needed["refresh"]
+    if method == "leading, balanced":
+        total += needed["A, 128 examples"] * min(batch, 128) / 128
+    return total
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(__doc__, argv)
+    device = options.device
+    machine, speed = describe(device), rate(device, 4000 if device != "cpu" else 1000)
+    rows = []
+    for axis, values in SWEEPS[device].items():
+        for value in values:
+            size = BASE | {axis: value}
+            for method in METHODS:
+                if axis == "per_layer" and method != "leading, balanced":
+                    continue
+                step = stepper(method, **size, device=device)
+                row = {"axis": axis, "value": value, **size, "method": method}
+                row["ms"] = round(amortised(step), 3)
+                row["counted_ms"] = round(1e3 * limit(method, **size) / speed, 4)
+                if device != "cpu":
+                    row["peak_mib"] = round(peak_cuda(step), 1)
+                rows.append(row)
+    write(options.out / f"growth_{device}.csv", rows, machine | {"gflops": round(speed / 1e9, 1)})
+
+
+if __name__ == "__main__":
+    main()

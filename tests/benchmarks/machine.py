@@ -1,0 +1,63 @@
+"""What the benchmarks share: the machine's name, its matrix-product rate, and a tidy table on screen and on disk."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+
+def arguments(doc: str, argv: list[str] | None) -> argparse.Namespace:
+    """``--device`` and ``--out``, which every benchmark takes."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "figures" / "benchmarks")
+    return parser.parse_known_args(argv)[0]
+
+
+def describe(device: str = "cpu") -> dict[str, str]:
+    """Columns that say where and with what a row was measured."""
+    if device != "cpu":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu = platform.processor() or platform.machine()
+        info = Path("/proc/cpuinfo")
+        if info.exists():
+            names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+            cpu = names[0] if names else cpu
+        name = f"{torch.get_num_threads()} cores of {cpu}"
+    return {"machine": name, "torch": torch.__version__}
+
+
+def rate(device: str = "cpu", n: int = 1000, repeats: int = 15) -> float:
+    """Floating point operations per second of a float32 product of two n×n matrices, median."""
+    a = torch.rand(n, n, device=device)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(times)
+
+
+def write(path: Path, rows: list[dict], machine: dict) -> None:
+    """Print the rows as a table and write them, with the machine's columns, as CSV."""
+    columns = list(rows[0])
+    widths = [max(len(c), *(len(str(row[c])) for row in rows)) for c in columns]
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print("  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)))
+    for row in rows:
+        print("  ".join(str(row[c]).ljust(w) for c, w in zip(columns, widths, strict=True)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *machine])
+        writer.writeheader()
+        writer.writerows({**row, **machine} for row in rows)
+    print(f"written to {path}\n")

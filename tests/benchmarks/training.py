@@ -1,0 +1,113 @@
+"""Training with the defaults: stability of long mini-batch runs, and steps and seconds of full-batch runs.
+
+Digits classifier and digits autoencoder, five seeds. Mini-batch: two-level defaults, one-level K-FAC with the same
+defaults, the 2020 choice, and Adam and SGD with the best of a grid of learning rates. Full batch: the quadratic rule
+with closure. The losses are those of the whole training set.
+
+    python tests/benchmarks training
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from machine import arguments, describe, write_rows
+
+import kfac_viz as kv
+
+SEEDS = range(5)
+RATES = {"Adam": (1e-3, 3e-3, 1e-2, 3e-2), "SGD": (0.03, 0.1, 0.3, 1.0)}
+PROBLEMS: dict[str, Callable[[int], kv.problems.Problem]] = {
+    "classifier": lambda seed: kv.problems.digits((40, 40, 40), 1500, seed, dtype=torch.float32),
+    "autoencoder": lambda seed: kv.problems.autoencoder((40, 20, 8, 20, 40), 1500, seed, dtype=torch.float32),
+}
+FULL = {"step_rule": "quadratic", "observe_every": 1, "refresh_every": 1, "coarse_window": 1, "decay": 0.5}
+MINI = {"two-level defaults": {}, "one-level K-FAC": {"per_layer": 0}, "as published 2020": {"published": True}}
+
+
+def build(problem: kv.problems.Problem, method: str, options: dict) -> torch.optim.Optimizer:
+    parameters = problem.model.parameters()
+    if method == "Adam":
+        return torch.optim.Adam(parameters, **options)
+    if method == "SGD":
+        return torch.optim.SGD(parameters, momentum=0.9, **options)
+    options = dict(options)
+    kind = kv.TwoLevelKFAC.as_published_2020 if options.pop("published", False) else kv.TwoLevelKFAC
+    return kind(problem.model, likelihood=problem.likelihood, **options)
+
+
+def train(problem: kv.problems.Problem, opt, steps: int, batch: int | None, seed: int, every: int) -> list[dict]:
+    """Losses on the whole set after every so many steps, and the seconds that the steps took so far."""
+    generator, rows, seconds = torch.Generator().manual_seed(seed), [], 0.0
+    two_level = isinstance(opt, kv.TwoLevelKFAC)
+    for step in range(1, steps + 1):
+        chosen = slice(None) if batch is None else torch.randperm(len(problem.inputs), generator=generator)[:batch]
+        x, y = problem.inputs[chosen], problem.targets[chosen]
+
+        def closure(x=x, y=y) -> torch.Tensor:
+            opt.zero_grad()
+            loss = kv.nll(problem.model(x), y, problem.likelihood)
+            loss.backward()
+            return loss
+
+        start = time.perf_counter()
+        if two_level:
+            if batch is not None or opt.coarse == "krylov":
+                closure()
+            opt.observe(x)
+        if batch is None and two_level:
+            opt.step(closure)
+        else:
+            if not two_level:
+                closure()
+            opt.step()
+        seconds += time.perf_counter() - start
+        if step % every == 0:
+            rows.append({"step": step, "loss": round(float(problem.loss().detach()), 5), "seconds": round(seconds, 3)})
+    return rows
+
+
+def best_rate(task: str, method: str, steps: int, batch: int | None) -> float:
+    """The rate of the grid with the lowest loss at the end, on a seed that is not measured."""
+    final = {}
+    for lr in RATES[method]:
+        problem = PROBLEMS[task](99)
+        final[lr] = train(problem, build(problem, method, {"lr": lr}), steps, batch, 99, steps)[-1]["loss"]
+    return min(final, key=lambda lr: final[lr] if final[lr] == final[lr] else float("inf"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, machine = arguments(__doc__, argv), describe()
+    warnings.simplefilter("ignore")
+    full = {
+        "two-level, exact vectors": FULL | {"fisher": "exact"},
+        "two-level, sampled labels": FULL,
+        "one-level K-FAC": FULL | {"per_layer": 0},
+    }
+    for regime, methods, steps, batch, every in (
+        ("mini_batch", MINI, 1500, 128, 50),
+        ("full_batch", full, 60, None, 2),
+    ):
+        rows = []
+        for task in PROBLEMS:
+            todo = {k: v for k, v in methods.items() if task == "classifier" or "exact" not in k}
+            for method in RATES:  # twenty times the steps for methods whose steps are cheap
+                scale = 20 if batch is None else 1
+                todo[method] = {"lr": best_rate(task, method, steps * scale, batch)}
+            for method, settings in todo.items():
+                scale = 20 if batch is None and method in RATES else 1
+                for seed in SEEDS:
+                    problem = PROBLEMS[task](seed)
+                    opt = build(problem, method, settings)
+                    found = train(problem, opt, steps * scale, batch, seed, every * scale)
+                    label = f"{method}, lr {settings['lr']:g}" if method in RATES else method
+                    rows += [{"task": task, "method": label, "seed": seed, **row} for row in found]
+                print(task, method, [row["loss"] for row in rows if row["step"] == steps * scale][-len(SEEDS) :], flush=True)
+        write_rows(options.out / f"training_{regime}.csv", rows, machine)
+
+
+if __name__ == "__main__":
+    main()
