@@ -137,6 +137,7 @@ def _network(data, widths, n, steps, samples, repeats, seed, device):
         shares = [[captured(exact.damped(λ), s.g, F.damped(λ).solve(s.g)) for λ in λs] for F in Fs]
         for column, quantity in enumerate(("captured", "rescaled")):
             curves[quantity, name] = curve(λs, np.array(shares)[:, :, column])
+    matrices = {name: matrix.cpu() for name, matrix in matrices.items()}
     return exact.partition, matrices, curves, float(exact.eigen.d.max())
 
 

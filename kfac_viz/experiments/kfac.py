@@ -169,7 +169,7 @@ def _methods(data, widths, n, samples, device, steps, seed, repeats):
                     found.setdefault((quantity, name), [[] for _ in range(repeats)])[r].append(value)
     s = setting(data, widths, n, seed, steps, "exact", device)
     curves: dict[tuple[str, str], Curve] = {key: curve(λs, values) for key, values in found.items()}
-    return (s.F.partition, s.dense, *_by_pair(s)), curves
+    return (s.F.partition, s.dense.cpu(), *_by_pair(s)), curves
 
 
 def _by_pair(s: Setting) -> tuple[Tensor, NDArray, NDArray]:
@@ -180,4 +180,4 @@ def _by_pair(s: Setting) -> tuple[Tensor, NDArray, NDArray]:
         return np.array([[frobenius(matrix[a, b]) for b in slices] for a in slices])
 
     lost = norms(error) ** 2
-    return error, rounded(lost / lost.sum()), rounded(norms(s.dense - all_blocks) / norms(s.dense))
+    return error.cpu(), rounded(lost / lost.sum()), rounded(norms(s.dense - all_blocks) / norms(s.dense))

@@ -29,8 +29,8 @@ class FisherPlot(Plot):
     def build(self, result: FisherResult) -> None:
         top, bottom = self.figure.subplots(2, 4)
         self.landscapes = [
-            Landscape(top[0], "Two parameters: metrics"),
-            Landscape(top[1], "Two parameters: steps"),
+            Landscape(top[0], "Two parameters: three metrics"),
+            Landscape(top[1], "… and steps, with the share captured"),
         ]
         self.ellipses = {name: _line(top[0], style, linewidth=2) for name, style in FLAVOURS.items()}
         self.steps = {name: _line(top[1], s, marker=s.marker, markevery=[1], markersize=8) for name, s in STEPS.items()}
