@@ -107,7 +107,7 @@ def _hash(data: bytes) -> str:
 @cache
 def _source(here: Path = Path(__file__).parent) -> str:
     """Hash of the package's source, the same whatever the line endings."""
-    files = sorted(here.rglob("*.py"), key=lambda file: file.relative_to(here).as_posix())
+    files = sorted((*here.rglob("*.py"), *here.rglob("*.html")), key=lambda file: file.relative_to(here).as_posix())
     parts = (file.relative_to(here).as_posix().encode() + b"\n" + file.read_bytes() for file in files)
     return _hash(b"\0".join(part.replace(b"\r\n", b"\n") for part in parts))
 

@@ -75,6 +75,21 @@ def _network(steps: int = 100) -> Setting:
     return setting("digits4", (12, 12, 12), 500, 0, steps)
 
 
+@exercise("00a", "Compare the bars of the four corrections with that of K-FAC.")
+def _takes_the_same_step_twice() -> str:
+    from .experiments import run_coarse_space
+
+    captured = run_coarse_space().captured
+    return next(name for name in ("additive", "a-def1", "a-def2", "balanced") if captured[name] < captured["kfac"])
+
+
+@exercise("00b", "Move per_layer upwards until the bar of the balanced correction reaches 0.9.")
+def _columns_for_nine_tenths() -> int:
+    from .experiments import run_coarse_space
+
+    return next(k for k in range(17) if run_coarse_space(per_layer=k).captured["balanced"] >= 0.9)
+
+
 @exercise("01a", "The error falls with the root of the number of labels: what does a factor of ten cost?", 0.2)
 def _labels_for_one_percent() -> float:
     from .experiments.fisher import sampling_error

@@ -10,11 +10,13 @@ import base64
 import html
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
 from . import parameters
+from .experiments.threads import one_thread
 from .figures.live import Live
 from .figures.plot import Plot
 from .parameters import Parameter, Range, to_text
@@ -41,7 +43,7 @@ _STYLE = """<style>
 .kfac-panel .widget-html {{ margin: 0; }}
 .kfac-panel img.widget-image {{ width: 100%; aspect-ratio: {width} / {height}; border-radius: 4px; margin: 0; }}
 .kfac-panel .kfac-regions {{ position: relative; height: 0; z-index: 1; }}
-.kfac-panel .kfac-regions > div {{ position: absolute; width: 100%; aspect-ratio: {width} / {height};
+.kfac-panel .kfac-regions > div {{ position: absolute; bottom: 0; width: 100%; aspect-ratio: {width} / {height};
   pointer-events: none; }}
 .kfac-panel .kfac-regions span {{ position: absolute; pointer-events: auto; }}
 .kfac-panel .kfac-regions span:hover {{ outline: 2px solid #E69F00; outline-offset: -1px; }}
@@ -71,23 +73,24 @@ class Panel(widgets.VBox):
         **fixed: Any,
     ) -> None:
         self.run, self._plot_type, self._lock, self._busy = run, plot, threading.RLock(), True
-        known = parameters.read(run)
+        self._other_core, self._ahead = ThreadPoolExecutor(1), ((), Future())
+        self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
         names = list(parameters.check(run, {name: known[name].default for name in controls or known if name in known}))
         unknown = [name for name in controls or () if name not in known]
         if unknown:
             raise ValueError(f"{run.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
         names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-        self._reproduce = reproduce or (lambda values: parameters.command(_notebook(run), _changed(run, values)))
+        self._reproduce = reproduce or (lambda values: parameters.command(_notebook(run), self._changed(values)))
         self.error = self.command = ""
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._bound(self._values)
-        self.result = run(**self._values)
+        self.result = self._compute(self._values)
         self._live = Live(plot(self.result))
         self._picture = widgets.Image(format="jpeg")
-        self._regions, self._below, self._alert = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.scale = widgets.ToggleButtons(options=["lin–log", "linear"], description="colours", style=_WIDE)
-        self.scale.style.button_width = "5em"
+        self._below, self._alert = widgets.HTML(), widgets.HTML()
+        self.scale = widgets.Dropdown(options=["lin–log", "linear"], description="colours", style=_WIDE)
+        self.scale.layout.width = "auto"
         for control in (*self.controls.values(), self.scale):
             control.observe(self._moved, "value")
         self._busy = False
@@ -102,10 +105,9 @@ class Panel(widgets.VBox):
                 widgets.HTML(_STYLE.format(width=W, height=H)),
                 widgets.Box(first, layout=row),
                 widgets.Box(others, layout=row),
-                self._regions,
                 self._picture,
-                self._alert,
                 self._below,
+                self._alert,
             ]
         )
         self.add_class("kfac-panel")
@@ -116,16 +118,18 @@ class Panel(widgets.VBox):
                 self._busy = True
                 try:
                     self._update()
+                    self._look_ahead(change)
                 finally:
                     self._busy = False
 
     def _update(self) -> None:
         """Read the controls, run, draw; what goes wrong is said in the panel, and the last good picture stays."""
         try:
-            read = {name: _read(self.run, name, control.value) for name, control in self.controls.items()}
+            read = {name: _read(self._known[name], control.value) for name, control in self.controls.items()}
             values = self._values | read
             self._bound(values)
-            result = self.run(**values)
+            key, ahead = self._ahead
+            result = ahead.result() if key == tuple(values.items()) else self._compute(values)
             if not self._live.plot.fits(result):
                 self._live = Live(self._plot_type(result))
             plot = self._live.plot
@@ -140,10 +144,26 @@ class Panel(widgets.VBox):
         except Exception as error:  # would go to a log that nobody sees
             self._tell(f"{type(error).__name__}: {error}")
 
+    def _compute(self, values: dict[str, Any]) -> Any:
+        with one_thread():
+            return self.run(**values)
+
+    def _look_ahead(self, change: dict[str, Any]) -> None:
+        """While the browser draws, compute where the slider will be if it moves on in the same direction."""
+        slider, name = change["owner"], next((n for n, c in self.controls.items() if c is change["owner"]), None)
+        if name is None or self.error or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
+            return
+        positions = [value for _, value in slider._options_full] if hasattr(slider, "index") else range(slider.max + 1)
+        here, before = positions.index(change["new"]), positions.index(change["old"])
+        there = 2 * here - before
+        if abs(here - before) == 1 and 0 <= there < len(positions):  # a drag jumps, and is not foreseen
+            values = self._values | {name: positions[there]}
+            self._ahead = tuple(values.items()), self._other_core.submit(self._compute, values)
+
     def _bound(self, values: dict[str, Any]) -> None:
         """Keep values, and the ends of their sliders, where the experiment says that they exist."""
         for name, high in getattr(self.run, "limits", lambda _: {})(values).items():
-            stated = parameters.read(self.run)[name].range
+            stated = self._known[name].range
             high = min(high, stated.high) if stated else high
             values[name] = min(values[name], high)
             control = getattr(self, "controls", {}).get(name)
@@ -160,12 +180,15 @@ class Panel(widgets.VBox):
             for x, y, w, h, words in plot.regions(self.result)
         )
         self._picture.value = self._live.jpeg()
-        self._regions.value = f'<div class="kfac-regions"><div>{"".join(spans)}</div></div>'
         self._below.value = (
-            f'<div class="kfac-words" role="status">{alt}</div>To make this figure again: '
-            f"<code>{html.escape(self.command)}</code>"
+            f'<div class="kfac-regions"><div>{"".join(spans)}</div></div>'
+            f'<div class="kfac-words" role="status">{alt}</div>'
+            f"To make this figure again: <code>{html.escape(self.command)}</code>"
             f'<img src="{_PIXEL}" alt="" data-alt="{alt}" onload="{html.escape(_LABELS)}">'
         )
+
+    def _changed(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value != self._known[name].default}
 
     def _tell(self, words: str) -> None:
         if words != self.error:
@@ -270,7 +293,7 @@ def _control(parameter: Parameter, value: Any) -> widgets.Widget:
         return widgets.Dropdown(options=[(to_text(x), x) for x in options], value=value, **about,
                                 layout={"width": "auto"})  # fmt: skip
     if parameter.many or parameter.optional or parameter.kind is str:
-        return widgets.Text(to_text(value), continuous_update=False, **about, layout={"width": "16em"})
+        return widgets.Text(to_text(value), continuous_update=False, **about, layout={"width": "14em"})
     if parameter.kind is bool:
         return widgets.Checkbox(value, indent=False, **about)
     if parameter.kind is float and span:
@@ -282,14 +305,13 @@ def _control(parameter: Parameter, value: Any) -> widgets.Widget:
     if parameter.kind is int and span and span.high - span.low <= 1000:
         return widgets.IntSlider(value, span.low, span.high, **about, layout=wide)
     if span:
-        return widgets.BoundedIntText(value, span.low, span.high, **about, layout={"width": "12em"})
+        return widgets.BoundedIntText(value, span.low, span.high, **about, layout={"width": "9em"})
     kind = widgets.IntText if parameter.kind is int else widgets.FloatText
-    return kind(value, **about, layout={"width": "12em"})
+    return kind(value, **about, layout={"width": "9em"})
 
 
-def _read(run: Callable, name: str, value: Any) -> Any:
+def _read(parameter: Parameter, value: Any) -> Any:
     """The value of a control as the experiment takes it; texts are parsed like those of the command line."""
-    parameter = parameters.read(run)[name]
     if isinstance(value, str) and not parameter.choices:
         alternatives = parameters.parse(value)
         single = len(alternatives) == 1 and not (parameter.many and isinstance(alternatives[0], (int, float)))
@@ -301,8 +323,3 @@ def _notebook(run: Callable) -> str:
     from .experiments import NOTEBOOKS
 
     return next((name for name, function in NOTEBOOKS.items() if function is run), "NOTEBOOK")
-
-
-def _changed(run: Callable, values: dict[str, Any]) -> dict[str, Any]:
-    defaults = {name: parameter.default for name, parameter in parameters.read(run).items()}
-    return {name: value for name, value in values.items() if value != defaults[name]}

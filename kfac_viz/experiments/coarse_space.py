@@ -44,6 +44,7 @@ class CoarseSpaceResult:
         captured: captured decrease of each direction; ``at_best_length``: the same after the best rescaling.
         errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ ("kfac") and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
             correction's name), in the Frobenius norm.
+        norms: of every block of ``fisher``, ``blocks``, ``missed`` and ``added``, layer by layer.
     """
 
     parameters: dict[str, Any]
@@ -58,12 +59,7 @@ class CoarseSpaceResult:
     captured: dict[str, float]
     at_best_length: dict[str, float]
     errors: dict[str, float]
-
-    def norms(self, matrix: str) -> Tensor:
-        """Frobenius norm of every block of ``fisher``, ``blocks``, ``missed`` or ``added``, (L, L)."""
-        squares = getattr(self, matrix).square()
-        rows = torch.stack([squares[s].sum(0) for s in self.partition.slices])
-        return torch.stack([rows[:, s].sum(1) for s in self.partition.slices], dim=1).sqrt()
+    norms: dict[str, list[list[float]]]
 
     def table(self) -> pandas.DataFrame:
         """Tidy: ``quantity``, ``item`` (a method or matrix), ``position`` (rank or pair of layers), ``value``."""
@@ -72,8 +68,8 @@ class CoarseSpaceResult:
         rows: list[tuple] = []
         for quantity in ("captured", "at_best_length", "errors"):
             rows += [(quantity, item, "", value) for item, value in getattr(self, quantity).items()]
-        for item in ("fisher", "blocks", "missed", "added"):
-            for l, row in enumerate(self.norms(item).tolist()):
+        for item, norms in self.norms.items():
+            for l, row in enumerate(norms):
                 rows += [("norm of block", item, f"{l + 1},{m + 1}", value) for m, value in enumerate(row)]
         for item, values in self.spectra.items():
             rows += [("eigenvalue", item, str(i + 1), value) for i, value in enumerate(values.tolist())]
@@ -171,7 +167,8 @@ def coarse_space(
         spectrum = other_core.submit(levels.spectrum, where, T)  # half of the work
         one, added = _one_level(where, rule, damping), T.contribution()
         captured, at_best_length = _captured(where, T)
-    left = _norm(one.missed - added) / max(_norm(one.missed), 1e-300)
+        left = _norm(one.missed - added) / max(_norm(one.missed), 1e-300)
+        norms = _fisher_norms(where) | {"missed": one.norms, "added": _norms(T.partition, added)}
     return CoarseSpaceResult(
         parameters=parameters,
         partition=where.F.partition,
@@ -185,14 +182,16 @@ def coarse_space(
         captured=captured,
         at_best_length=at_best_length,
         errors={"blocks": _blocks_error(where), "kfac": one.error, correction: significant(left)},
+        norms=norms,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _OneLevel:
-    """What moves with λ alone: ``A⁻¹ − M``, the spectrum of M A, and ‖A⁻¹ − M‖ / ‖A⁻¹‖."""
+    """What moves with λ alone: ``A⁻¹ − M`` and its norms, the spectrum of M A, and ‖A⁻¹ − M‖ / ‖A⁻¹‖."""
 
     missed: Tensor
+    norms: list[list[float]]
     spectrum: Tensor
     error: float
 
@@ -205,7 +204,7 @@ def _one_level(where: Setting, rule: str, damping: float) -> _OneLevel:
     inverse = torch.from_numpy(half @ half.T)  # NumPy knows that a matrix times its transpose is half the work
     missed = inverse.to(weights.device) - M.dense()
     error = significant(_norm(missed) / _norm(weights))
-    return _OneLevel(missed, _eigenvalues(_whitened(where, M)[0]), error)
+    return _OneLevel(missed, _norms(M.partition, missed), _eigenvalues(_whitened(where, M)[0]), error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +236,7 @@ class _Levels:
 @lru_cache(maxsize=24)
 def _levels(where: Setting, per_layer: int, coarse: str, rule: str, seed: int, damping: float | None) -> _Levels:
     """``damping`` is None where the columns are the same for every λ; all else of Z and Q is, anyway."""
-    A, M = where.F.damped(damping or 1.0), KFAC(where.F, damping or 1.0, rule)
+    A, M = where.matrix.damped(damping or 1.0), KFAC(where.F, damping or 1.0, rule)
     if coarse in ("krylov", "optimal"):
         arguments = (A, M, where.g) if coarse == "krylov" else (A, M)
         with warnings.catch_warnings():
@@ -254,7 +253,7 @@ def _captured(where: Setting, T: TwoLevel) -> tuple[dict[str, float], dict[str, 
     """Captured decrease of every direction, as it is and after the best rescaling."""
     directions = {"gradient": where.g, "diagonal": Diagonal(where.F, T.damping) @ where.g, "kfac": T.M @ where.g}
     directions |= {name: T.with_correction(name) @ where.g for name in CORRECTIONS}
-    directions["exact"] = T.A.solve(where.g)
+    directions["exact"] = where.F.damped(T.damping).solve(where.g)
     V = torch.stack(list(directions.values()), dim=1)
     slope, curvature = where.g @ V, (V * (where.dense @ V + T.damping * V)).sum(0)
     best = float(slope[-1])  # gᵀA⁻¹g, twice the decrease of the exact step
@@ -267,6 +266,15 @@ def _captured(where: Setting, T: TwoLevel) -> tuple[dict[str, float], dict[str, 
 @lru_cache(maxsize=8)
 def _blocks_error(where: Setting) -> float:
     return significant(_norm(where.dense - where.blocks) / _norm(where.dense))
+
+
+@lru_cache(maxsize=8)
+def _fisher_norms(where: Setting) -> dict[str, list[list[float]]]:
+    return {"fisher": _norms(where.F.partition, where.dense), "blocks": _norms(where.F.partition, where.blocks)}
+
+
+def _norms(partition: Partition, matrix: Tensor) -> list[list[float]]:
+    return [[significant(_norm(matrix[rows, columns])) for columns in partition.slices] for rows in partition.slices]
 
 
 def _whitened(where: Setting, M: KFAC) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from .depth import DepthPlot, plot_depth
 from .fisher import FisherPlot, plot_fisher
 from .kfac import KfacPlot, plot_kfac
 from .origin import OriginPlot, plot_origin
+from .page import save_page
 from .save import save
 from .style import FLAVOURS, METHODS, SPACES
 
@@ -29,4 +30,5 @@ __all__ = [
     "plot_kfac",
     "plot_origin",
     "save",
+    "save_page",
 ]

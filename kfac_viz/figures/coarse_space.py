@@ -51,10 +51,8 @@ class CoarseSpacePlot(Plot):
         self._build_spectra(self._axes(1.0, 4.5, 4.95, 1.7), result)
         self._build_captured(self._axes(7.8, 4.6, 2.9, 1.65))
         views = [artist for view in self.views.values() for artist in view.artists]
-        self.animated = [
-            *views, self.title, self.subtitle, *self.notes.values(), *self.bars[0].texts, *self.bars[1].texts, *self.lines, *self.legend,
-            *self.boxes, *self.numbers, self.best, self.off,
-        ]  # fmt: skip
+        texts = [self.title, self.subtitle, *self.notes.values(), *self.bars[0].texts, *self.bars[1].texts]
+        self.animated = [*views, *texts, *self.lines, *self.legend, *self.boxes, *self.numbers, self.best, self.off]
 
     def fits(self, result: CoarseSpaceResult) -> bool:
         return result.partition == self.views["fisher"].partition
@@ -66,7 +64,7 @@ class CoarseSpacePlot(Plot):
         found = []
         for which, view in self.views.items():
             x, y, width, height = view.ax.get_position().bounds
-            for l, row in enumerate(result.norms(which).tolist()):
+            for l, row in enumerate(result.norms[which]):
                 for m, norm in enumerate(row):
                     part = (offsets[m], offsets[l], offsets[m + 1] - offsets[m], offsets[l + 1] - offsets[l])
                     left, top, w, h = (share / size for share in part)
@@ -84,8 +82,8 @@ class CoarseSpacePlot(Plot):
         tens = [10**i for i in range(6) if 10**i <= P / 3]
         ranks, names = [*tens, *(P + 1 - i for i in tens)], [*map(str, tens), *map(str, tens)]
         names[0], names[len(tens)] = "smallest", "largest"
-        ax.set_xticks([self._stretch(i, P) for i in ranks], names)
-        ends = self._stretch(1, P) * 1.04
+        ax.set_xticks([stretched(i, P) for i in ranks], names)
+        ends = stretched(1, P) * 1.04
         ax.set(yscale="log", xlim=(ends, -ends), ylim=(FLOOR, CEILING), ylabel="eigenvalue")
         ax.axhline(1, color=FAINT, linewidth=1, zorder=0)
         self.lines = [ax.plot([], [], linewidth=w, marker="o", markersize=w + 1)[0] for w in (2.5, 1.2)]
@@ -125,7 +123,7 @@ class CoarseSpacePlot(Plot):
         for line, text, (name, values) in zip(self.lines, self.legend, result.spectra.items(), strict=True):
             values = values.numpy()
             P = len(values)
-            line.set_data(self._stretch(np.arange(1, P + 1), P), np.clip(values, FLOOR, CEILING))
+            line.set_data(stretched(np.arange(1, P + 1), P), np.clip(values, FLOOR, CEILING))
             low, high = values[0], values[-1]
             style = METHODS[name]
             line.set(color=style.color, linestyle=style.line)
@@ -142,11 +140,6 @@ class CoarseSpacePlot(Plot):
         below = [row for row, value in enumerate(captured) if value < -1]
         self.off.set_data([-1.0] * len(below), below)
         self.figure.set_label(describe(result))
-
-    @staticmethod
-    def _stretch(rank, P: int):
-        """Ranks 1…P with both ends spread out: the log of how many lie below over how many lie above."""
-        return np.log(rank / (P + 1 - rank))
 
     def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
         """Axes in inches from the upper left corner: nothing moves when texts change."""
@@ -167,6 +160,11 @@ def headline(result: CoarseSpaceResult) -> str:
     space = SPACES[p["coarse"]].label
     words = f"{space[0].upper()}{space[1:]}, {p['per_layer']} per layer, {p['correction']}"
     return f"{words}: one step captures {two} of the best decrease; K-FAC {kfac}"
+
+
+def stretched(rank, P: int):
+    """Ranks 1…P with both ends spread out: the log of how many lie below over how many lie above."""
+    return np.log(rank / (P + 1 - rank))
 
 
 def subtitle(result: CoarseSpaceResult) -> str:

@@ -1,0 +1,94 @@
+"""The playground as one HTML file: no kernel and no network, two sliders over frames computed beforehand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+
+from ..parameters import read
+from .coarse_space import CEILING, FLOOR, ORDER, headline, stretched, subtitle
+from .parts import compressed, limit_of, number, pooled
+from .save import write
+from .style import METHODS, SIGNED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..experiments.coarse_space import CoarseSpaceResult
+
+SIZES = (0, 1, 2, 4, 8, 16)
+PIXELS = 170  # along one side of a matrix, at most
+LEVELS = 16  # of red, and as many of blue
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | Path, **choices: Any) -> Path:
+    """Write NAME.html, a page that a browser opens without Python: sliders for λ and the size of the coarse space.
+
+    Args:
+        run: ``run_coarse_space``.
+        choices: parameters of ``run``; ``damping`` and ``per_layer`` say where the sliders start.
+    """
+    dampings = read(run)["damping"].range.positions[10::3]
+    room = run.limits(choices)["per_layer"]
+    sizes = [size for size in SIZES if size <= room]
+    damping, per_layer = choices.pop("damping"), choices.pop("per_layer")
+    columns = [[run(damping=x, per_layer=size, **choices) for size in sizes] for x in dampings]
+    first = columns[0][0]
+    P, correction = first.partition.size, choices["correction"]
+    ranks = np.unique(np.concatenate([np.geomspace(1, P, 16), P + 1 - np.geomspace(1, P, 16)]).round().astype(int))
+    data = {
+        "dampings": dampings,
+        "sizes": sizes,
+        "start": [int(np.argmin(np.abs(np.log(dampings) - np.log(damping)))),
+                  int(np.argmin(np.abs(np.array(sizes) - per_layer)))],
+        "edges": [edge / P for edge in first.partition.offsets],
+        "layers": [str(layer) for layer in first.partition.layers],
+        "methods": [[METHODS[key].label, METHODS[key].color] for key in ORDER],
+        "lines": [METHODS["kfac"].color, METHODS[correction].color],
+        "axis": [FLOOR, CEILING],
+        "ranks": [round(float(x), 4) for x in stretched(ranks, P) / stretched(P, P)],
+        "fisher": _frame(first.fisher, limit_of(first.fisher)),
+        "blocks": _frame(first.blocks, limit_of(first.fisher)),
+        "limit": number(limit_of(first.fisher), 2),
+        "missed": [_frame(column[0].missed, limit_of(column[0].missed)) for column in columns],
+        "limits": [number(limit_of(column[0].missed), 2) for column in columns],
+        "views": [[_view(result, correction, ranks) for result in column] for column in columns],
+    }  # fmt: skip
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write(folder / f"{name}.html", TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text).encode())
+
+
+def _view(result: CoarseSpaceResult, correction: str, ranks: np.ndarray) -> dict[str, Any]:
+    """What one position of the two sliders shows."""
+    return {
+        "added": _frame(result.added, limit_of(result.missed)),
+        "title": headline(result),
+        "where": subtitle(result),
+        "captured": [result.captured[name] for name in ORDER],
+        "best": [round(result.at_best_length[name], 3) for name in ORDER],
+        "errors": [round(100 * result.errors[name], 1) for name in ("blocks", "kfac", correction)],
+        "spectra": [[float(f"{x:.3g}") for x in values.numpy()[ranks - 1]] for values in result.spectra.values()],
+    }
+
+
+def _frame(matrix: Tensor, limit: float) -> str:
+    """A matrix as a small picture in a data address; empty where it is zero."""
+    if not matrix.any():
+        return ""
+    values = pooled(matrix.cpu(), -(-len(matrix) // PIXELS))
+    share = np.round(compressed(np.clip(values / limit, -1, 1)) * LEVELS) / LEVELS
+    picture = Image.fromarray(colormaps[SIGNED]((share + 1) / 2, bytes=True)[..., :3])
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", lossless=True, quality=60, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
