@@ -20,8 +20,15 @@ from kfac_viz.optimizer import COARSE_OPERATORS, SPACES, TwoLevelKFAC
 from kfac_viz.two_level import CORRECTIONS
 
 X, Y = normal(20, 4), torch.arange(20) % 3
-FIXED = {"likelihood": "categorical", "step_rule": "fixed", "momentum": 0.0, "lr": 0.1, "damping": 0.05}
-QUADRATIC = {"likelihood": "categorical", "step_rule": "quadratic", "lr": 1.0, "damping": 0.1, "fisher": "exact"}
+EVERY = {"observe_every": 1, "refresh_every": 1}
+FIXED = EVERY | {"likelihood": "categorical", "step_rule": "fixed", "momentum": 0.0, "lr": 0.1, "damping": 0.05}
+QUADRATIC = EVERY | {
+    "likelihood": "categorical",
+    "step_rule": "quadratic",
+    "lr": 1.0,
+    "damping": 0.1,
+    "fisher": "exact",
+}
 
 
 def closure_of(opt, model, x=X, y=Y, likelihood="categorical"):
@@ -186,7 +193,7 @@ def test_parts_of_an_accumulated_batch_make_one_batch():
 
 def test_schedule_of_observations_and_refreshes():
     model = mlp()
-    opt = TwoLevelKFAC(model, **FIXED | {"damping": 0.5}, observe_every=2, refresh_every=4, coarse_every=6)
+    opt = TwoLevelKFAC(model, **FIXED | {"damping": 0.5, "observe_every": 2, "refresh_every": 4}, coarse_every=6)
     seen = []
     for _ in range(13):
         closure_of(opt, model)()

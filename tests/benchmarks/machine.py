@@ -47,17 +47,22 @@ def rate(device: str = "cpu", n: int = 1000, repeats: int = 15) -> float:
     return 2 * n**3 / statistics.median(times)
 
 
-def write(path: Path, rows: list[dict], machine: dict) -> None:
-    """Print the rows as a table and write them, with the machine's columns, as CSV."""
+def show(rows: list[dict]) -> None:
+    """Print rows as a table."""
     columns = list(rows[0])
     widths = [max(len(c), *(len(str(row[c])) for row in rows)) for c in columns]
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print("  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)))
-    for row in rows:
+    for row in (dict(zip(columns, columns, strict=True)), *rows):
         print("  ".join(str(row[c]).ljust(w) for c, w in zip(columns, widths, strict=True)))
+
+
+def write(path: Path, rows: list[dict], machine: dict, *, quiet: bool = False) -> None:
+    """Print the rows as a table unless ``quiet``, and write them, with the machine's columns, as CSV."""
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    if not quiet:
+        show(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *machine])
+        writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **machine} for row in rows)
-    print(f"written to {path}\n")
+    print(f"written to {path}\n", flush=True)

@@ -9,12 +9,13 @@ with closure. The losses are those of the whole training set.
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable
 
 import torch
-from machine import arguments, describe, write_rows
+from machine import arguments, describe, show, write
 
 import kfac_viz as kv
 
@@ -79,6 +80,38 @@ def best_rate(task: str, method: str, steps: int, batch: int | None) -> float:
     return min(final, key=lambda lr: final[lr] if final[lr] == final[lr] else float("inf"))
 
 
+def summary(rows: list[dict]) -> list[dict]:
+    """Per task and method over the seeds: loss at the end, worst loss of the second half, steps and seconds to
+    the loss at which the median run of the slowest method ends."""
+    table = []
+    for task in PROBLEMS:
+        mine = [row for row in rows if row["task"] == task]
+        runs = {
+            (r["method"], r["seed"]): [x for x in mine if (x["method"], x["seed"]) == (r["method"], r["seed"])]
+            for r in mine
+        }
+        methods = list(dict.fromkeys(method for method, _ in runs))
+        ends = {m: [runs[m, s][-1]["loss"] for s in SEEDS] for m in methods}
+        goal = max(statistics.median(end) for end in ends.values())
+        for m in methods:
+            reached = [next((x for x in runs[m, s] if x["loss"] <= goal), None) for s in SEEDS]
+            found = [x for x in reached if x]
+            table.append(
+                {
+                    "task": task,
+                    "method": m,
+                    "median_end": statistics.median(ends[m]),
+                    "worst_end": max(ends[m]),
+                    "worst_second_half": max(x["loss"] for s in SEEDS for x in runs[m, s][len(runs[m, s]) // 2 :]),
+                    "goal": goal,
+                    "seeds_reaching": len(found),
+                    "steps": statistics.median(x["step"] for x in found) if found else "",
+                    "seconds": statistics.median(x["seconds"] for x in found) if found else "",
+                }
+            )
+    return table
+
+
 def main(argv: list[str] | None = None) -> None:
     options, machine = arguments(__doc__, argv), describe()
     warnings.simplefilter("ignore")
@@ -105,8 +138,8 @@ def main(argv: list[str] | None = None) -> None:
                     found = train(problem, opt, steps * scale, batch, seed, every * scale)
                     label = f"{method}, lr {settings['lr']:g}" if method in RATES else method
                     rows += [{"task": task, "method": label, "seed": seed, **row} for row in found]
-                print(task, method, [row["loss"] for row in rows if row["step"] == steps * scale][-len(SEEDS) :], flush=True)
-        write_rows(options.out / f"training_{regime}.csv", rows, machine)
+        show(summary(rows))
+        write(options.out / f"training_{regime}.csv", rows, machine, quiet=True)
 
 
 if __name__ == "__main__":
