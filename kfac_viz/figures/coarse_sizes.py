@@ -24,26 +24,23 @@ class CoarseSizesPlot(Plot):
     size = (11.6, 6.8)
 
     def build(self, result: CoarseSizesResult) -> None:
-        sizes = result.parameters["sizes"]
-        highest = {q: max(c.high.max() for c in result.of(q).values()) for q in ("largest", "iterations")}
-        fewest = min(c.low.min() for c in result.of("iterations").values())
+        self.sizes = sizes = result.parameters["sizes"]
+        self.limits = limits(result)
         below = {-(10**i): f"−{10**i}" for i in range(5)}
         self.views = {}
         for row, axes in zip(ROWS, self.figure.subplots(2, 3), strict=True):
-            lowest = min(c.low.min() for key, c in result.of("captured").items() if key.endswith(row))
             kinds = {
-                "captured": (SPACES, "captured decrease of one step", "symlog", (min(-0.05, 1.5 * lowest), 1.08),
+                "captured": (SPACES, "captured decrease of one step", "symlog",
                              {1: "1: exact", 0.5: "0.5", 0: "0: no step", **below}),
-                "largest": (SPACES, "largest eigenvalue of T A", "log", (0.95, 1.3 * highest["largest"]),
+                "largest": (SPACES, "largest eigenvalue of T A", "log",
                             {v: str(v) for v in (1, 2, 3, 5, 10, 30, 100)}),
                 "iterations": ({**SPACES, "none": NONE}, "iterations", "log",
-                               (0.7 * fewest, 1.4 * highest["iterations"]),
                                {v: str(v) for v in (1, 3, 10, 30, 100, 300, 1000)}),
             }  # fmt: skip
-            for ax, (quantity, (styles, title, scale, ylim, names)) in zip(axes, kinds.items(), strict=True):
+            for ax, (quantity, (styles, title, scale, names)) in zip(axes, kinds.items(), strict=True):
                 self.views[row, quantity] = CurveView(
                     ax, styles, f"{row.capitalize()}: {title}", x="columns per layer", y="",
-                    xlim=(-0.1, max(sizes) * 1.12), ylim=ylim, scale=("symlog", scale),
+                    xlim=(-0.1, max(sizes) * 1.12), ylim=self.limits[row, quantity], scale=("symlog", scale),
                 )  # fmt: skip
                 ax.set_xscale("symlog", linthresh=1, linscale=0.3)
                 if scale == "symlog":
@@ -64,6 +61,22 @@ class CoarseSizesPlot(Plot):
             view.update({name: curves[key] for name in view.lines if (key := series(name, row)) in curves})
         self.title.set_text(headline(result))
         self.figure.set_label(describe(result))
+
+    def fits(self, result: CoarseSizesResult) -> bool:
+        return result.parameters["sizes"] == self.sizes and limits(result) == self.limits
+
+
+def limits(result: CoarseSizesResult) -> dict[tuple[str, str], tuple[float, float]]:
+    """Ends of the upright axes, by row and quantity."""
+    largest, iterations = (list(result.of(quantity).values()) for quantity in ("largest", "iterations"))
+    ends = {}
+    for row in ROWS:
+        lowest = min(c.low.min() for name, c in result.of("captured").items() if name.endswith(row))
+        ends[row, "captured"] = min(-0.05, 1.5 * lowest), 1.08
+        ends[row, "largest"] = 0.95, 1.3 * max(c.high.max() for c in largest)
+        counts = [count for c in iterations for count in (c.low.min(), c.high.max())]
+        ends[row, "iterations"] = 0.7 * min(counts), 1.4 * max(counts)
+    return ends
 
 
 def series(space: str, correction: str) -> str:

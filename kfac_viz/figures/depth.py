@@ -36,7 +36,7 @@ class DepthPlot(Plot):
 
     def build(self, result: DepthResult) -> None:
         axes = self.figure.subplots(1, 3)
-        layers = sorted(result.parameters["layers"])
+        self.layers = layers = sorted(result.parameters["layers"])
         x = dict(x="layers", xlim=(layers[0] / 1.15, layers[-1] * 1.15))
         above = Style("eigenvalues of F above λ", FAINT, "", "-")
         self.views = {
@@ -75,6 +75,9 @@ class DepthPlot(Plot):
             view.update({k: c._replace(low=c.y, high=c.y) if "additive" in k else c for k, c in curves.items()})
         self.title.set_text(headline(result))
         self.figure.set_label(describe(result))
+
+    def fits(self, result: DepthResult) -> bool:
+        return sorted(result.parameters["layers"]) == self.layers
 
 
 def headline(result: DepthResult) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .curves import CurveView
-from .parts import MatrixView
+from .parts import MatrixView, limit_of
 from .plot import Plot
 from .style import FAINT, INK, METHODS, MUTED, SPACES, Style
 
@@ -34,6 +34,7 @@ RIDGE = {
     "clusters": SPACES["nicolaides"]._replace(label="constants of clusters alone", color="#0072B2"),
     "random": SPACES["random"]._replace(label="constants of random groups alone", color="#CC79A7"),
 }
+FRAME = ("local", "subdomains", "shown", "clusters", "n", "seed")  # what else than lines depends on
 START = Style("at the start", FAINT, "", "-")
 
 
@@ -42,6 +43,7 @@ class OriginPlot(Plot):
 
     def build(self, result: OriginResult) -> None:
         p = result.parameters
+        self.frame = {name: p[name] for name in FRAME}
         top, bottom = self.figure.subplots(2, 3)
         self.lines = self._interval(top[0], result)
         errors = {"start": START, "blocks": BLOCKS, "balanced": BALANCED}
@@ -60,6 +62,7 @@ class OriginPlot(Plot):
         _numbers(top[2].yaxis, (10, 100))
         self._clusters(bottom[0], result)
         self.gram = MatrixView(bottom[1], result.groups, "Ridge: Gram matrix by cluster", logarithmic=False)
+        self.gram.update(result.gram, limit_of(result.gram))
         bottom[1].set(xticks=[], yticks=[], xlabel="examples", ylabel="")
         x = p["clusters"]
         self.ridge = CurveView(bottom[2], RIDGE, "Ridge: iterations", x="clusters", y="",
@@ -84,8 +87,8 @@ class OriginPlot(Plot):
         ax.axhline(0, color=INK, linewidth=0.6)
         styles = {
             "start": START._replace(label="at the start"),
-            "blocks": BLOCKS._replace(label=f"{p['sweeps']} sweeps, one level"),
-            "balanced": BALANCED._replace(label=f"{p['sweeps']} sweeps, two levels"),
+            "blocks": BLOCKS._replace(label="after sweeps, one level"),
+            "balanced": BALANCED._replace(label="after sweeps, two levels"),
         }
         lines = {name: ax.plot([], [], color=s.color, linestyle=s.line, label=s.label)[0] for name, s in styles.items()}
         ax.legend(loc="lower center", ncols=2, fontsize="small")
@@ -110,9 +113,11 @@ class OriginPlot(Plot):
         self.modes.update(result.of("modes"))
         self.poisson.update(result.of("poisson"))
         self.ridge.update(result.of("ridge"))
-        self.gram.update(result.gram, float(f"{result.gram.max():.1e}"))
         self.title.set_text(headline(result))
         self.figure.set_label(describe(result))
+
+    def fits(self, result: OriginResult) -> bool:
+        return all(result.parameters[name] == value for name, value in self.frame.items())
 
 
 def _numbers(axis: Axis, values: tuple[float, ...]) -> None:
@@ -128,7 +133,7 @@ def headline(result: OriginResult) -> str:
     at, there = p["subdomains"].index(s), p["clusters"].index(k)
     return (
         f"Poisson, {s} subdomains: {poisson['blocks'].y[at]:.0f} iterations with block Jacobi, "
-        f"{poisson['balanced'].y[at]:.0f} with constants, too. Ridge, {k} clusters: {ridge['none'].y[there]:.0f} "
+        f"{poisson['balanced'].y[at]:.0f} with constants, balanced. Ridge, {k} clusters: {ridge['none'].y[there]:.0f} "
         f"without, {ridge['clusters'].y[there]:.0f} with constants"
     )
 

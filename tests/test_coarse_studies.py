@@ -1,0 +1,249 @@
+"""Studies of coarse spaces: Poisson's equation, ridge regression, sizes and depth; their tables and pictures."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+import kfac_viz as kv
+from kfac_viz.experiments.coarse_sizes import nested
+from kfac_viz.experiments.curves import rounded
+from kfac_viz.experiments.depth import largest_eigenvalue, methods
+from kfac_viz.experiments.origin import _errors, _ridge, poisson
+from kfac_viz.experiments.setting import setting
+from kfac_viz.figures.style import rc
+
+ROOT = Path(__file__).parent.parent
+STUDIES = {
+    "origin": (
+        kv.experiments.run_origin, kv.figures.OriginPlot,
+        dict(local=8, subdomains=(2, 4), shown=3, clusters=(2, 5), n=60, repeats=2),
+        dict(damping=0.1, per_subdomain=2, sweeps=3), dict(shown=4),
+    ),
+    "sizes": (
+        kv.experiments.run_coarse_sizes, kv.figures.CoarseSizesPlot,
+        dict(sizes=(0, 1, 3), widths=(5, 4), n=40, repeats=2), dict(), dict(sizes=(0, 2)),
+    ),
+    "depth": (
+        kv.experiments.run_depth, kv.figures.DepthPlot,
+        dict(layers=(2, 3), width=6, n=40, steps=2, repeats=2), dict(damping=0.05, per_layer=2), dict(layers=(2, 4)),
+    ),
+}  # fmt: skip
+
+
+# ---- Poisson's equation ----------------------------------------------------------------------------------
+
+
+def test_poisson_is_the_matrix_of_second_differences():
+    A = poisson(3, 4)
+    x = torch.linspace(0, 1, 14, dtype=torch.float64)[1:-1]
+    u = x * (1 - x)  # −u″ = 2, and second differences of a parabola are exact
+    torch.testing.assert_close(A @ u * 13**2, torch.full_like(u, 2.0), rtol=1e-10, atol=0)
+    assert A.partition.slices[1] == slice(4, 8)
+
+
+@pytest.mark.parametrize("subdomains", [2, 5, 9])
+def test_block_jacobi_differs_from_the_identity_in_pairs_at_inner_boundaries(subdomains):
+    A = poisson(subdomains, 6)
+    values = kv.spectrum(A, kv.BlockDiagonal(A, 0.0))
+    assert int(((values - 1).abs() > 1e-9).sum()) == 2 * (subdomains - 1)
+    torch.testing.assert_close(values + values.flip(0), torch.full_like(values, 2.0), rtol=0, atol=1e-12)
+
+
+def test_iterations_on_the_interval():
+    study = kv.experiments.run_origin(subdomains=(2, 4, 8), local=8, clusters=(2,), n=50, shown=2, repeats=3)
+    found = study.of("poisson")
+    np.testing.assert_array_equal(found["none"].y, [16, 32, 64])  # as many as points
+    for s, low, high in zip((2, 4, 8), found["blocks"].low, found["blocks"].high, strict=True):
+        assert s - 1 <= low and high <= 2 * s - 1  # news crosses one boundary at a time; 2s − 1 eigenvalues differ
+    assert (found["balanced"].high <= 3).all()
+    A = poisson(8, 8)
+    values = kv.spectrum(A, kv.TwoLevel(A, kv.BlockDiagonal(A, 0.0), kv.coarse.nicolaides(A, 1)))
+    assert len(np.unique(np.round(values.numpy(), 8))) == 3
+
+
+def test_sweeps_remove_energy_and_two_levels_more_of_it():
+    start = _errors(4, 8, 1, 0, 0, "cpu")[1]
+    for modes in start.values():
+        np.testing.assert_allclose(modes, 1.0, rtol=1e-9)
+    energy = {n: {k: (m**2).sum() for k, m in _errors(4, 8, 1, n, 0, "cpu")[1].items()} for n in (1, 5, 20)}
+    for name in ("blocks", "balanced"):
+        assert 32 > energy[1][name] > energy[5][name] > energy[20][name]
+    assert all(e["balanced"] < e["blocks"] for e in energy.values())
+
+
+# ---- ridge regression ------------------------------------------------------------------------------------
+
+
+def test_the_dual_ridge_regression_is_the_primal_one():
+    from sklearn.datasets import load_digits
+
+    ridge, λ = _ridge(4, 80, 3, "cpu"), 1e-2
+    chosen = np.random.default_rng(3).permutation(1797)[:80]
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = pixels[chosen] / 16, np.where(labels[chosen] == 3, 1.0, -1.0)
+    x /= np.linalg.norm(x, 2)  # λ is a share of the largest eigenvalue
+    alpha = kv.pcg(ridge.B.damped(λ), ridge.b, rtol=1e-12).solution
+    weights = np.linalg.solve(x.T @ x + λ * np.eye(64), x.T @ y)
+    dual = (ridge.B @ alpha).numpy()  # X w, in the order of the clusters
+    np.testing.assert_allclose(np.sort(dual), np.sort(x @ weights), rtol=1e-8)
+
+
+def test_clusters_and_random_groups_have_the_same_sizes_and_spectrum():
+    ridge = _ridge(6, 90, 0, "cpu")
+    R, r = ridge.random
+    assert ridge.B.partition == R.partition and ridge.B.partition.size == 90
+    assert len(ridge.B.partition) == len(ridge.means) == 6
+    torch.testing.assert_close(kv.spectrum(ridge.B), kv.spectrum(R), rtol=0, atol=1e-12)
+    assert float(kv.spectrum(R)[-1]) == pytest.approx(1, abs=1e-12)
+    assert float(r.sum()) == float(ridge.b.sum())
+
+
+# ---- sizes and depth -------------------------------------------------------------------------------------
+
+
+def network():
+    return setting("digits4", (5, 4), 60, 1, 3)
+
+
+def test_every_space_is_nested_and_the_optimal_one_lowest():
+    sizes = (0, 1, 2, 3)
+    result = kv.experiments.run_coarse_sizes(sizes=sizes, widths=(5, 4), n=60, steps=2, seed=1, repeats=1)
+    largest = {name: c.y for name, c in result.of("largest").items() if name.endswith("balanced")}
+    for name, values in largest.items():
+        assert (np.diff(values) <= 0).all(), name
+        assert (values >= 1).all() and (largest["optimal, balanced"] <= values * (1 + 1e-3)).all(), name
+    assert largest["optimal, balanced"][-1] < largest["optimal, balanced"][0]
+    first = {c.y[0] for c in result.of("captured").values()}
+    assert len(first) == 1  # size 0 is K-FAC, whatever the space and the correction
+
+
+@pytest.mark.parametrize("name", kv.coarse.SPACES)
+def test_sizes_measure_what_the_first_figure_does(name):
+    shared = dict(damping=0.02, widths=(5, 4), n=60, steps=2, seed=1)
+    one = kv.experiments.run_coarse_space(coarse=name, per_layer=2, correction="additive", **shared)
+    many = kv.experiments.run_coarse_sizes(sizes=(1, 2), repeats=1, **shared)
+    for correction in ("additive", "balanced"):
+        assert many.of("captured")[f"{name}, {correction}"].y[1] == pytest.approx(one.captured[correction], rel=1e-3)
+    assert many.of("largest")[f"{name}, additive"].y[1] == pytest.approx(float(one.spectra["additive"][-1]), rel=1e-3)
+
+
+def test_nested_spaces_are_those_that_the_builders_give():
+    where = network()
+    A, M = kv.Dense(where.dense, where.F.partition).damped(0.1), kv.KFAC(where.F, 0.1)
+    for Z, k in zip(nested("optimal", A, M, where, (0, 1, 2), 0), (0, 1, 2), strict=True):
+        own = kv.coarse.optimal(A, M, k)
+        assert Z.size == own.size
+        for T in (kv.TwoLevel(A, M, space, "additive").dense() for space in (Z, own)):
+            torch.testing.assert_close(T, kv.TwoLevel(A, M, own, "additive").dense(), rtol=1e-8, atol=1e-8)
+
+
+def test_lanczos_finds_the_end_of_the_spectrum():
+    where = network()
+    A = where.F.damped(1e-3)
+    L = torch.linalg.cholesky(A.dense())
+    for T in methods(A, kv.KFAC(where.F, 1e-3), where.F, 3).values():
+        assert largest_eigenvalue(T.dense(), L) == pytest.approx(float(kv.spectrum(A, T)[-1]), rel=1e-7)
+
+
+@pytest.mark.parametrize("data", ["planted_bn", "planted", "digits4"])
+def test_depth_is_what_the_objects_say(data):
+    chosen = dict(damping=0.01, width=7, n=50, steps=2, seed=4, rtol=0.1)  # few iterations, before rounding counts
+    result = kv.experiments.run_depth(layers=(4,), data=data, repeats=1, per_layer=2, **chosen)
+    if data == "digits4":
+        problem = kv.problems.digits((7, 7, 7), 50, 4, side=4).trained(2)
+    else:
+        problem = kv.problems.planted(4, 7, 50, 4, batch_norm=data == "planted_bn").trained(2)
+    with pytest.warns(UserWarning) if data == "planted_bn" else matplotlib.rc_context():
+        F = problem.capture()
+    values, g = torch.linalg.eigvalsh(F.dense()), problem.gradient()
+    λ = 0.01 * float(values[-1])
+    A = F.damped(λ)
+    assert result.of("above")["eigenvalues"].y[0] == int((values > λ).sum())
+    for name, T in methods(A, kv.KFAC(F, λ), F, 2).items():
+        assert result.of("captured")[name].y[0] == pytest.approx(kv.captured_decrease(A, g, T @ g), rel=1e-3)
+        assert result.of("iterations")[name].y[0] == kv.pcg(A, g, T, rtol=0.1).iterations
+
+
+def test_block_jacobi_exceeds_the_number_of_layers_never():
+    for depth in (2, 5):
+        F = kv.problems.planted(depth, 6, n=60).trained(10).capture()
+        A = F.damped(1e-3)
+        values = kv.spectrum(A, kv.BlockDiagonal(F, 1e-3))
+        assert 1 < float(values[-1]) <= depth * (1 + 1e-10)
+
+
+# ---- tables, pictures, exercises, verdicts ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_are_tidy_and_rounded(name):
+    run, _, small, *_ = STUDIES[name]
+    table = run(**small).table()
+    assert list(table) == ["quantity", "series", "x", "median", "low", "high"]
+    assert not table.duplicated(["quantity", "series", "x"]).any()
+    numbers = table[["median", "low", "high"]].to_numpy()
+    assert np.isfinite(numbers).all()
+    assert (numbers[:, 1] <= numbers[:, 0]).all() and (numbers[:, 0] <= numbers[:, 2]).all()
+    np.testing.assert_array_equal(numbers, rounded(numbers))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_an_updated_plot_is_a_fresh_plot(name):
+    run, Plot, small, moved, other = STUDIES[name]
+    before, after = run(**small), run(**small | moved)
+    plot, fresh = Plot(before), Plot(after)
+    old = pixels(plot)
+    plot.update(after)
+    assert plot.fits(after)
+    np.testing.assert_array_equal(pixels(plot), pixels(fresh))
+    assert not moved or (pixels(plot) != old).any()
+    assert plot.figure.get_label() == fresh.figure.get_label()
+    assert not plot.fits(run(**small | other))
+
+
+def pixels(plot):
+    with matplotlib.rc_context(rc()):  # paths are made when they are drawn
+        plot.figure.canvas.draw()
+    return np.asarray(plot.figure.canvas.buffer_rgba()).copy()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_take_lists_and_refuse_what_is_out_of_range(name):
+    run, _, small, *_ = STUDIES[name]
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in small.items()}
+    assert run(**lists).table().equals(run(**small).table())
+    with pytest.raises(ValueError, match="repeats must be a whole number from 1 to 20; 0 came"):
+        run(**small | {"repeats": 0})
+
+
+@pytest.mark.parametrize("name", ["04a", "04b", "05b", "06a"])
+def test_exercises_know_right_from_wrong(name):
+    truth = kv.exercises.TRUTHS[name].truth()
+    assert "right" in kv.exercises.check(name, truth)
+    assert "not yet" in kv.exercises.check(name, 1.5 * truth)
+
+
+def test_exercises_that_ask_for_a_name_and_a_size():
+    assert "right" in kv.exercises.check("05a", " Krylov")
+    assert "not yet" in kv.exercises.check("05a", "optimal")
+
+
+@pytest.mark.parametrize("stem", ["04_where_it_comes_from", "05_coarse_space", "06_depth"])
+def test_every_number_of_a_verdict_is_in_its_data(stem):
+    cells = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
+    verdict = next(text for cell in cells if (text := "".join(cell["source"])).startswith("## Verdict"))
+    data = set()
+    for file in (ROOT / "figures").glob(f"{stem}*.csv"):
+        with open(file, newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                data |= {float(row[key]) for key in ("x", "median", "low", "high", "value") if row.get(key)}
+    assert data, f"figures/{stem}*.csv are missing: make figures"
+    for number in re.findall(r"−?\d+(?:\.\d+)?", verdict):
+        decimals = len(number.partition(".")[2])
+        assert any(round(value, decimals) == float(number.replace("−", "-")) for value in data), number
