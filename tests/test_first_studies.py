@@ -260,6 +260,23 @@ def pixels(plot):
     return np.asarray(plot.figure.canvas.buffer_rgba()).copy()
 
 
+@pytest.mark.parametrize("name", ["fisher", "kfac"])
+def test_every_block_of_every_matrix_tells_its_layers(name):
+    run, first, _ = STUDIES[name]
+    result = run(**SMALL, **first)
+    plot = PLOTS[name](result)
+    views = plot.views if name == "fisher" else [plot.F, plot.error]
+    regions = plot.regions(result)
+    assert len(regions) == len(views) * len(result.partition) ** 2
+    for i, view in enumerate(views):
+        boxes = np.array([region[:4] for region in regions[9 * i : 9 * i + 9]])
+        x, y, width, height = view.ax.get_position().bounds
+        assert (boxes[:, 2] * boxes[:, 3]).sum() == pytest.approx(width * height)
+        np.testing.assert_allclose(boxes[0, :2], [x, 1 - y - height])
+        np.testing.assert_allclose(boxes[-1, :2] + boxes[-1, 2:], [x + width, 1 - y])
+    assert "ayers 1 and 2" in regions[1][4]
+
+
 def test_curves_take_the_median_and_the_range():
     c = curve([1, 2], [[3.0, 1.0], [1.0, 2.0], [2.0, 12345.6]])
     np.testing.assert_array_equal(c.y, [2, 2])

@@ -16,6 +16,7 @@ from ..preconditioner import KFAC
 from ..problems import Problem
 from .curves import Study, captured, curve
 from .setting import Data, Setting, Widths, setting
+from .threads import one_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +64,8 @@ def run_damping(
         device: where to compute.
     """
     parameters = dict(locals())
-    curves, size = _curves(data, tuple(widths), n, steps, repeats, seed, device)
+    with one_thread():
+        curves, size = _curves(data, tuple(widths), n, steps, repeats, seed, device)
     return DampingResult(parameters, curves, size)
 
 

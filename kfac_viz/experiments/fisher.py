@@ -18,6 +18,7 @@ from ..preconditioner import Diagonal, Identity
 from ..problems import Problem
 from .curves import Curve, Study, captured, curve, frobenius, rounded
 from .setting import Widths, setting
+from .threads import one_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -82,8 +83,9 @@ def run_fisher(
         device: where to compute.
     """
     parameters = dict(locals())
-    partition, matrices, curves, largest = _network(data, tuple(widths), n, steps, samples, repeats, seed, device)
-    plane = _plane(damping, samples, (weight, bias), likelihood, seed, device)
+    with one_thread():
+        partition, matrices, curves, largest = _network(data, tuple(widths), n, steps, samples, repeats, seed, device)
+        plane = _plane(damping, samples, (weight, bias), likelihood, seed, device)
     shares = {("plane", name): curve([damping], [share]) for name, share in plane.shares.items()}
     return FisherResult(parameters, curves | shares, partition, matrices, largest, plane)
 

@@ -16,6 +16,7 @@ from ..partition import Partition
 from ..preconditioner import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal
 from .curves import Curve, Study, captured, curve, frobenius, rounded
 from .setting import Data, Setting, Widths, setting
+from .threads import one_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,11 +70,12 @@ def run_kfac(
     parameters = dict(locals())
     common = data, tuple(widths), n, samples, device
     curves = {}
-    pieces = np.array([[_pieces(*common, step, seed + r) for step in MOMENTS] for r in range(repeats)])
+    with one_thread():
+        pieces = np.array([[_pieces(*common, step, seed + r) for step in MOMENTS] for r in range(repeats)])
+        first, methods = _methods(*common, steps, seed, repeats)
     pieces[:, :, -1] *= damping
     for i, name in enumerate(PIECES):
         curves["piece", name] = curve(MOMENTS, pieces[:, :, i])
-    first, methods = _methods(*common, steps, seed, repeats)
     partition, F, error, lost, misfit = first
     for quantity, matrix in (("lost", lost), ("misfit", misfit)):
         for l, m in np.ndindex(*matrix.shape):

@@ -104,6 +104,14 @@ class FisherPlot(Plot):
     def fits(self, result: FisherResult) -> bool:
         return result.partition == self.views[0].partition
 
+    def regions(self, result: FisherResult) -> list[tuple[float, float, float, float, str]]:
+        slices, found = result.partition.slices, []
+        for view, (name, matrix) in zip(self.views, result.matrices.items(), strict=True):
+            for l, m, box in view.boxes():
+                norm = float(matrix[slices[l], slices[m]].norm())
+                found.append((*box, f"{FLAVOURS[name].label}, layers {l + 1} and {m + 1}: Frobenius norm {norm:.3g}"))
+        return found
+
 
 class Landscape:
     """Contours of the loss over two parameters, and its minimum."""

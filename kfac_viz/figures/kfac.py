@@ -80,6 +80,14 @@ class KfacPlot(Plot):
     def fits(self, result: KfacResult) -> bool:
         return result.partition == self.F.partition
 
+    def regions(self, result: KfacResult) -> list[tuple[float, float, float, float, str]]:
+        words = "Layers {} and {}: {:.2%} of K-FAC's squared error; G ⊗ A would miss {:.2g} of the block's norm"
+        return [
+            (*box, words.format(l + 1, m + 1, result.lost[l, m], result.misfit[l, m]))
+            for view in (self.F, self.error)
+            for l, m, box in view.boxes()
+        ]
+
 
 class PairView:
     """A number for each pair of layers, shaded and written; symmetric, so the upper half says it all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,14 @@ class MatrixView:
             ]
             self.ax.set_yticklabels(names, fontsize="small", linespacing=1.4)
             self.ax.set_ylabel("")
+
+    def boxes(self) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
+        """Layers l and m of every block, and where it lies: left, top, width, height as shares of the figure."""
+        x, y, width, height = self.ax.get_position().bounds
+        cuts = np.array(self.partition.offsets) / self.partition.size
+        for l, m in np.ndindex(len(self.partition), len(self.partition)):
+            place = x + cuts[m] * width, 1 - y - (1 - cuts[l]) * height
+            yield l, m, (*place, (cuts[m + 1] - cuts[m]) * width, (cuts[l + 1] - cuts[l]) * height)
 
     def update(self, matrix: ArrayLike, limit: float) -> None:
         """Draw another matrix; ``limit`` is the modulus at which the colours end."""
