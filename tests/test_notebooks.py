@@ -1,0 +1,91 @@
+"""Every notebook: as it must be committed, and headless from top to bottom with small parameters."""
+
+import ast
+import inspect
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from kfac_viz import parameters
+from kfac_viz.experiments import NOTEBOOKS
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NETWORK = dict(widths=[5, 4], n=40)
+SMALL = {  # everything else as published
+    "00_playground": NETWORK | dict(per_layer=2),
+    "01_fisher": NETWORK | dict(repeats=1),
+    "02_kfac": NETWORK | dict(repeats=1),
+    "03_damping": NETWORK | dict(repeats=1, steps=2),
+    "04_where_it_comes_from": dict(local=8, subdomains=[2, 4], shown=3, clusters=[2, 5], n=60, repeats=1),
+    "05_coarse_space": NETWORK | dict(per_layer=2),
+    "06_depth": dict(layers=[2, 3], width=6, n=60, steps=2, repeats=1),
+}
+
+
+def read(stem):
+    return nbformat.read(FOLDER / f"{stem}.ipynb", as_version=nbformat.NO_CONVERT)
+
+
+def test_every_notebook_is_on_the_shelf():
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_a_committed_notebook_is_clean(stem):
+    nb = read(stem)
+    nbformat.validate(nb)
+    assert (nb.nbformat, nb.nbformat_minor) == (4, 5)
+    assert set(nb.metadata) <= {"kernelspec", "language_info"} and nb.metadata.kernelspec.name == "python3"
+    assert 10 <= len(nb.cells) <= 15  # one question, one sitting
+    assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ") and "?" in nb.cells[0].source
+    ids = [cell.id for cell in nb.cells]
+    assert len(set(ids)) == len(ids)
+    for cell in nb.cells:
+        assert set(cell.metadata) <= {"tags"}
+        if cell.cell_type == "code":
+            assert cell.execution_count is None and cell.outputs == []
+            tree = ast.parse(cell.source)
+            assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_parameters_are_those_of_the_experiment(stem):
+    tagged = [cell.source for cell in read(stem).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    given = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(tagged[0]).body}
+    assert given.pop("out_dir") == "../figures"
+    defaults = {name: p.default for name, p in inspect.signature(NOTEBOOKS[stem]).parameters.items()}
+    assert list(given) == list(defaults)
+    assert parameters.check(NOTEBOOKS[stem], given) == parameters.check(NOTEBOOKS[stem], defaults)
+    assert {"seed", "device"} <= set(given)
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_runs_from_top_to_bottom(stem, tmp_path, monkeypatch):
+    import papermill
+
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not the user's of the same name
+    executed = papermill.execute_notebook(
+        FOLDER / f"{stem}.ipynb", tmp_path / "executed.ipynb", SMALL[stem] | {"out_dir": str(tmp_path / "out")},
+        kernel_name="python3", progress_bar=False, store_widget_state=False, cwd=FOLDER,
+        start_timeout=120, execution_timeout=300,
+    )  # fmt: skip
+    records = sorted((tmp_path / "out").glob("*.json"))
+    assert records, "no figure was saved"
+    for record in records:
+        assert record.name.startswith(stem)
+        written = json.loads(record.read_text(encoding="utf-8"))
+        assert written["alt"] and written["versions"]["torch"]
+        for name, value in written["parameters"].items():
+            if name in SMALL[stem]:
+                assert value == SMALL[stem][name], name
+        for suffix in ("png", "svg", "csv"):
+            assert record.with_suffix(f".{suffix}").stat().st_size > 100
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    said = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
+    assert "put your answer in place of None" in said
+    assert not any(output.get("name") == "stderr" for output in outputs), "a warning that a reader would meet"
+    shown = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(shown) >= len(records)  # each figure stands in the notebook, too
