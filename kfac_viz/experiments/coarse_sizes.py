@@ -20,6 +20,7 @@ from .coarse_space import Damping, Rule
 from .curves import Study, captured, curve
 from .depth import largest_eigenvalue
 from .setting import Data, Flavour, Setting, Widths, setting
+from .threads import one_thread
 
 CORRECTIONS = ("balanced", "additive")
 
@@ -32,6 +33,7 @@ class CoarseSizesResult(Study):
     """
 
 
+@one_thread()
 def run_coarse_sizes(
     *,
     damping: Damping = 1e-2,

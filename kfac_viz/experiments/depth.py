@@ -20,6 +20,7 @@ from ..preconditioner import KFAC
 from ..two_level import TwoLevel
 from .curves import Study, curve
 from .setting import Setting
+from .threads import one_thread
 
 
 class DepthResult(Study):
@@ -30,6 +31,7 @@ class DepthResult(Study):
     """
 
 
+@one_thread()
 def run_depth(
     *,
     damping: Annotated[float, Range(1e-5, 1e-1, log=True, steps=61)] = 1e-3,

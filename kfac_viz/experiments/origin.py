@@ -20,6 +20,7 @@ from ..partition import Partition
 from ..preconditioner import BlockDiagonal, Identity
 from ..two_level import TwoLevel
 from .curves import Study, curve, rounded
+from .threads import one_thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class OriginResult(Study):
     means: NDArray
 
 
+@one_thread()
 def run_origin(
     *,
     damping: Annotated[float, Range(1e-6, 1, log=True, steps=61)] = 1e-3,
