@@ -285,6 +285,29 @@ def test_convolutions_agree_with_curvlinops(convention):
     assert_close(mine[order][:, order], kfac @ torch.eye(opt.partition.size).double())
 
 
+class Sequence(nn.Module):
+    """Layers at several positions, one of them called twice, with a convolution behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.conv, self.head = nn.Linear(4, 4), nn.Conv2d(1, 2, 3, stride=2), nn.Linear(2, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.mix(torch.tanh(self.mix(x))))
+        return self.head(self.conv(x[:, None]).flatten(2).mean(2))
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_layers_with_positions_apply_as_they_look(correction):
+    torch.manual_seed(0)
+    model, x = Sequence().double(), normal(20, 5, 4)
+    opt = TwoLevelKFAC(model, **FIXED | {"fisher": "exact", "correction": correction})
+    losses = train(opt, model, 8, x=x)
+    g = opt.partition.pack_grad(model)
+    assert_close(opt.preconditioner @ g, opt.preconditioner.dense() @ g, 1e-10)
+    assert losses[-1] < losses[0]
+
+
 def test_frozen_layers_are_left_out_and_said():
     model = mlp((4, 5, 5, 3))
     model[2].requires_grad_(False)

@@ -67,7 +67,7 @@ def train(problem: kv.problems.Problem, opt, steps: int, batch: int | None, seed
             opt.step()
         seconds += time.perf_counter() - start
         if step % every == 0:
-            rows.append({"step": step, "loss": round(float(problem.loss().detach()), 5), "seconds": round(seconds, 3)})
+            rows.append({"step": step, "loss": float(f"{float(problem.loss().detach()):.4g}"), "seconds": round(seconds, 3)})
     return rows
 
 
