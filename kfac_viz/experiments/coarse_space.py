@@ -165,9 +165,10 @@ def coarse_space(
         levels = _levels(where, per_layer, coarse, rule, seed, depends)
         T = levels.two_level.with_damping(damping).with_correction(correction)
         spectrum = other_core.submit(levels.spectrum, where, T)  # half of the work
-        one, added = _one_level(where, rule, damping), T.contribution()
+        one = _one_level(where, rule, damping)
+        added = _without_noise(T.contribution(), one.scale)
         captured, at_best_length = _captured(where, T)
-        left = _norm(one.missed - added) / max(_norm(one.missed), 1e-300)
+        left = _share(_norm(one.missed - added), _norm(one.missed))
         norms = _fisher_norms(where) | {"missed": one.norms, "added": _norms(T.partition, added)}
     return CoarseSpaceResult(
         parameters=parameters,
@@ -181,19 +182,20 @@ def coarse_space(
         spectra={"kfac": one.spectrum, correction: spectrum.result()},
         captured=captured,
         at_best_length=at_best_length,
-        errors={"blocks": _blocks_error(where), "kfac": one.error, correction: significant(left)},
+        errors={"blocks": _blocks_error(where), "kfac": one.error, correction: left},
         norms=norms,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _OneLevel:
-    """What moves with λ alone: ``A⁻¹ − M`` and its norms, the spectrum of M A, and ‖A⁻¹ − M‖ / ‖A⁻¹‖."""
+    """What moves with λ alone: ``A⁻¹ − M`` and its norms, the spectrum of M A, ‖A⁻¹ − M‖ / ‖A⁻¹‖, and ‖A⁻¹‖."""
 
     missed: Tensor
     norms: list[list[float]]
     spectrum: Tensor
     error: float
+    scale: float
 
 
 @lru_cache(maxsize=4)
@@ -202,9 +204,10 @@ def _one_level(where: Setting, rule: str, damping: float) -> _OneLevel:
     weights = 1 / (where.F.eigen.d + damping)
     half = (where.F.eigen.U * weights.sqrt()).cpu().numpy()
     inverse = torch.from_numpy(half @ half.T)  # NumPy knows that a matrix times its transpose is half the work
-    missed = inverse.to(weights.device) - M.dense()
-    error = significant(_norm(missed) / _norm(weights))
-    return _OneLevel(missed, _norms(M.partition, missed), _eigenvalues(_whitened(where, M)[0]), error)
+    scale = _norm(weights)
+    missed = _without_noise(inverse.to(weights.device) - M.dense(), scale)
+    spectrum = _eigenvalues(_whitened(where, M)[0])
+    return _OneLevel(missed, _norms(M.partition, missed), spectrum, _share(_norm(missed), scale), scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +268,7 @@ def _captured(where: Setting, T: TwoLevel) -> tuple[dict[str, float], dict[str, 
 
 @lru_cache(maxsize=8)
 def _blocks_error(where: Setting) -> float:
-    return significant(_norm(where.dense - where.blocks) / _norm(where.dense))
+    return _share(_norm(where.dense - where.blocks), _norm(where.dense))
 
 
 @lru_cache(maxsize=8)
@@ -289,6 +292,17 @@ def _eigenvalues(S: Tensor) -> Tensor:
     """Of a symmetric matrix, ascending, to 4 digits; NumPy's LAPACK is the quicker one on few cores."""
     values = torch.from_numpy(np.linalg.eigvalsh(S.cpu().numpy()))
     return significant(values.clamp_min(1e-12 * float(values[-1])))
+
+
+def _without_noise(x: Tensor, scale: float) -> Tensor:
+    """Zero where nothing but round-off is left, as where K-FAC is exact."""
+    return x if _norm(x) > 1e-12 * scale else torch.zeros_like(x)
+
+
+def _share(x: float, of: float) -> float:
+    if of == 0:
+        return float("inf") if x > 0 else 0.0
+    return significant(x / of) if x > 1e-12 * of else 0.0
 
 
 def _norm(x: Tensor) -> float:

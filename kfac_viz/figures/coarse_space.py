@@ -79,7 +79,7 @@ class CoarseSpacePlot(Plot):
     def _build_spectra(self, ax: Axes, result: CoarseSpaceResult) -> None:
         P = result.partition.size
         ax.set_title(f"All {P} eigenvalues of the preconditioned matrix", pad=8)
-        tens = [10**i for i in range(6) if 10**i <= P / 3]
+        tens = [1, *(10**i for i in range(1, 6) if 10**i <= P / 3)]
         ranks, names = [*tens, *(P + 1 - i for i in tens)], [*map(str, tens), *map(str, tens)]
         names[0], names[len(tens)] = "smallest", "largest"
         ax.set_xticks([stretched(i, P) for i in ranks], names)
@@ -112,7 +112,7 @@ class CoarseSpacePlot(Plot):
         self.title.set_text(headline(result))
         self.subtitle.set_text(subtitle(result))
         for names, bar in zip((("fisher", "blocks"), ("missed", "added")), self.bars, strict=True):
-            limit = limit_of(getattr(result, names[0]))
+            limit = limit_of(next((m for name in names if (m := getattr(result, name)).any()), result.fisher))
             bar.update(limit)
             for name in names:
                 self.views[name].update(getattr(result, name), limit)

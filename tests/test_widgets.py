@@ -1,0 +1,207 @@
+"""Panels without a browser: every control, in any order, gives a new picture or a sentence."""
+
+import base64
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kfac_viz as kv
+from kfac_viz.__main__ import plan
+from kfac_viz.experiments.coarse_space import run_coarse_space
+from kfac_viz.figures import CoarseSpacePlot
+from kfac_viz.parameters import Range, read
+
+SMALL = dict(widths=(5,), n=40, per_layer=2)
+CONTROLS = [name for name in read(run_coarse_space) if name not in ("seed", "device")]
+
+
+@pytest.fixture(scope="module")
+def panel():
+    return kv.widgets.panel(run_coarse_space, CoarseSpacePlot, CONTROLS, **SMALL)
+
+
+def picture(panel) -> bytes:
+    return panel._picture.value
+
+
+def test_damping_comes_first_and_the_size_second():
+    panel = kv.widgets.panel(run_coarse_space, CoarseSpacePlot, ["coarse", "per_layer", "damping"], **SMALL)
+    assert list(panel.controls) == ["damping", "per_layer", "coarse"]
+    assert len(panel.controls["damping"].options) >= 60
+    assert (panel.controls["damping"].value, panel.controls["per_layer"].value) == (1e-2, 2)
+
+
+def test_every_control_has_a_name_and_a_hint(panel):
+    for control in panel.controls.values():
+        assert control.description and control.tooltip
+
+
+def test_each_control_changes_picture_words_and_command(panel):
+    moves = dict(damping=1e-3, per_layer=3, coarse="nicolaides", correction="additive", rule="factored",
+                 fisher="mc", data="planted", widths="[4,4]", n=30, steps=5)  # fmt: skip
+    assert set(moves) == set(CONTROLS)
+    for name, value in moves.items():
+        before = picture(panel), panel._below.value
+        panel.controls[name].value = value
+        assert panel.error == ""
+        assert picture(panel) != before[0] and picture(panel)[:3] == b"\xff\xd8\xff"
+        assert panel._below.value != before[1]
+        assert panel.result.parameters[name] == ((4, 4) if name == "widths" else value)
+        assert f"{name}={str(value)}" in panel.command
+    panel.scale.value = "linear"
+    assert panel.error == ""
+
+
+def test_the_command_makes_this_very_result(panel):
+    words = shlex.split(panel.command)
+    assert words[:5] == ["python", "-m", "kfac_viz", "figures", "00_playground"]
+    (job,) = plan(["00_playground"], [word for word in words[5:] if word != "-p"])
+    again = run_coarse_space(**job.values)
+    assert again.captured == panel.result.captured
+    assert again.parameters == panel.result.parameters
+
+
+MOVES = st.tuples(st.sampled_from([name for name in CONTROLS if name not in ("n", "steps")]), st.floats(0, 1))
+
+
+@settings(max_examples=40)
+@given(MOVES)
+def test_no_sequence_of_moves_reaches_an_invalid_state(panel, move):
+    """The panel is one for all examples: each goes on where the last one stopped."""
+    name, share = move
+    control = panel.controls[name]
+    if name == "widths":
+        values = ["[1]", "3", "[2,7]", "5,5,5", "[12,12]"]
+    elif name == "per_layer":
+        values = range(control.max + 1)
+    else:
+        values = [option[1] for option in control.options]
+    control.value = value = values[round(share * (len(values) - 1))]
+    assert panel.error == "", f"{name}={value}: {panel.error}"
+    assert panel.controls["per_layer"].value <= min(layer.size for layer in panel.result.partition.layers)
+    assert panel.result.parameters["per_layer"] == panel.controls["per_layer"].value
+    assert f"coarse dimension {panel.result.size}" in panel._live.plot.subtitle.get_text()
+
+
+def test_what_cannot_be_read_is_said_and_the_picture_stays():
+    panel = kv.widgets.panel(run_coarse_space, CoarseSpacePlot, **SMALL)
+    before = picture(panel)
+    for text, words in (("[12", "cannot be read"), ("[0]", "from 1 to 64"), ("[64,64,64]", "narrower layers")):
+        panel.controls["widths"].value = text
+        assert words in panel.error and 'role="alert"' in panel._alert.value
+        assert picture(panel) == before
+        assert panel.result.parameters["widths"] == (5,)
+    panel.controls["widths"].value = "[6]"
+    assert panel.error == "" and picture(panel) != before
+
+
+def test_an_error_of_any_kind_is_shown():
+    def run_fragile(*, damping: Annotated[float, Range(1, 10, steps=10)] = 1.0, mood: Literal["a", "b"] = "a"):
+        if mood == "b":
+            raise RuntimeError("out of memory <script>")
+        return run_coarse_space(**SMALL)
+
+    panel = kv.widgets.panel(run_fragile, CoarseSpacePlot)
+    panel.controls["mood"].value = "b"
+    assert panel.error == "RuntimeError: out of memory <script>"
+    assert "<script>" not in panel._alert.value
+    panel.controls["mood"].value = "a"
+    assert panel.error == "" and "RuntimeError" not in panel._alert.value
+
+
+def test_where_kfac_is_exact_nothing_is_missing():
+    panel = kv.explore(torch.nn.Linear(3, 1), torch.ones(9, 3), likelihood="gaussian", per_layer=1)
+    assert panel.result.errors == {"blocks": 0.0, "kfac": 0.0, "balanced": 0.0}
+    assert not panel.result.missed.any() and not panel.result.added.any()
+
+
+def test_looking_ahead_gives_what_computing_gives():
+    panel = kv.widgets.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer"], **SMALL)
+    for index in (10, 11, 12, 13, 12, 11):
+        panel.controls["damping"].index = index
+        fresh = run_coarse_space(**panel._values)
+        assert panel.result.captured == fresh.captured
+        assert panel.result.parameters == fresh.parameters
+    key, ahead = panel._ahead
+    assert dict(key)["damping"] == panel.controls["damping"].options[10][1]
+    assert ahead.result().parameters["damping"] == dict(key)["damping"]
+
+
+def test_words_under_the_picture_are_its_alternative_text(panel):
+    label = panel._live.plot.figure.get_label()
+    assert f"{panel.result.captured['kfac']:.2f}".replace("-", "−") in label
+    assert re.search(r'data-alt="([^"]+)"', panel._below.value)[1].startswith(label[:20])
+    titles = re.findall(r'title="([^"]+)"', panel._below.value)
+    assert len(titles) == 4 * len(panel.result.partition) ** 2
+    assert all("Frobenius norm" in title for title in titles)
+
+
+def test_a_page_without_a_kernel_shows_the_picture(panel):
+    data, metadata = panel._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert base64.b64decode(data["image/png"])[:8] == b"\x89PNG\r\n\x1a\n"
+    assert metadata["image/png"]["alt"] == data["text/plain"]
+
+
+def test_unknown_controls_and_values_are_refused():
+    with pytest.raises(ValueError, match="has no parameter dampng; it has damping"):
+        kv.widgets.panel(run_coarse_space, CoarseSpacePlot, ["dampng"])
+    with pytest.raises(ValueError, match="damping must be a number from"):
+        kv.widgets.panel(run_coarse_space, CoarseSpacePlot, damping=1e9)
+
+
+@pytest.mark.filterwarnings("ignore:Outside the Fisher")
+class TestExplore:
+    def model(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU(), torch.nn.Linear(4, 2)
+        )
+
+    @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+    def test_own_model_without_targets_is_left_as_it_is(self, likelihood):
+        model, x = self.model().train(), torch.randn(20, 3)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        panel = kv.explore(model, x, likelihood=likelihood)
+        assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters())
+        old = picture(panel)
+        panel.controls["damping"].value = next(x for _, x in panel.controls["damping"].options if x > 0.5)
+        assert panel.error == "" and picture(panel) != old
+        assert panel.controls["per_layer"].max == 10  # the last layer is 4 + 1 by 2
+
+    def test_the_lines_under_the_picture_make_its_preconditioner(self):
+        model, x, y = self.model().double(), torch.randn(20, 3).double(), torch.arange(20) % 2
+        for coarse in ("spectral", "krylov", "optimal"):
+            panel = kv.explore(model, x, y, likelihood="categorical", coarse=coarse, damping=0.1, per_layer=2)
+            problem = kv.problems.Problem(model, x, y, "categorical")
+            names = dict(kv=kv, model=model, inputs=x, g=problem.gradient())
+            exec(panel.command, names)
+            found = kv.captured_decrease(names["A"], names["g"], names["T"] @ names["g"])
+            assert found == pytest.approx(panel.result.captured["balanced"], rel=1e-3)
+
+    def test_small_layers_bound_the_slider_from_the_start(self):
+        panel = kv.explore(torch.nn.Linear(1, 1), torch.randn(9, 1), likelihood="gaussian")
+        assert panel.controls["per_layer"].max == panel.controls["per_layer"].value == 2
+
+    def test_too_large_a_model_is_refused(self):
+        with pytest.raises(ValueError, match="has 10100 parameters"):
+            kv.explore(torch.nn.Linear(100, 100), torch.randn(5, 100), likelihood="gaussian")
+
+
+def test_the_page_is_whole_small_and_needs_nothing(tmp_path):
+    choices = {name: parameter.default for name, parameter in read(run_coarse_space).items()} | SMALL
+    first, again = (kv.figures.save_page(run_coarse_space, "page", tmp_path / name, **choices) for name in "ab")
+    text = first.read_text(encoding="utf-8")
+    assert text == again.read_text(encoding="utf-8")
+    assert "{{" not in text and text.count("<script") == text.count("</script>") == 2
+    assert not re.findall(r'(?:src|href)="(?!data:)|url\(|@import|https?://', text)
+    assert text.count('type="range"') == 2 and 'lang="en"' in text
+    published = Path(kv.__file__).parents[1] / "figures" / "00_playground.html"
+    assert not published.exists() or published.stat().st_size < 3e6
