@@ -223,6 +223,16 @@ def test_loss_after_leaves_the_model_alone():
     assert loss_after(problem, torch.zeros_like(before)) == float(problem.loss().detach())
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_networks_that_are_too_large_or_have_no_width_are_refused(name):
+    run = STUDIES[name][0]
+    with pytest.raises(ValueError, match="at most 2500"):
+        run(data="digits8", widths=(64,), n=20)
+    if name != "fisher":
+        with pytest.raises(ValueError, match="at least one"):
+            run(data="planted", widths=(), n=20)
+
+
 # ---- tables, pictures, exercises -------------------------------------------------------------------------
 
 

@@ -19,6 +19,8 @@ Data = Literal["digits4", "digits8", "autoencoder4", "planted"]
 Flavour = Literal["exact", "mc", "empirical"]
 Widths = Annotated[tuple[int, ...], Range(1, 64)]
 
+LARGEST = 2500  # parameters: the matrices are dense
+
 
 @dataclass(frozen=True, eq=False)
 class Setting:
@@ -82,10 +84,21 @@ def significant(x, digits: int = 4):
 def setting(
     data: str, widths: tuple[int, ...], n: int, seed: int, steps: int, fisher: str = "exact", device: str = "cpu"
 ) -> Setting:
-    """The network ``data`` with hidden ``widths`` after ``steps`` full-batch Adam steps; cached."""
+    """The network ``data`` with hidden ``widths`` after ``steps`` full-batch Adam steps; cached.
+
+    Raises:
+        ValueError: more than LARGEST parameters, or no hidden layer where ``data`` is planted.
+    """
     if data == "planted":
+        if not widths:
+            raise ValueError("The planted problem takes its width from the hidden layers; give at least one.")
         problem = problems.planted(len(widths) + 1, widths[0], n, seed, device=device)
     else:
         build = problems.autoencoder if data.startswith("auto") else problems.digits
         problem = build(widths, n, seed, side=int(data[-1]), device=device)
+    if problem.partition.size > LARGEST:
+        raise ValueError(
+            f"The network has {problem.partition.size} parameters, and matrices of that size are dense here; at most "
+            f"{LARGEST} are possible. Take narrower layers."
+        )
     return Setting(problem.trained(steps), fisher)
