@@ -9,15 +9,15 @@ time that the matrix products of a step would take at this machine's rate for la
 from __future__ import annotations
 
 import statistics
-import time
 
 import torch
-from machine import arguments, describe, rate, write
+from machine import arguments, clock, describe, rate, write
 from speed import counted, network, peak_cuda
 
 import kfac_viz as kv
 
-OBSERVE, REFRESH = 10, 20
+REFRESH = 20  # and half that between observations
+CYCLE = 8  # steps between refreshes while measuring: kinds of steps are timed apart, and weighed by the above
 BASE = {"width": 256, "depth": 8, "batch": 256, "per_layer": 4}
 SWEEPS = {
     "cpu": {
@@ -55,8 +55,8 @@ def stepper(method: str, width: int, depth: int, batch: int, per_layer: int, dev
             lr=1e-4,
             damping=1.0,
             step_rule="fixed",
-            observe_every=OBSERVE,
-            refresh_every=REFRESH,
+            observe_every=CYCLE // 2,
+            refresh_every=CYCLE,
             coarse_examples=128,
             coarse_window=1,
             **space,
@@ -74,17 +74,17 @@ def stepper(method: str, width: int, depth: int, batch: int, per_layer: int, dev
     return step
 
 
-def amortised(step) -> float:
+def amortised(step, device: str) -> float:
     """Milliseconds per step of a cycle: medians of plain, observing and refreshing steps, weighed."""
     times: dict[str, list[float]] = {"plain": [], "observe": [], "refresh": []}
-    for i in range(2 * REFRESH + 1):
-        kind = "refresh" if i % REFRESH == 0 else "observe" if i % OBSERVE == 0 else "plain"
-        start = time.perf_counter()
+    for i in range(2 * CYCLE + 1):
+        kind = "refresh" if i % CYCLE == 0 else "observe" if i % (CYCLE // 2) == 0 else "plain"
+        start = clock(device)
         step()
         if i:  # the first step warms up
-            times[kind].append(time.perf_counter() - start)
+            times[kind].append(clock(device) - start)
     medians = {kind: statistics.median(found) for kind, found in times.items()}
-    return 1e3 * (18 * medians["plain"] + medians["observe"] + medians["refresh"]) / REFRESH
+    return 1e3 * ((REFRESH - 2) * medians["plain"] + medians["observe"] + medians["refresh"]) / REFRESH
 
 
 def limit(method: str, width: int, depth: int, batch: int, per_layer: int) -> float:
@@ -101,21 +101,24 @@ def limit(method: str, width: int, depth: int, batch: int, per_layer: int) -> fl
 def main(argv: list[str] | None = None) -> None:
     options = arguments(__doc__, argv)
     device = options.device
-    machine, speed = describe(device), rate(device, 4000 if device != "cpu" else 1000)
-    rows = []
+    machine, rates, rows = describe(device), [], []
     for axis, values in SWEEPS[device].items():
         for value in values:
             size = BASE | {axis: value}
             for method in METHODS:
                 if axis == "per_layer" and method != "leading, balanced":
                     continue
+                rates.append(rate(device, 4000 if device != "cpu" else 1000, repeats=3))
                 step = stepper(method, **size, device=device)
                 row = {"axis": axis, "value": value, **size, "method": method}
-                row["ms"] = round(amortised(step), 3)
-                row["counted_ms"] = round(1e3 * limit(method, **size) / speed, 4)
+                row["ms"] = round(amortised(step, device), 3)
+                row["counted_ms"] = limit(method, **size)
                 if device != "cpu":
                     row["peak_mib"] = round(peak_cuda(step), 1)
                 rows.append(row)
+    speed = statistics.median(rates)
+    for row in rows:
+        row["counted_ms"] = round(1e3 * row["counted_ms"] / speed, 4)
     write(options.out / f"growth_{device}.csv", rows, machine | {"gflops": round(speed / 1e9, 1)})
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from machine import arguments, describe, rate, write
+from machine import arguments, clock, describe, rate, write
 from torch import nn
 
 import kfac_viz as kv
@@ -188,16 +187,17 @@ def measure_memory(name: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     options = arguments(__doc__, argv)
     x = torch.rand(BATCH, WIDTHS[0], generator=torch.Generator().manual_seed(0)).to(options.device)
-    machine, speed = describe(options.device), rate(options.device)
+    machine, rates = describe(options.device), []
     steps = {name: method(name, options.device) for name in METHODS}
     times: dict[str, dict[str, list[float]]] = {name: {"plain": [], "observe": [], "refresh": []} for name in METHODS}
     for i in range(REFRESH * CYCLES):
         kind = "refresh" if i % REFRESH == 0 else "observe" if i % OBSERVE == 0 else "plain"
+        rates.append(rate(options.device, repeats=1))  # between the steps: what is left over on a shared machine
         for name in METHODS:
-            start = time.perf_counter()
+            start = clock(options.device)
             steps[name](x)
-            times[name].setdefault(kind, []).append(1e3 * (time.perf_counter() - start))
-    limit = counted()
+            times[name].setdefault(kind, []).append(1e3 * (clock(options.device) - start))
+    limit, speed = counted(), statistics.median(rates)
     rows = []
     for name, found in times.items():
         plain, observe, refresh = (statistics.median(found[k][1:] or found[k]) for k in ("plain", "observe", "refresh"))

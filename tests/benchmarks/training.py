@@ -10,12 +10,11 @@ with closure. The losses are those of the whole training set.
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 
 import torch
-from machine import arguments, describe, show, write
+from machine import arguments, clock, describe, show, write
 
 import kfac_viz as kv
 
@@ -54,20 +53,17 @@ def train(problem: kv.problems.Problem, opt, steps: int, batch: int | None, seed
             loss.backward()
             return loss
 
-        start = time.perf_counter()
+        start = clock()
+        if batch or not two_level:
+            closure()
         if two_level:
-            if batch is not None or opt.coarse == "krylov":
-                closure()
             opt.observe(x)
-        if batch is None and two_level:
-            opt.step(closure)
-        else:
-            if not two_level:
-                closure()
-            opt.step()
-        seconds += time.perf_counter() - start
-        if step % every == 0:
-            rows.append({"step": step, "loss": float(f"{float(problem.loss().detach()):.4g}"), "seconds": round(seconds, 3)})
+        opt.step(closure if two_level and not batch else None)
+        seconds += clock() - start
+        if step == steps or step % (every if batch or step <= 200 else 10 * every) == 0:
+            rows.append(
+                {"step": step, "loss": float(f"{float(problem.loss().detach()):.4g}"), "seconds": round(seconds, 3)}
+            )
     return rows
 
 
@@ -135,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
                 for seed in SEEDS:
                     problem = PROBLEMS[task](seed)
                     opt = build(problem, method, settings)
-                    found = train(problem, opt, steps * scale, batch, seed, every * scale)
+                    found = train(problem, opt, steps * scale, batch, seed, every)
                     label = f"{method}, lr {settings['lr']:g}" if method in RATES else method
                     rows += [{"task": task, "method": label, "seed": seed, **row} for row in found]
         show(summary(rows))
