@@ -39,6 +39,7 @@ def pcg(
     rtol: float = 1e-8,
     max_iterations: int | None = None,
     x0: Tensor | None = None,
+    reorthogonalize: bool = False,
     callback: Callable[[Tensor, float], None] | None = None,
 ) -> Solution:
     """Preconditioned conjugate gradients for ``A x = g`` (Saad 2003, algorithm 9.1).
@@ -50,6 +51,8 @@ def pcg(
         rtol: stop once ‖r‖ ≤ rtol · ‖g‖, with the residual r = g − A x updated in the recursion.
         max_iterations: 10 P by default.
         x0: first guess, 0 by default.
+        reorthogonalize: keep every residual M-orthogonal to all before it, as in exact arithmetic: at most P
+            iterations, and counts that the last bits cannot change, for up to two P×P matrices of memory.
         callback: called with (x, relative residual) after each iteration.
 
     Raises:
@@ -72,6 +75,8 @@ def pcg(
     r = g.detach().clone() if x0 is None else g.detach() - A @ x
     residuals = [float(torch.linalg.vector_norm(r)) / norm]
     p, rho = None, 1.0
+    kept = min(limit, len(g)) if reorthogonalize else 0
+    R, Z = g.new_empty(kept, len(g)), g.new_empty(kept, len(g))  # earlier residuals r / √rᵀMr, and M times them
     while residuals[-1] > rtol and len(residuals) <= limit:
         z = r if M is None else M._apply(r[:, None])[:, 0]
         rho, before = float(r @ z), rho
@@ -84,7 +89,11 @@ def pcg(
                 "its preconditioner must be positive definite. Choose a larger damping."
             )
         x.add_(p, alpha=rho / curvature)
+        if (k := len(residuals)) <= kept:
+            R[k - 1], Z[k - 1] = r / rho**0.5, z / rho**0.5
         r.sub_(Ap, alpha=rho / curvature)
+        if kept:
+            r.sub_((Z[:k] @ r) @ R[:k])
         residuals.append(float(torch.linalg.vector_norm(r)) / norm)
         if callback is not None:
             callback(x.clone(), residuals[-1])

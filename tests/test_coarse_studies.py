@@ -247,3 +247,31 @@ def test_every_number_of_a_verdict_is_in_its_data(stem):
     for number in re.findall(r"−?\d+(?:\.\d+)?", verdict):
         decimals = len(number.partition(".")[2])
         assert any(round(value, decimals) == float(number.replace("−", "-")) for value in data), number
+
+
+# ---- conjugate gradients in exact arithmetic -------------------------------------------------------------
+
+
+def test_orthogonal_residuals_end_after_as_many_iterations_as_there_are_eigenvalues():
+    Q = torch.linalg.qr(torch.randn(60, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    d = torch.tensor([1.0, 3.0, 10.0, 40.0, 100.0], dtype=torch.float64).repeat(12)
+    A = kv.Dense((Q * d) @ Q.T, kv.Partition.from_sizes([30, 30]))
+    found = kv.pcg(A, Q.sum(1), rtol=1e-10, reorthogonalize=True)
+    assert found.iterations == 5
+    torch.testing.assert_close(A @ found.solution, Q.sum(1), rtol=1e-9, atol=1e-9)
+    plain = kv.pcg(A, Q.sum(1), rtol=1e-10)
+    np.testing.assert_allclose(found.residuals[:4], plain.residuals[:4], rtol=1e-10)
+
+
+def test_the_last_bits_do_not_change_their_number():
+    where = setting("planted", (8,) * 4, 200, 1, 20)
+    λ = 1e-4 * float(where.F.eigen.d[-1])
+    counts = {True: set(), False: set()}
+    for seed in range(4):
+        noise = torch.randn(where.dense.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        matrix = where.dense + 1e-16 * float(where.dense.abs().max()) * (noise + noise.T)
+        A, M = kv.Dense(matrix, where.F.partition).damped(λ), kv.KFAC(where.F, λ)
+        for orthogonal, found in counts.items():
+            found.add(kv.pcg(A, where.g, M, rtol=1e-6, reorthogonalize=orthogonal).iterations)
+    assert len(counts[True]) == 1
+    assert max(counts[True]) < min(counts[False])

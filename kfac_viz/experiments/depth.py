@@ -26,8 +26,8 @@ from .threads import one_thread
 class DepthResult(Study):
     """Curves over the number of layers, a series for each method.
 
-    Quantities: ``iterations`` of conjugate gradients, ``largest`` eigenvalue of M A, ``captured`` decrease; and
-    ``above``, the number of eigenvalues of F that exceed λ.
+    Quantities: ``iterations`` of conjugate gradients in exact arithmetic, ``largest`` eigenvalue of M A,
+    ``captured`` decrease; and ``above``, the number of eigenvalues of F that exceed λ.
     """
 
 
@@ -119,12 +119,12 @@ def _measure(network: _Network, damping: float, per_layer: int, rtol: float) -> 
     exact = torch.cholesky_solve(g[:, None], L)[:, 0]
     found = {
         ("above", "eigenvalues"): float((network.eigenvalues > lam).sum()),
-        ("iterations", "none"): pcg(A, g, rtol=rtol).iterations,
+        ("iterations", "none"): pcg(A, g, rtol=rtol, reorthogonalize=True).iterations,
     }
     for name, method in methods(two_level, KFAC(F, lam), F, per_layer).items():
         T = Dense(method.dense(), F.partition)
         v = T @ g
-        found["iterations", name] = pcg(A, g, T, rtol=rtol).iterations
+        found["iterations", name] = pcg(A, g, T, rtol=rtol, reorthogonalize=True).iterations
         found["largest", name] = largest_eigenvalue(T.dense(), L)
         found["captured", name] = float(2 * (g @ v) - v @ (A @ v)) / float(g @ exact)
     return found
