@@ -32,7 +32,7 @@ test-browser: .venv/ready  ## test the notebooks in a real Chromium
 	$(THREADS) $(PY) -m pytest -m browser tests $(ARGS)
 
 voila-class: .venv/ready  ## serve the playground to a class
-	@$(PY) -m voila notebooks/00_playground.ipynb --no-browser --preheat_kernel=True --pool_size=3 \
+	@$(THREADS) $(PY) -m voila notebooks/00_playground.ipynb --no-browser --token --preheat_kernel=True --pool_size=3 \
 	    --MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60 $(ARGS)
 
 clean:  ## remove .venv, caches and executed notebooks; figures/ stays

@@ -82,7 +82,6 @@ class Panel(widgets.VBox):
             raise ValueError(f"{run.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
         names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
         self._reproduce = reproduce or (lambda values: parameters.command(_notebook(run), self._changed(values)))
-        self.error = self.command = ""
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._bound(self._values)
         self.result = self._compute(self._values)
@@ -95,6 +94,7 @@ class Panel(widgets.VBox):
             control.observe(self._moved, "value")
         self._busy = False
         self._draw()
+        self._tell("")
         W, H = (round(inches * self._live.plot.figure.dpi) for inches in plot.size)
         first = [self.controls[name] for name in names if name in FIRST]
         others = [self.controls[name] for name in names if name not in FIRST]
@@ -191,10 +191,9 @@ class Panel(widgets.VBox):
         return {name: value for name, value in values.items() if value != self._known[name].default}
 
     def _tell(self, words: str) -> None:
-        if words != self.error:
-            self.error = words
-            text = html.escape(words + " The picture shows the last values that worked.") if words else ""
-            self._alert.value = f'<div class="kfac-error" role="alert">{text}</div>'
+        self.error = words
+        text = html.escape(words + " The picture shows the last values that worked.") if words else ""
+        self._alert.value = f'<div class="kfac-error" role="alert">{text}</div>'
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
         """The live view, and beside it the picture for pages without a kernel."""

@@ -6,11 +6,14 @@ Run by ``make test-browser``. Servers run with a home of their own, on free port
 import contextlib
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from statistics import median
@@ -66,9 +69,13 @@ def server(command: list[str], home: Path, ready: str):
     process = subprocess.Popen([sys.executable, "-m", *command], cwd=home, env=environment, stdout=log, stderr=log)
     try:
         for _ in range(240):
-            with contextlib.suppress(OSError):
+            try:
                 urllib.request.urlopen(ready, timeout=5).close()
                 break
+            except urllib.error.HTTPError:
+                break
+            except OSError:
+                pass
             assert process.poll() is None, (home / "log").read_text()
             time.sleep(0.25)
         else:
@@ -104,7 +111,8 @@ def lab(tmp_path_factory):
     url = f"http://127.0.0.1:{port}"
     command = ["jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
                "--ServerApp.port_retries=0", f"--ServerApp.root_dir={home}", f"--IdentityProvider.token={TOKEN}",
-               "--expose-app-in-browser", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # fmt: skip
+               "--expose-app-in-browser", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+               ]  # fmt: skip
     with server(command, home, f"{url}/api/status?token={TOKEN}"):
         yield url
 
@@ -114,7 +122,7 @@ def page_of(browser, url: str, complaints: list[str]):
     page = browser.new_page(viewport={"width": 1366, "height": 900})
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(url)
+    page.goto(url, wait_until="commit", timeout=120_000)
     try:
         yield page
     finally:
@@ -146,7 +154,7 @@ def latencies(page, target: str, keys: int = 30, slider: int = 0) -> list[float]
 
 
 def held(page, target: str, keys: int = 40) -> tuple[float, float]:
-    """A key held for ``keys`` repetitions: pictures a second, and milliseconds from the last key to the last picture."""
+    """A key held for ``keys`` repetitions: pictures a second, and ms from the last key to the last picture."""
     page.locator(".noUi-handle").first.focus()
     page.evaluate("() => { window.seen = []; }")
     start = time.perf_counter()
@@ -160,6 +168,143 @@ def held(page, target: str, keys: int = 40) -> tuple[float, float]:
     return during / spent, shown - pressed
 
 
-def report(name: str, times: list[float], capsys) -> None:
+def report(name: str, times: list[float]) -> None:
+    print(
+        f"\n{name}: median {median(times):.0f} ms, 90th percentile {sorted(times)[int(0.9 * len(times))]:.0f} ms",
+        end="",
+    )
+
+
+PICTURE = "img.widget-image"
+
+
+def drive(page) -> None:
+    """Move both sliders by key and by mouse; picture, readout and words follow, and belong to the last value."""
+    page.wait_for_selector(PICTURE, timeout=120_000)
+    page.wait_for_function("() => document.querySelector('img.widget-image').alt")
+    page.locator(PICTURE).scroll_into_view_if_needed()
+    height = page.locator(".kfac-panel").bounding_box()["height"]
+    for slider in (0, 1):
+        handle = page.locator(".kfac-panel .noUi-handle").nth(slider)
+        assert handle.get_attribute("aria-label")
+        handle.focus()
+        moves_the_picture(page, slider, lambda: page.keyboard.press("ArrowRight"))
+        box = page.locator(".kfac-panel .noUi-target").nth(slider).bounding_box()
+
+        def drag(box=box, handle=handle):
+            at = handle.bounding_box()
+            page.mouse.move(at["x"] + at["width"] / 2, at["y"] + at["height"] / 2)
+            page.mouse.down()
+            page.mouse.move(box["x"] + 0.7 * box["width"], at["y"] + 5, steps=12)
+            page.mouse.up()
+
+        moves_the_picture(page, slider, drag)
+    assert page.locator(".kfac-error").inner_text() == ""
+    assert abs(page.locator(".kfac-panel").bounding_box()["height"] - height) < 1
+
+
+def moves_the_picture(page, slider: int, move) -> None:
+    before = page.locator(PICTURE).get_attribute("src"), page.locator(PICTURE).get_attribute("alt")
+    move()
+    page.wait_for_function(
+        "([src, alt]) => { const i = document.querySelector('img.widget-image');"
+        " return i.src !== src && i.alt !== alt && i.complete; }",
+        arg=list(before),
+        timeout=20_000,
+    )
+    name, default = (("damping", 0.01), ("per_layer", 4))[slider]
+
+    def settled() -> bool:
+        """The readout, the command and the words agree."""
+        found = re.search(rf"{name}=([^ ]+)", page.locator(".kfac-panel code").inner_text())
+        value = f"{float(found[1]) if found else default:.3g}"
+        readout = page.locator(".kfac-panel .widget-readout").nth(slider).inner_text()
+        alt = page.locator(PICTURE).get_attribute("alt")
+        return float(readout) == float(value) and page.locator(".kfac-words").inner_text() == alt
+
+    deadline = time.monotonic() + 10
+    while not settled() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert settled()
+
+
+def screenshot(page, name: str) -> None:
+    """Into the folder that SCREENSHOTS names, to be looked at."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+@pytest.fixture(scope="module")
+def voila(tmp_path_factory):
+    """Served by the very command of ``make voila-class``."""
+    home, port = tmp_path_factory.mktemp("voila"), free_port()
+    asked = subprocess.run(["make", "-n", "voila-class", f"ARGS=--token={TOKEN} --port={port} --base_url=/"], cwd=ROOT,
+                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    words = shlex.split(asked.replace("\\\n", " ").strip().splitlines()[-1])
+    command = words[words.index("-m") + 1 :]
+    command = [str(ROOT / word) if word.endswith(".ipynb") else word for word in command]
+    url = f"http://127.0.0.1:{port}"
+    with server(command, home, f"{url}/nothing"):
+        yield url
+
+
+def test_jupyterlab(chromium, lab, capsys):
+    complaints: list[str] = []
+    with page_of(chromium, f"{lab}/doc/tree/notebooks/bare.ipynb?token={TOKEN}&reset", complaints) as page:
+        run_all(page)
+        page.wait_for_selector(".noUi-handle")
+        bare = latencies(page, ".jp-OutputArea .widget-html-content")
+    with page_of(chromium, f"{lab}/doc/tree/notebooks/00_playground.ipynb?token={TOKEN}&reset", complaints) as page:
+        run_all(page)
+        drive(page)
+        screenshot(page, "jupyterlab_light")
+        damping, size = (latencies(page, PICTURE, slider=slider) for slider in (0, 1))
+        rate, last = held(page, PICTURE)
+        page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+        page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
+        screenshot(page, "jupyterlab_dark")
     with capsys.disabled():
-        print(f"\n{name}: median {median(times):.0f} ms, 90th percentile {sorted(times)[int(0.9 * len(times))]:.0f} ms")
+        report("JupyterLab, bare slider and one line", bare)
+        report("JupyterLab, damping", damping)
+        report("JupyterLab, size of the coarse space", size)
+        print(f"Key held: {rate:.0f} pictures a second, the last one {last:.0f} ms after the last key")
+    assert complaints == []
+
+
+def test_voila(chromium, voila, capsys):
+    complaints: list[str] = []
+    started = time.perf_counter()
+    with page_of(chromium, f"{voila}/?token={TOKEN}", complaints) as page:
+        drive(page)
+        ready = time.perf_counter() - started
+        screenshot(page, "voila")
+        damping = latencies(page, PICTURE)
+    with capsys.disabled():
+        print(f"\nVoila: page ready and driven after {ready:.1f} s")
+        report("Voila, damping", damping)
+    assert complaints == []
+
+
+def test_page_without_kernel(chromium, tmp_path):
+    """The HTML page: opened as a file, moved by keys, with pictures, words and numbers that follow."""
+    from kfac_viz.experiments import run_coarse_space
+    from kfac_viz.figures import save_page
+    from kfac_viz.parameters import read
+
+    choices = {name: parameter.default for name, parameter in read(run_coarse_space).items()}
+    path = save_page(run_coarse_space, "page", tmp_path, **choices | dict(widths=(5,), n=40))
+    complaints: list[str] = []
+    with page_of(chromium, path.as_uri(), complaints) as page:
+        for control in ("damping", "size"):
+            before = [
+                page.locator(f"#{part}").get_attribute(key) for part, key in (("missed", "src"), ("added", "src"))
+            ]
+            words = page.locator("#title").inner_text() + page.locator("#bars").inner_text()
+            page.locator(f"#{control}").focus()
+            page.keyboard.press("ArrowRight")
+            after = [page.locator(f"#{part}").get_attribute(key) for part, key in (("missed", "src"), ("added", "src"))]
+            assert (before[0] != after[0]) == (control == "damping") and before[1] != after[1]
+            assert page.locator("#title").inner_text() + page.locator("#bars").inner_text() != words
+        assert page.evaluate("() => [...document.images].every(image => image.complete && image.alt)")
+        screenshot(page, "page")
+    assert complaints == []

@@ -112,7 +112,8 @@ class CoarseSpacePlot(Plot):
         self.title.set_text(headline(result))
         self.subtitle.set_text(subtitle(result))
         for names, bar in zip((("fisher", "blocks"), ("missed", "added")), self.bars, strict=True):
-            limit = limit_of(next((m for name in names if (m := getattr(result, name)).any()), result.fisher))
+            shown = [getattr(result, name) for name in names if any(map(any, result.norms[name]))]
+            limit = limit_of(shown[0] if shown else np.ones(1))
             bar.update(limit)
             for name in names:
                 self.views[name].update(getattr(result, name), limit)

@@ -84,9 +84,9 @@ def _view(result: CoarseSpaceResult, correction: str, ranks: np.ndarray) -> dict
 
 def _frame(matrix: Tensor, limit: float) -> str:
     """A matrix as a small picture in a data address; empty where it is zero."""
-    if not matrix.any():
+    if not matrix.numpy().any():
         return ""
-    values = pooled(matrix.cpu(), -(-len(matrix) // PIXELS))
+    values = pooled(matrix, -(-len(matrix) // PIXELS))
     share = np.round(compressed(np.clip(values / limit, -1, 1)) * LEVELS) / LEVELS
     picture = Image.fromarray(colormaps[SIGNED]((share + 1) / 2, bytes=True)[..., :3])
     buffer = io.BytesIO()
