@@ -132,9 +132,9 @@ def headline(result: OriginResult) -> str:
     s, k = max(p["subdomains"]), max(p["clusters"])
     at, there = p["subdomains"].index(s), p["clusters"].index(k)
     return (
-        f"Poisson, {s} subdomains: {poisson['blocks'].y[at]:.0f} iterations with block Jacobi, "
-        f"{poisson['balanced'].y[at]:.0f} with constants, balanced. Ridge, {k} clusters: {ridge['none'].y[there]:.0f} "
-        f"without, {ridge['clusters'].y[there]:.0f} with constants"
+        f"Poisson, {s} subdomains: {poisson['blocks'].y[at]:.0f} iterations, {poisson['balanced'].y[at]:.0f} with "
+        f"balanced constants. Ridge, {k} clusters: {ridge['none'].y[there]:.0f}, {ridge['clusters'].y[there]:.0f} "
+        "with constants"
     )
 
 
