@@ -507,7 +507,7 @@ class TwoLevelKFAC(Optimizer):
             for name, module in self.model.named_modules()
             if is_kronecker_layer(module)
             and (self._only is None or name in self._only)
-            and all(p.requires_grad and p in given for p in module.parameters(recurse=False))
+            and all(p is None or (p.requires_grad and p in given) for p in (module.weight, module.bias))
         )
 
     def _lay_out(self) -> None:

@@ -337,6 +337,15 @@ def test_a_weight_without_its_bias_gets_plain_gradient_steps():
     assert_close(model[0].weight, expected)
 
 
+def test_a_weight_that_is_computed_from_others_is_left_out():
+    model = mlp()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.warns(UserWarning, match="Left out of the curvature.*: 0"):
+        opt = TwoLevelKFAC(model, **FIXED)
+    losses = train(opt, model, 5)
+    assert opt.partition.names == ("2",) and losses[-1] < losses[0]
+
+
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()
