@@ -38,7 +38,7 @@ panel.querySelectorAll('.widget-slider').forEach(slider => {
 """
 _PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 _STYLE = """<style>
-.kfac-panel {{ max-width: {width}px; }}
+.kfac-panel {{ max-width: clamp(900px, (100vh - 300px) * {width} / {height}, {width}px); }}
 .kfac-panel .widget-html, .kfac-panel .widget-html-content {{ height: auto; line-height: 1.4; }}
 .kfac-panel .widget-html {{ margin: 0; }}
 .kfac-panel img.widget-image {{ width: 100%; aspect-ratio: {width} / {height}; border-radius: 4px; margin: 0; }}

@@ -119,8 +119,14 @@ def lab(tmp_path_factory):
 
 @contextlib.contextmanager
 def page_of(browser, url: str, complaints: list[str]):
-    page = browser.new_page(viewport={"width": 1366, "height": 900})
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page = browser.new_page(viewport={"width": 1366, "height": 768})
+    elsewhere = ("mathjax", "fontawesome")  # Voila's own page asks other servers for formulas and icons
+
+    def complain(message) -> None:
+        if message.type == "error" and not any(name in message.location.get("url", "").lower() for name in elsewhere):
+            complaints.append(f"{message.text} ({message.location.get('url')})")
+
+    page.on("console", complain)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(url, wait_until="commit", timeout=120_000)
     try:
@@ -231,7 +237,9 @@ def moves_the_picture(page, slider: int, move) -> None:
 def screenshot(page, name: str) -> None:
     """Into the folder that SCREENSHOTS names, to be looked at."""
     if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+        page.screenshot(path=f"{folder}/{name}.png")
+        if page.locator(".kfac-panel").count():
+            page.locator(".kfac-panel").screenshot(path=f"{folder}/{name}_panel.png")
 
 
 @pytest.fixture(scope="module")
