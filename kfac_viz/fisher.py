@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .coarse import CoarseSpace, RankOneSpace
-from .kronecker import CONVENTIONS, KroneckerFactors, directional, kron_block, sandwich
+from .kronecker import CONVENTIONS, KroneckerFactors, directional, sandwich, upper_pairs
 from .operator import Image, Operator, check_choice
 from .partition import Partition
 
@@ -70,38 +70,51 @@ class Fisher(Operator):
 
     def dense(self) -> Tensor:
         """The matrix (P, P), from the blocks on and above the diagonal: N P² products, not S N P²."""
-        P, slices = self.partition.size, self.partition.slices
-        matrix = torch.empty((P, P), dtype=self.dtype, device=self.device)
+        slices = self.partition.slices
+        matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for l in range(len(slices)):
             for m in range(l, len(slices)):
-                block = self.block(l, m)
-                matrix[slices[l], slices[m]] = block
-                matrix[slices[m], slices[l]] = block.T
+                block = self._fill(matrix[slices[l], slices[m]], l, m)
+                if l != m:
+                    matrix[slices[m], slices[l]] = block.T
         return matrix
 
     def block(self, l: int | str, m: int | str) -> Tensor:
         """The exact block of layers l and m, (P_l, P_m).
 
         ``(1/N) Σ_n Σ_{t,t'} (Σ_s g_l g_mᵀ) ⊗ (a_l a_mᵀ)`` contracts over examples alone, S times cheaper than
-        scores against scores; with many positions and few vectors the scores are formed instead.
+        scores against scores (and four times cheaper again on the diagonal, by symmetry); with many positions and
+        few vectors the scores are formed instead.
         """
         l, m = self.partition.index(l), self.partition.index(m)
-        tensors = self.a[l], self.a[m], self.g[l], self.g[m]
-        block: Tensor | float = 0.0
-        if self.a[l].shape[1] * self.a[m].shape[1] > self.S:
-            per_example = self.S * max(self.partition.layers[i].size for i in (l, m))
-            for a, b, g, h in self._chunks(tensors, per_example):
-                block = block + _layer_scores(a, g).T @ _layer_scores(b, h)
+        sizes = self.partition.layers[l].size, self.partition.layers[m].size
+        return self._fill(torch.empty(sizes, dtype=self.dtype, device=self.device), l, m)
+
+    def _fill(self, block: Tensor, l: int, m: int) -> Tensor:
+        """Write the block of layers l and m into ``block``, and return it."""
+        (o, i), (p, j) = self.partition.layers[l].shape, self.partition.layers[m].shape
+        positions = self.a[l].shape[1] * self.a[m].shape[1]
+        if positions > self.S:
+            factors, per_example = _scores, self.S * max(o * i, p * j)
         else:
-            (o, i), (p, j) = self.partition.layers[l].shape, self.partition.layers[m].shape
-            per_example = max(o * p, i * j) * self.a[l].shape[1] * self.a[m].shape[1]
-            for a, b, g, h in self._chunks(tensors, per_example):
-                left = torch.einsum("snto,snup->ntuop", g, h).flatten(0, 2)
-                right = (a[:, :, None, :, None] * b[:, None, :, None, :]).flatten(0, 2)
-                block = block + kron_block(left, right)
-        if l == m:
-            block = (block + block.T) / 2  # the products round differently on the two sides
-        return block / self.N
+            factors, per_example = (
+                _one_layer if l == m and positions == 1 else _two_layers,
+                max(o * p, i * j) * positions,
+            )
+        product: Tensor | None = None
+        for chunk in self._chunks((self.a[l], self.a[m], self.g[l], self.g[m]), per_example):
+            left, right = factors(*chunk)
+            product = left.T @ right if product is None else product.addmm_(left.T, right)
+        if factors is _scores:
+            block.copy_(product)
+        else:
+            if factors is _one_layer:
+                (_, _, where_o), (_, _, where_i) = (upper_pairs(n, self.device) for n in (o, i))
+                product = product.index_select(1, where_i).index_select(0, where_o)
+            block.view(o, i, p, j).copy_(product.view(o, p, i, j).transpose(1, 2))
+        if l == m and factors is not _one_layer:
+            block.add_(block.T.clone()).div_(2)  # the products round differently on the two sides
+        return block.div_(self.N)
 
     def diagonal(self) -> Tensor:
         """The diagonal (P,), without any P×P matrix: what Adam and Adagrad estimate."""
@@ -171,6 +184,28 @@ class Fisher(Operator):
 def _layer_scores(a: Tensor, g: Tensor) -> Tensor:
     """Scores of one layer, (S·N, out·features)."""
     return torch.einsum("snto,nti->snoi", g, a).flatten(0, 1).flatten(1)
+
+
+def _scores(a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tables whose product is a block, contracted over examples and vectors."""
+    return _layer_scores(a, g), _layer_scores(b, h)
+
+
+def _two_layers(a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tables, contracted over examples and pairs of positions: (·, out·out') and (·, features·features')."""
+    (_, N, t, o), (u, p) = g.shape, h.shape[2:]
+    left = torch.bmm(g.permute(1, 2, 3, 0).flatten(1, 2), h.transpose(0, 1).flatten(2))
+    right = a[:, :, None, :, None] * b[:, None, :, None, :]
+    return left.view(N, t, o, u, p).transpose(2, 3).reshape(-1, o * p), right.flatten(0, 2).flatten(1)
+
+
+def _one_layer(a: Tensor, _b: Tensor, g: Tensor, _h: Tensor) -> tuple[Tensor, Tensor]:
+    """As before for a layer with itself: each pair of rows and each pair of columns once, a quarter of the work."""
+    g, a = g[:, :, 0], a[:, 0].T.contiguous()
+    first, second, _ = upper_pairs(g.shape[2], g.device)
+    left = torch.bmm(g.permute(1, 2, 0), g.transpose(0, 1)).flatten(1).T.index_select(0, first * g.shape[2] + second)
+    first, second, _ = upper_pairs(len(a), a.device)
+    return left.T, a.index_select(0, first).mul_(a.index_select(0, second)).T
 
 
 class ScoreImage(Image):

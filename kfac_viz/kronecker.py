@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import inf
 
 import torch
@@ -66,6 +66,15 @@ def kron_block(left: Tensor, right: Tensor) -> Tensor:
     (o, p), (i, j) = left.shape[1:], right.shape[1:]
     product = left.flatten(1).T @ right.flatten(1)
     return product.view(o, p, i, j).transpose(1, 2).reshape(o * i, p * j)
+
+
+@lru_cache(maxsize=64)
+def upper_pairs(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of the upper triangle of an n×n matrix, and for each of its n² entries the number in there."""
+    rows, cols = torch.triu_indices(n, n, device=device)
+    where = torch.empty(n, n, dtype=torch.long, device=device)
+    where[rows, cols] = where[cols, rows] = torch.arange(len(rows), device=device)
+    return rows, cols, where.flatten()
 
 
 def sandwich(left: Tensor, V: Tensor, right: Tensor) -> Tensor:
