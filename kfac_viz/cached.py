@@ -6,6 +6,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .kronecker import KroneckerFactors
 from .operator import Eigen, inverse, psd_eigen
@@ -35,7 +36,12 @@ class CachedKFAC(KFAC):
         root, f = self.damping**0.5, self.factors
         pi = torch.tensor(f.pi, dtype=self.dtype, device=self.device)
         self._runs = [
-            (s, self._inverses(f.G[i], root / pi[i], i, "G"), self._inverses(f.A[i], root * pi[i], i, "A"), None)
+            (
+                s,
+                self._inverses(f.G[i], root / pi[i], i, "G"),
+                _padded(self._inverses(f.A[i], root * pi[i], i, "A")),
+                None,
+            )
             for s, i in self._layout()
         ]
 
@@ -68,10 +74,13 @@ class CachedKFAC(KFAC):
             return torch.cat([self._apply(column[:, None]) for column in v.unbind(1)], dim=1) if v.shape[1] else v
         pieces = []
         for s, G, A, weights in self._runs:
-            V = v[s].view(len(G), G.shape[-1], A.shape[-1])
+            V = v[s].view(len(G), G.shape[-1], -1)
             if len(G) == 1:  # one product without a batch axis is faster on some processors
                 G, A, V, weights = G[0], A[0], V[0], weights if weights is None else weights[0]
-            out = G @ V @ A if weights is None else G @ ((G.mT @ V @ A) * weights) @ A.mT
+            if weights is None:
+                out = (G @ (V @ A))[..., : V.shape[-1]]
+            else:
+                out = G @ ((G.mT @ V @ A) * weights) @ A.mT
             pieces.append(out.reshape(-1, 1))
         return torch.cat(pieces)
 
@@ -80,7 +89,7 @@ class CachedKFAC(KFAC):
             return super().layer_block(l)
         for (_, G, A, _), (_, layers) in zip(self._runs, self._layout(), strict=True):
             if layers.start <= l < layers.stop:
-                return torch.kron(G[l - layers.start], A[l - layers.start])
+                return torch.kron(G[l - layers.start], A[l - layers.start][:, : A.shape[1]])
         raise IndexError(l)
 
 
@@ -109,6 +118,12 @@ class LeadingEigenvectors:
             Q = torch.linalg.qr(X @ Q).Q
         d, V = torch.linalg.eigh(Q.T @ X @ Q)
         return Eigen(d.clamp_min(0), Q @ V)
+
+
+def _padded(A: Tensor) -> Tensor:
+    """Zero columns up to a multiple of 16: products with rows of odd length, as a bias makes them, take up to half
+    as long again."""
+    return functional.pad(A, (0, -A.shape[-1] % 16)) if A.shape[-1] > 128 else A
 
 
 def _stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

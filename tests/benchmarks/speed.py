@@ -21,7 +21,7 @@ from torch import nn
 import kfac_viz as kv
 
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-BATCH, OBSERVE, REFRESH, CYCLES = 512, 10, 20, 3
+BATCH, OBSERVE, REFRESH, CYCLES = 512, 10, 20, 2
 COMMON = {
     "likelihood": "bernoulli",
     "lr": 1e-3,
