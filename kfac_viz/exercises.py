@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    from .experiments.setting import Setting
+from . import KFAC, BlockDiagonal, Dense, Partition, TwoLevel, captured_decrease, coarse, spectrum
+from .experiments import run_coarse_space, run_depth
+from .experiments.damping import loss_after
+from .experiments.fisher import sampling_error, small_problem
+from .experiments.kfac import kronecker_blocks, split
+from .experiments.origin import poisson
+from .experiments.setting import Setting, setting
 
 TRUTHS: dict[str, Exercise] = {}
 
@@ -70,30 +76,22 @@ def check(name: str, answer: Any = None) -> Verdict:
 
 def _network(steps: int = 100) -> Setting:
     """The network of the first studies, as published."""
-    from .experiments.setting import setting
-
     return setting("digits4", (12, 12, 12), 500, 0, steps)
 
 
 @exercise("00a", "Compare the bars of the four corrections with that of K-FAC.")
 def _takes_the_same_step_twice() -> str:
-    from .experiments import run_coarse_space
-
     captured = run_coarse_space().captured
     return next(name for name in ("additive", "a-def1", "a-def2", "balanced") if captured[name] < captured["kfac"])
 
 
 @exercise("00b", "Move per_layer upwards until the bar of the balanced correction reaches 0.9.")
 def _columns_for_nine_tenths() -> int:
-    from .experiments import run_coarse_space
-
     return next(k for k in range(17) if run_coarse_space(per_layer=k).captured["balanced"] >= 0.9)
 
 
 @exercise("01a", "The error falls with the root of the number of labels: what does a factor of ten cost?", 0.2)
 def _labels_for_one_percent() -> float:
-    from .experiments.fisher import sampling_error
-
     s = _network(steps=20)
     error = sampling_error(s.F, s.problem.model(s.problem.inputs).detach().softmax(1))
     return (error / float(s.dense.norm()) / 0.01) ** 2
@@ -101,23 +99,17 @@ def _labels_for_one_percent() -> float:
 
 @exercise("01b", "The score of one example is its residual times (x, 1); average the outer products.", 1e-6)
 def _empirical_fisher_of_a_line() -> np.ndarray:
-    from .experiments.fisher import small_problem
-
     return small_problem("gaussian", 0, weight=0.0, bias=1.0).capture("empirical").dense().numpy()
 
 
 @exercise("02a", "Only the blocks between layers are lost for certain; what is the norm of those?", 0.01)
 def _best_block_diagonal_error() -> float:
-    from .experiments.kfac import split
-
     s = _network()
     return (split(s.F, s.dense)[0] / float(s.dense.square().sum())) ** 0.5
 
 
 @exercise("02b", "Multiply the product out: both terms that are left over grow with the root of λ.", 0.01)
 def _growth_of_the_factored_excess() -> float:
-    from .experiments.kfac import kronecker_blocks
-
     F = _network().F
     near, far = (kronecker_blocks(F, λ) - kronecker_blocks(F) - λ * F.eye() for λ in (1e-3, 1e-1))
     return float(far.square().sum() / near.square().sum())
@@ -135,8 +127,6 @@ def _damping_for_a_tenth_of_the_dimensions() -> float:
 def _damping_at_which_the_step_stops_helping() -> float:
     from scipy.optimize import brentq
 
-    from .experiments.damping import loss_after
-
     s = _network()
     now = float(s.problem.loss().detach())
     return 10 ** brentq(lambda e: loss_after(s.problem, s.F.damped(10**e).solve(s.g)) - now, -4, -1)
@@ -144,19 +134,30 @@ def _damping_at_which_the_step_stops_helping() -> float:
 
 @exercise("04a", "Each inner boundary couples one pair of neighbours, and that pair spans how many dimensions?")
 def _interface_eigenvalues() -> int:
-    from . import BlockDiagonal, spectrum
-    from .experiments.origin import poisson
-
     A = poisson(subdomains=10, local=8)
     return int((abs(spectrum(A, BlockDiagonal(A, 0.0)) - 1) > 1e-8).sum())
 
 
+@exercise("04b", "kv.spectrum(A, T)[-1], with T = kv.TwoLevel(A, M, Z, 'balanced').", 1e-3)
+def _largest_balanced_eigenvalue() -> float:
+    A = poisson(subdomains=8, local=16)
+    return float(spectrum(A, TwoLevel(A, BlockDiagonal(A, 0.0), coarse.nicolaides(A, 1)))[-1])
+
+
+@exercise("05a", "run_coarse_space(coarse=…, per_layer=1).captured['balanced'], for one name after the other.")
+def _best_single_column() -> str:
+    return max(coarse.SPACES, key=lambda name: run_coarse_space(coarse=name, per_layer=1).captured["balanced"])
+
+
+@exercise("05b", "The step misses the exact one by M g; measure that in the norm of A.", 0.01)
+def _additive_with_everything() -> float:
+    s = _network(steps=0)
+    A = s.F.damped(0.01)
+    return captured_decrease(A, s.g, KFAC(s.F, 0.01) @ s.g + A.solve(s.g))
+
+
 @exercise("06a", "Take v whose pieces v_l all have v_lᵀ A_ll v_l = 1, and Cauchy–Schwarz for the cross terms.")
 def _most_block_jacobi_can_overshoot() -> int:
-    import torch
-
-    from . import BlockDiagonal, Dense, Partition, spectrum
-
     layers = 17  # the worst case: every layer sees the same direction
     A = Dense(torch.ones(layers, layers, dtype=torch.float64), Partition.from_sizes([1] * layers)).damped(1e-9)
     return round(float(spectrum(A, BlockDiagonal(A, 1e-9))[-1]))
@@ -164,33 +165,5 @@ def _most_block_jacobi_can_overshoot() -> int:
 
 @exercise("06b", "Call run_depth for one size after the other and watch the captured decrease.")
 def _eigenvectors_for_nine_tenths() -> int:
-    from .experiments import run_depth
-
     captured = (run_depth(layers=(9,), repeats=1, per_layer=k).of("captured")["leading, balanced"] for k in range(1, 8))
     return next(k for k, c in enumerate(captured, 1) if c.y[0] >= 0.95)
-
-
-@exercise("04b", "kv.spectrum(A, T)[-1], with T = kv.TwoLevel(A, M, Z, 'balanced').", 1e-3)
-def _largest_balanced_eigenvalue() -> float:
-    from . import BlockDiagonal, TwoLevel, coarse, spectrum
-    from .experiments.origin import poisson
-
-    A = poisson(subdomains=8, local=16)
-    return float(spectrum(A, TwoLevel(A, BlockDiagonal(A, 0.0), coarse.nicolaides(A, 1)))[-1])
-
-
-@exercise("05a", "run_coarse_space(coarse=…, per_layer=1).captured['balanced'], for one name after the other.")
-def _best_single_column() -> str:
-    from .coarse import SPACES
-    from .experiments import run_coarse_space
-
-    return max(SPACES, key=lambda name: run_coarse_space(coarse=name, per_layer=1).captured["balanced"])
-
-
-@exercise("05b", "The step misses the exact one by M g; measure that in the norm of A.", 0.01)
-def _additive_with_everything() -> float:
-    from . import KFAC, captured_decrease
-
-    s = _network(steps=0)
-    A = s.F.damped(0.01)
-    return captured_decrease(A, s.g, KFAC(s.F, 0.01) @ s.g + A.solve(s.g))
