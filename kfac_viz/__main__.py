@@ -273,8 +273,8 @@ def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
         orders.append({
             "input_path": str(job.notebook.path),
             "output_path": str(copy),
-            "parameters": job.values | {"out_dir": str(folder / job.folder)},
-            "cwd": str(job.notebook.path.parent),
+            "parameters": job.inputs["parameters"] | {"out_dir": str(folder / job.folder)},
+            "resources": {"metadata": {"path": str(job.notebook.path.parent)}},  # where the kernel runs
             "start_timeout": START_SECONDS,
             "execution_timeout": CELL_SECONDS,
         })  # fmt: skip
@@ -375,8 +375,8 @@ def main(argv: list[str] | None = None) -> int:
         print(mistake, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted; what was finished is in place.", file=sys.stderr)
-        return 130
+        print("\nInterrupted; what was finished is in place.", file=sys.stderr, flush=True)
+        os._exit(130)  # not waiting for the notebooks that run; their kernels end with this process
 
 
 if __name__ == "__main__":
