@@ -56,6 +56,8 @@ class Fisher(Operator):
 
     def pull(self, s: Tensor) -> Tensor:
         """``Jᵀ s``: the scores summed with weights s (S, N, k), shape (P, k)."""
+        if s.shape[2] == 1:
+            return self.add_pulled_(s.new_zeros(self.partition.size, 1), s, alpha=1.0)
         pieces = []
         for a, g in zip(self.a, self.g, strict=True):
             w = torch.einsum("snto,snk->ntok", g, s)

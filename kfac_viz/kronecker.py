@@ -84,4 +84,6 @@ def sandwich(left: Tensor, V: Tensor, right: Tensor) -> Tensor:
 
 def directional(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
     """``Σ_t g[s,n,t]ᵀ V a[n,t]`` for one layer's captured vectors and V (out, features, k): (S, N, k)."""
+    if V.shape[2] == 1:  # without the batched products that einsum needs
+        return (g * (a @ V[..., 0].mT)).sum((2, 3))[..., None]
     return torch.einsum("snto,ntok->snk", g, torch.einsum("nti,oik->ntok", a, V))

@@ -155,7 +155,7 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
     natural gradient step, 0 is not moving, negative is worse than not moving.
     """
     _check_vectors(A, g, v)
-    best = 0.5 * float(g @ exact_direction(A, g))
+    best = 0.5 * (A.inverse_norm(g) if isinstance(A, Damped) else float(g @ exact_direction(A, g)))
     if not best > 0:
         raise ValueError("The gradient is zero: there is no decrease to capture.")
     return (float(g @ v) - 0.5 * float(v @ (A @ v))) / best
