@@ -265,13 +265,13 @@ def explore(
     run = run_on(where)
 
     def reproduce(values: dict[str, Any]) -> str:
-        rank = f"kv.coarse.{values['coarse']}(F, per_layer={values['per_layer']})"
+        space = f"kv.coarse.{values['coarse']}(F, per_layer={values['per_layer']})"
         if values["coarse"] in ("krylov", "optimal"):
-            rank = rank.replace("(F, ", "(A, M, g, " if values["coarse"] == "krylov" else "(A, M, ")
+            space = space.replace("(F, ", "(A, M, g, " if values["coarse"] == "krylov" else "(A, M, ")
         return (
             f"F = kv.capture(model, inputs, likelihood={likelihood!r}); A = F.damped({values['damping']}); "
             f"M = kv.KFAC(F, {values['damping']}, {values['rule']!r}); "
-            f"T = kv.TwoLevel(A, M, {rank}, {values['correction']!r})"
+            f"T = kv.TwoLevel(A, M, {space}, {values['correction']!r})"
         )
 
     return Panel(run, CoarseSpacePlot, reproduce=reproduce, **values)

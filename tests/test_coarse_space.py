@@ -60,3 +60,28 @@ def test_what_cannot_be_drawn_is_refused():
         run_coarse_space(widths=(64, 64), n=40)
     with pytest.raises(ValueError, match="steps must be one of 0, 1, 2, 5"):
         run_coarse_space(steps=3)
+
+
+def test_the_live_picture_is_the_figure():
+    """Every artist that moves is animated: after an update the blitted picture is that of a fresh figure."""
+    import numpy as np
+
+    from kfac_viz.figures import CoarseSpacePlot
+    from kfac_viz.figures.live import Live
+
+    first, second = (
+        run_coarse_space(**SMALL),
+        run_coarse_space(damping=1.0, per_layer=1, correction="additive", **SMALL),
+    )
+    live = Live(CoarseSpacePlot(first))
+    live.texts, live.others = [], live.plot.animated  # matplotlib's glyphs in both pictures
+    start = np.asarray(live.picture(), dtype=float)
+    live.plot.update(second)
+    moved = np.asarray(live.picture(), dtype=float)
+    fresh = np.asarray(CoarseSpacePlot(second).figure.canvas.buffer_rgba(), dtype=float)[..., :3]
+
+    def differing(x, y):
+        return float((abs(x - y).max(axis=2) > 60).mean())
+
+    assert differing(moved, fresh) < 5e-4
+    assert differing(start, fresh) > 1e-2

@@ -115,7 +115,7 @@ def run_coarse_space(
 
 def limits(values: dict[str, Any]) -> dict[str, int]:
     """The largest coarse space per layer of the network with these values; sliders end there."""
-    partition = setting(values["data"], values["widths"], values["n"], values["seed"], 0).problem.partition
+    partition = setting(values["data"], tuple(values["widths"]), values["n"], values["seed"], 0).problem.partition
     return {"per_layer": min(layer.size for layer in partition.layers)}
 
 
@@ -175,10 +175,10 @@ def coarse_space(
         partition=where.F.partition,
         problem=where.problem.name,
         size=T.Z.size,
-        fisher=where.dense,
-        blocks=where.blocks,
-        missed=one.missed,
-        added=added,
+        fisher=where.dense.cpu(),
+        blocks=where.blocks.cpu(),
+        missed=one.missed.cpu(),
+        added=added.cpu(),
         spectra={"kfac": one.spectrum, correction: spectrum.result()},
         captured=captured,
         at_best_length=at_best_length,

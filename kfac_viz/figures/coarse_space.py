@@ -85,6 +85,8 @@ class CoarseSpacePlot(Plot):
         ax.set_xticks([stretched(i, P) for i in ranks], names)
         ends = stretched(1, P) * 1.04
         ax.set(yscale="log", xlim=(ends, -ends), ylim=(FLOOR, CEILING), ylabel="eigenvalue")
+        ax.set_yticks([1e-4, 1e-2, 1, 1e2])
+        ax.minorticks_off()
         ax.axhline(1, color=FAINT, linewidth=1, zorder=0)
         self.lines = [ax.plot([], [], linewidth=w, marker="o", markersize=w + 1)[0] for w in (2.5, 1.2)]
         self.legend = [ax.text(0.03, y, "", transform=ax.transAxes, va="top") for y in (0.99, 0.85)]
