@@ -69,6 +69,7 @@ class Panel(widgets.VBox):
         plot: type[Plot],
         controls: Sequence[str] | None = None,
         *,
+        notebook: str | None = None,
         reproduce: Callable[[dict[str, Any]], str] | None = None,
         **fixed: Any,
     ) -> None:
@@ -81,7 +82,9 @@ class Panel(widgets.VBox):
         if unknown:
             raise ValueError(f"{run.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
         names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-        self._reproduce = reproduce or (lambda values: parameters.command(_notebook(run), self._changed(values)))
+        self._reproduce = reproduce or (
+            lambda values: parameters.command(notebook or _notebook(run), self._changed(values))
+        )
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._bound(self._values)
         self.result = self._compute(self._values)
@@ -153,7 +156,11 @@ class Panel(widgets.VBox):
         slider, name = change["owner"], next((n for n, c in self.controls.items() if c is change["owner"]), None)
         if name is None or self.error or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
             return
-        positions = [value for _, value in slider._options_full] if hasattr(slider, "index") else range(slider.max + 1)
+        positions = (
+            [value for _, value in slider._options_full]
+            if hasattr(slider, "index")
+            else range(slider.min, slider.max + 1)
+        )
         here, before = positions.index(change["new"]), positions.index(change["old"])
         there = 2 * here - before
         if abs(here - before) == 1 and 0 <= there < len(positions):  # a drag jumps, and is not foreseen
@@ -203,19 +210,27 @@ class Panel(widgets.VBox):
         return {**data, "image/png": picture, "text/plain": alt}, {"image/png": {"alt": alt}}
 
 
-def panel(run: Callable, plot: type[Plot], controls: Sequence[str] | None = None, **fixed: Any) -> Panel:
+def panel(
+    run: Callable,
+    plot: type[Plot],
+    controls: Sequence[str] | None = None,
+    *,
+    notebook: str | None = None,
+    **fixed: Any,
+) -> Panel:
     """An experiment under sliders.
 
     Args:
         run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result.
         plot: how it is drawn.
         controls: names of the parameters to move, all by default; ``damping`` and ``per_layer`` come first.
+        notebook: whose figure the command makes; the first that is registered with ``run`` by default.
         fixed: values of the others, and first values of these.
 
     Raises:
         ValueError, TypeError: an unknown name, or a value out of its range.
     """
-    return Panel(run, plot, controls, **fixed)
+    return Panel(run, plot, controls, notebook=notebook, **fixed)
 
 
 def explore(

@@ -43,7 +43,10 @@ class Live:
 
     def picture(self) -> Image.Image:
         """What the figure looks like now."""
-        self.canvas.restore_region(self._background)
+        if not self.plot.animated:  # it does not say what moves: all is drawn
+            self.canvas.draw()
+        else:
+            self.canvas.restore_region(self._background)
         for artist in self.others:
             self._draw(artist)
         marked = [text for text in self.texts if "$" in text.get_text()]
