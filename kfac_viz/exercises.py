@@ -167,3 +167,16 @@ def _most_block_jacobi_can_overshoot() -> int:
 def _eigenvectors_for_nine_tenths() -> int:
     captured = (run_depth(layers=(9,), repeats=1, per_layer=k).of("captured")["leading, balanced"] for k in range(1, 8))
     return next(k for k, c in enumerate(captured, 1) if c.y[0] >= 0.95)
+
+
+@exercise("09a", "Set the three products of the gradient equal to the two of K-FAC: 3 N o i = o² i + o i².", 0.01)
+def _batch_that_pays_for_kfac() -> float:
+    return (1000 + 1001) / 3
+
+
+@exercise("09b", "of('width, counted')['K-FAC'].y[-1] over of('width')['K-FAC'].y[-1].", 0.02)
+def _share_of_the_limit() -> float:
+    from .experiments import run_speed
+
+    result = run_speed()
+    return float(result.of("width, counted")["K-FAC"].y[-1] / result.of("width")["K-FAC"].y[-1])

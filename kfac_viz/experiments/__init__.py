@@ -11,6 +11,7 @@ from .depth import DepthResult, run_depth
 from .fisher import FisherResult, run_fisher
 from .kfac import KfacResult, run_kfac
 from .origin import OriginResult, run_origin
+from .speed import SpeedResult, run_speed
 
 # The notebooks that can be regenerated, and the function whose signature states their parameters.
 NOTEBOOKS: dict[str, Callable] = {
@@ -21,6 +22,7 @@ NOTEBOOKS: dict[str, Callable] = {
     "04_where_it_comes_from": run_origin,
     "05_coarse_space": run_coarse_space,
     "06_depth": run_depth,
+    "09_speed": run_speed,
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "FisherResult",
     "KfacResult",
     "OriginResult",
+    "SpeedResult",
     "run_coarse_sizes",
     "run_coarse_space",
     "run_damping",
@@ -39,4 +42,5 @@ __all__ = [
     "run_fisher",
     "run_kfac",
     "run_origin",
+    "run_speed",
 ]

@@ -9,6 +9,7 @@ from .kfac import KfacPlot, plot_kfac
 from .origin import OriginPlot, plot_origin
 from .page import save_page
 from .save import save
+from .speed import SpeedPlot, plot_speed
 from .style import FLAVOURS, METHODS, SPACES
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FisherPlot",
     "KfacPlot",
     "OriginPlot",
+    "SpeedPlot",
     "plot_coarse_sizes",
     "plot_coarse_space",
     "plot_damping",
@@ -29,6 +31,7 @@ __all__ = [
     "plot_fisher",
     "plot_kfac",
     "plot_origin",
+    "plot_speed",
     "save",
     "save_page",
 ]
