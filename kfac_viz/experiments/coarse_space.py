@@ -18,7 +18,7 @@ from ..parameters import Device, Range, Seed, check
 from ..partition import Partition
 from ..preconditioner import KFAC, Diagonal
 from ..two_level import CORRECTIONS, TwoLevel
-from .setting import Data, Flavour, Setting, Widths, setting, significant
+from .setting import Data, Flavour, Setting, Widths, setting, significant, small_enough
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ Space = Literal["nicolaides", "spectral", "smooth", "krylov", "random", "optimal
 Correction = Literal["additive", "a-def1", "a-def2", "balanced"]
 Rule = Literal["eigen", "factored"]
 Steps = Literal[0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
-LARGEST = 2500  # parameters: the matrices are dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +154,7 @@ def coarse_space(
     seed: int = 0,
 ) -> CoarseSpaceResult:
     """:func:`run_coarse_space` in a setting of the reader's own; ``parameters`` are kept in the result."""
-    if (size := where.problem.partition.size) > LARGEST:
-        raise ValueError(
-            f"The network has {size} parameters, and matrices of that size are drawn; at most {LARGEST} are possible. "
-            "Take narrower layers."
-        )
+    small_enough(where.problem)
     depends = damping if coarse in ("krylov", "optimal") else None
     with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as other_core:
         levels = _levels(where, per_layer, coarse, rule, seed, depends)

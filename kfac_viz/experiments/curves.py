@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,19 @@ def curve(x: ArrayLike, seeds: ArrayLike | Sequence[Sequence[float]]) -> Curve:
     values = np.atleast_2d(np.asarray(seeds, dtype=float))
     summary = np.median(values, 0), values.min(0), values.max(0)
     return Curve(rounded(x), *map(rounded, summary))
+
+
+def by_key(seeds: Iterable[Mapping[Any, Any]]) -> dict[Any, list]:
+    """From one mapping for each seed to one list for each key.
+
+    >>> by_key([{"a": 1, "b": 2}, {"a": 3, "b": 4}])["b"]
+    [2, 4]
+    """
+    found: dict[Any, list] = defaultdict(list)
+    for one in seeds:
+        for key, value in one.items():
+            found[key].append(value)
+    return found
 
 
 def rounded(values: ArrayLike, digits: int = 4) -> NDArray:

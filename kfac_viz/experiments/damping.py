@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..parameters import Device, Range, Seed
+from ..parameters import Device, Range, Seed, check
 from ..preconditioner import KFAC
 from ..problems import Problem
-from .curves import Study, captured, curve
-from .setting import Data, Setting, Widths, setting
+from .curves import Curve, Study, by_key, captured, curve
+from .setting import DAMPINGS, Data, Setting, Widths, setting
 from .threads import one_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the positions of the slider; every second carries the curves
 METHODS = ("exact", "kfac", "factored")
 QUANTITIES = ("length", "captured", "ratio", "decrease")
 MOMENTS = ("at the start", "after training")
@@ -40,6 +39,7 @@ class DampingResult(Study):
     size: int  # P
 
 
+@one_thread()
 def run_damping(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,
@@ -63,10 +63,9 @@ def run_damping(
         seed: of the first of them.
         device: where to compute.
     """
-    parameters = dict(locals())
-    with one_thread():
-        curves, size = _curves(data, tuple(widths), n, steps, repeats, seed, device)
-    return DampingResult(parameters, curves, size)
+    parameters = check(run_damping, locals())
+    curves = _curves(data, tuple(widths), n, steps, repeats, seed, device)
+    return DampingResult(parameters, curves, len(curves["spectrum", MOMENTS[0]].x))
 
 
 def loss_after(problem: Problem, v: Tensor) -> float:
@@ -79,25 +78,24 @@ def loss_after(problem: Problem, v: Tensor) -> float:
 
 
 @lru_cache(maxsize=4)
-def _curves(data, widths, n, steps, repeats, seed, device):
+def _curves(data, widths, n, steps, repeats, seed, device) -> dict[tuple[str, str], Curve]:
     λs = np.array(DAMPINGS.positions[::2])
-    found: dict[tuple[str, str], list] = {}
-    for moment, step in zip(MOMENTS, (0, steps), strict=True):
-        for r in range(repeats):
-            s = setting(data, widths, n, seed + r, step, "exact", device)
+
+    def measure(seed: int) -> dict[tuple[str, str], NDArray]:
+        found = {}
+        for moment, step in zip(MOMENTS, (0, steps), strict=True):
+            s = setting(data, widths, n, seed, step, "exact", device)
             d = s.F.eigen.d.flip(0).cpu().numpy()
-            d = np.where(d < 1e-12 * d[0], 0, d)
-            found.setdefault(("spectrum", moment), []).append(d)
-            found.setdefault(("dimension", moment), []).append((d / (d + λs[:, None])).sum(1))
-            found.setdefault(("gradient", moment), []).append(float(s.g.norm()) / λs)
+            found["spectrum", moment] = d = np.where(d < 1e-12 * d[0], 0, d)
+            found["dimension", moment] = (d / (d + λs[:, None])).sum(1)
+            found["gradient", moment] = float(s.g.norm()) / λs
             for method in METHODS:
                 for quantity, values in zip(QUANTITIES, _follow(s, method, λs), strict=True):
-                    found.setdefault((quantity, f"{moment}, {method}"), []).append(values)
-    curves = {
-        key: curve(1 + np.arange(len(values[0])) if key[0] == "spectrum" else λs, values)
-        for key, values in found.items()
-    }
-    return curves, s.F.partition.size
+                    found[quantity, f"{moment}, {method}"] = values
+        return found
+
+    rows = by_key(measure(seed + r) for r in range(repeats))
+    return {key: curve(1 + np.arange(len(y[0])) if key[0] == "spectrum" else λs, y) for key, y in rows.items()}
 
 
 def _follow(s: Setting, method: str, λs: NDArray) -> NDArray:

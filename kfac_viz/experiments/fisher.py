@@ -12,18 +12,17 @@ from torch import Tensor, nn
 
 from ..fisher import Fisher
 from ..likelihood import nll
-from ..parameters import Device, Range, Seed
+from ..parameters import Device, Range, Seed, check
 from ..partition import Partition
 from ..preconditioner import Diagonal, Identity
 from ..problems import Problem
 from .curves import Curve, Study, captured, curve, frobenius, rounded
-from .setting import Widths, setting
+from .setting import DAMPINGS, Widths, setting
 from .threads import one_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the positions of the slider, and the x of the curves
 SAMPLES = tuple(2**k for k in range(8))
 
 
@@ -51,6 +50,7 @@ class FisherResult(Study):
     plane: Plane
 
 
+@one_thread()
 def run_fisher(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,
@@ -82,10 +82,9 @@ def run_fisher(
         seed: of data, weights and draws.
         device: where to compute.
     """
-    parameters = dict(locals())
-    with one_thread():
-        partition, matrices, curves, largest = _network(data, tuple(widths), n, steps, samples, repeats, seed, device)
-        plane = _plane(damping, samples, (weight, bias), likelihood, seed, device)
+    parameters = check(run_fisher, locals())
+    partition, matrices, curves, largest = _network(data, tuple(widths), n, steps, samples, repeats, seed, device)
+    plane = _plane(damping, samples, (weight, bias), likelihood, seed, device)
     shares = {("plane", name): curve([damping], [share]) for name, share in plane.shares.items()}
     return FisherResult(parameters, curves | shares, partition, matrices, largest, plane)
 
@@ -118,14 +117,16 @@ def _network(data, widths, n, steps, samples, repeats, seed, device):
         generator = torch.Generator(device).manual_seed(seed + 1000 * k + repeat)
         return s.problem.capture("mc", samples=k, generator=generator)
 
-    exact, empirical = s.F, s.problem.capture("empirical")
-    drawn = [draw(samples, r) for r in range(repeats)]
-    norm = frobenius(s.dense)
+    norm, largest = frobenius(s.dense), float(s.F.eigen.d.max())
+    flavours = {
+        "exact": [s.F],
+        "mc": [draw(samples, r) for r in range(repeats)],
+        "empirical": [s.problem.capture("empirical")],
+    }
+    matrices = {name: Fs[0].dense() for name, Fs in flavours.items()}
     errors = [[frobenius(draw(k, r).dense() - s.dense) / norm for k in SAMPLES] for r in range(repeats)]
     with torch.no_grad():
-        predicted = sampling_error(exact, s.problem.model(s.problem.inputs).softmax(1)) / norm
-    flavours = {"exact": [exact], "mc": drawn, "empirical": [empirical]}
-    matrices = {name: (s.dense if name == "exact" else Fs[0].dense()) for name, Fs in flavours.items()}
+        predicted = sampling_error(s.F, s.problem.model(s.problem.inputs).softmax(1)) / norm
     curves: dict[tuple[str, str], Curve] = {
         ("error", "mc"): curve(SAMPLES, errors),
         ("error", "theory"): curve(SAMPLES, [predicted / k**0.5 for k in SAMPLES]),
@@ -133,14 +134,12 @@ def _network(data, widths, n, steps, samples, repeats, seed, device):
     }
     λs = DAMPINGS.positions[::2]
     for name, Fs in flavours.items():
-        d = np.stack([F.eigen.d.flip(0).cpu().numpy() for F in Fs])
-        d /= float(exact.eigen.d.max())
+        d = np.stack([F.eigen.d.flip(0).cpu().numpy() for F in Fs]) / largest
         curves["spectrum", name] = curve(1 + np.arange(d.shape[1]), np.where(d < 1e-12, 0, d))
-        shares = [[captured(exact.damped(λ), s.g, F.damped(λ).solve(s.g)) for λ in λs] for F in Fs]
-        for column, quantity in enumerate(("captured", "rescaled")):
-            curves[quantity, name] = curve(λs, np.array(shares)[:, :, column])
-    matrices = {name: matrix.cpu() for name, matrix in matrices.items()}
-    return exact.partition, matrices, curves, float(exact.eigen.d.max())
+        shares = np.array([[captured(s.F.damped(λ), s.g, F.damped(λ).solve(s.g)) for λ in λs] for F in Fs])
+        curves["captured", name] = curve(λs, shares[:, :, 0])
+        curves["rescaled", name] = curve(λs, shares[:, :, 1])
+    return s.F.partition, {name: matrix.cpu() for name, matrix in matrices.items()}, curves, largest
 
 
 def _plane(damping, samples, point, likelihood, seed, device) -> Plane:

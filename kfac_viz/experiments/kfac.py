@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
@@ -11,17 +12,17 @@ import torch
 from torch import Tensor
 
 from ..fisher import Fisher
-from ..parameters import Device, Range, Seed
+from ..parameters import Device, Range, Seed, check
 from ..partition import Partition
 from ..preconditioner import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal
-from .curves import Curve, Study, captured, curve, frobenius, rounded
-from .setting import Data, Setting, Widths, setting
+from .curves import Study, by_key, captured, curve, frobenius, rounded
+from .setting import DAMPINGS, Data, Setting, Widths, setting
 from .threads import one_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the positions of the slider; every sixth carries the curves
+COMPARED = DAMPINGS.positions[::6]
 MOMENTS = (0, 10, 30, 100, 300)  # steps of Adam
 PIECES = ("dropped", "basis", "eigenvalues", "sampling", "damping")
 
@@ -42,6 +43,7 @@ class KfacResult(Study):
     misfit: NDArray  # (L, L): ‖F_lm − G_lm ⊗ A_lm‖ / ‖F_lm‖
 
 
+@one_thread()
 def run_kfac(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,
@@ -67,20 +69,19 @@ def run_kfac(
         seed: of the first network, which the matrices show.
         device: where to compute.
     """
-    parameters = dict(locals())
-    common = data, tuple(widths), n, samples, device
-    curves = {}
-    with one_thread():
-        pieces = np.array([[_pieces(*common, step, seed + r) for step in MOMENTS] for r in range(repeats)])
-        first, methods = _methods(*common, steps, seed, repeats)
+    parameters = check(run_kfac, locals())
+    common, seeds = (data, tuple(widths), n, samples, device), range(seed, seed + repeats)
+    pieces = np.array([[_pieces(*common, step, r) for step in MOMENTS] for r in seeds])
     pieces[:, :, -1] *= damping
-    for i, name in enumerate(PIECES):
-        curves["piece", name] = curve(MOMENTS, pieces[:, :, i])
-    partition, F, error, lost, misfit = first
+    curves = {("piece", name): curve(MOMENTS, pieces[:, :, i]) for i, name in enumerate(PIECES)}
+    s = setting(data, tuple(widths), n, seed, steps, "exact", device)
+    error, lost, misfit = _by_pair(s)
     for quantity, matrix in (("lost", lost), ("misfit", misfit)):
         for l, m in np.ndindex(*matrix.shape):
             curves[quantity, f"{l + 1}–{m + 1}"] = curve([steps], [matrix[l, m]])
-    return KfacResult(parameters, curves | methods, partition, F, error, lost, misfit)
+    methods = by_key(_methods(*common, steps, r) for r in seeds)
+    curves |= {key: curve(COMPARED, rows) for key, rows in methods.items()}
+    return KfacResult(parameters, curves, s.F.partition, s.dense.cpu(), error, lost, misfit)
 
 
 def split(F: Fisher, dense: Tensor) -> tuple[float, float, float]:
@@ -135,45 +136,41 @@ def _sampled(s: Setting, samples: int, seed: int) -> Fisher:
     return s.problem.capture("mc", samples=samples, generator=torch.Generator(s.F.device).manual_seed(seed))
 
 
-@lru_cache(maxsize=4)
-def _methods(data, widths, n, samples, device, steps, seed, repeats):
-    """The matrices of the first network, and curves over λ of all of them."""
-    found: dict[tuple[str, str], list[list[float]]] = {}
-    λs = DAMPINGS.positions[::6]
-    for r in range(repeats):
-        s = setting(data, widths, n, seed + r, steps, "exact", device)
-        F, dense, size = s.F, s.dense, frobenius(s.dense)
-        drawn = _sampled(s, samples, seed + r)
-        dropped, basis, eigenvalues = split(F, dense)
-        constant = {  # without damping in the error: λI is added on both sides
-            "block-diagonal": dropped**0.5,
-            "ekfac": (dropped + basis) ** 0.5,
-            "kfac": (dropped + basis + eigenvalues) ** 0.5,
-            "sampled": frobenius(dense - kronecker_blocks(drawn)),
-        }
-        methods = {
-            "block-diagonal": BlockDiagonal(F, 1.0),
-            "ekfac": EKFAC(F, 1.0),
-            "kfac": KFAC(F, 1.0),
-            "sampled": KFAC(drawn, 1.0),
-            "factored": KFAC(F, 1.0, "factored"),
-            "block-tridiagonal": BlockTridiagonal(F, 1.0),
-        }
-        for λ in λs:
-            A = F.damped(λ)
-            for name, M in methods.items():
-                M = M.with_damping(λ)
-                error = constant.get(name)
-                if error is None:
-                    inverse = kronecker_blocks(F, λ) if name == "factored" else torch.linalg.inv(M.dense())
-                    error = frobenius(dense + λ * F.eye() - inverse)
-                for quantity, value in (("error", error / size), ("captured", captured(A, s.g, M @ s.g)[0])):
-                    found.setdefault((quantity, name), [[] for _ in range(repeats)])[r].append(value)
+@lru_cache(maxsize=64)
+def _methods(data, widths, n, samples, device, steps, seed) -> dict[tuple[str, str], list[float]]:
+    """Error and captured decrease of every method at the dampings COMPARED, on one network."""
     s = setting(data, widths, n, seed, steps, "exact", device)
-    curves: dict[tuple[str, str], Curve] = {key: curve(λs, values) for key, values in found.items()}
-    return (s.F.partition, s.dense.cpu(), *_by_pair(s)), curves
+    F, dense, drawn = s.F, s.dense, _sampled(s, samples, seed)
+    dropped, basis, eigenvalues = split(F, dense)
+    constant = {  # without damping in the error: λI is added on both sides
+        "block-diagonal": dropped**0.5,
+        "ekfac": (dropped + basis) ** 0.5,
+        "kfac": (dropped + basis + eigenvalues) ** 0.5,
+        "sampled": frobenius(dense - kronecker_blocks(drawn)),
+    }
+    methods = {
+        "block-diagonal": BlockDiagonal(F, 1.0),
+        "ekfac": EKFAC(F, 1.0),
+        "kfac": KFAC(F, 1.0),
+        "sampled": KFAC(drawn, 1.0),
+        "factored": KFAC(F, 1.0, "factored"),
+        "block-tridiagonal": BlockTridiagonal(F, 1.0),
+    }
+    found = defaultdict(list)
+    for λ in COMPARED:
+        A = F.damped(λ)
+        for name, M in methods.items():
+            M = M.with_damping(λ)
+            error = constant.get(name)
+            if error is None:
+                inverse = kronecker_blocks(F, λ) if name == "factored" else torch.linalg.inv(M.dense())
+                error = frobenius(dense + λ * F.eye() - inverse)
+            found["error", name].append(error / frobenius(dense))
+            found["captured", name].append(captured(A, s.g, M @ s.g)[0])
+    return found
 
 
+@lru_cache(maxsize=4)
 def _by_pair(s: Setting) -> tuple[Tensor, NDArray, NDArray]:
     """F − K-FAC, the share of its square in each pair of layers, and how well ``G_lm ⊗ A_lm`` would fit each."""
     error, all_blocks, slices = s.dense - kronecker_blocks(s.F), s.K.dense(), s.F.partition.slices

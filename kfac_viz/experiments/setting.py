@@ -19,6 +19,7 @@ Data = Literal["digits4", "digits8", "autoencoder4", "planted"]
 Flavour = Literal["exact", "mc", "empirical"]
 Widths = Annotated[tuple[int, ...], Range(1, 64)]
 
+DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the slider of the first studies; some positions carry their curves
 LARGEST = 2500  # parameters: the matrices are dense
 
 
@@ -68,6 +69,16 @@ class Setting:
         return self.basis.T @ self.dense @ self.basis
 
 
+def small_enough(problem: Problem) -> Problem:
+    """The problem as it is; ValueError where it has more than LARGEST parameters."""
+    if (size := problem.partition.size) > LARGEST:
+        raise ValueError(
+            f"The network has {size} parameters, and matrices of that size are dense here; at most {LARGEST} are "
+            "possible. Take narrower layers."
+        )
+    return problem
+
+
 def significant(x, digits: int = 4):
     """A number or tensor rounded to significant digits: the last bits depend on the number of threads.
 
@@ -87,7 +98,7 @@ def setting(
     """The network ``data`` with hidden ``widths`` after ``steps`` full-batch Adam steps; cached.
 
     Raises:
-        ValueError: more than LARGEST parameters, or no hidden layer where ``data`` is planted.
+        ValueError: too many parameters (see :func:`small_enough`), or no hidden layer where ``data`` is planted.
     """
     if data == "planted":
         if not widths:
@@ -96,9 +107,4 @@ def setting(
     else:
         build = problems.autoencoder if data.startswith("auto") else problems.digits
         problem = build(widths, n, seed, side=int(data[-1]), device=device)
-    if problem.partition.size > LARGEST:
-        raise ValueError(
-            f"The network has {problem.partition.size} parameters, and matrices of that size are dense here; at most "
-            f"{LARGEST} are possible. Take narrower layers."
-        )
-    return Setting(problem.trained(steps), fisher)
+    return Setting(small_enough(problem).trained(steps), fisher)
