@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.collections import PolyCollection
 
+from ..experiments.curves import Curve
+from ..experiments.setting import DAMPINGS
 from .style import INK, Style
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
     from numpy.typing import NDArray
 
-    from ..experiments.curves import Curve
+OVER_DAMPINGS = {"x": "damping λ", "xlim": (DAMPINGS.low, DAMPINGS.high)}
+MARKERS = 8  # on a line, at most
+NOTHING = Curve(*np.empty((4, 0)))
 
 
 class CurveView:
@@ -23,7 +28,6 @@ class CurveView:
 
     Args:
         series: how each is drawn; a label that begins with ``_`` stays out of the legend.
-        markers: at most this many per line.
     """
 
     def __init__(
@@ -37,16 +41,13 @@ class CurveView:
         xlim: tuple[float, float],
         ylim: tuple[float, float],
         scale: tuple[str, str] = ("log", "log"),
-        markers: int = 8,
     ) -> None:
-        self.ax, self.series, self.markers = ax, series, markers
+        self.ax = ax
         ax.set(title=title, xlabel=x, ylabel=y, xscale=scale[0], yscale=scale[1], xlim=xlim, ylim=ylim)
         self.lines, self.bands = {}, {}
         for name, style in series.items():
             self.bands[name] = ax.add_collection(PolyCollection([], color=style.color, alpha=0.18, linewidth=0))
-            (self.lines[name],) = ax.plot(
-                [], [], color=style.color, linestyle=style.line, marker=style.marker, label=style.label
-            )
+            self.lines[name] = empty_line(ax, style, marker=style.marker)
         self.cursor = ax.axvline(np.nan, color=INK, linewidth=0.9, alpha=0.6, zorder=0.5)
         self.artists: list[Artist] = [*self.bands.values(), *self.lines.values(), self.cursor]
 
@@ -55,17 +56,18 @@ class CurveView:
         self.cursor.set_xdata([np.nan if at is None else at] * 2)
         log = self.ax.get_yscale() == "log"
         for name, line in self.lines.items():
-            c = curves.get(name)
-            if c is None:
-                line.set_data([], [])
-                self.bands[name].set_verts([])
-                continue
+            c = curves.get(name, NOTHING)
             line.set_data(c.x, positive(c.y) if log else c.y)
-            line.set_markevery(max(1, -(-len(c.x) // self.markers)))
+            line.set_markevery(max(1, -(-len(c.x) // MARKERS)))
             low, high = (positive(c.low), positive(c.high)) if log else (c.low, c.high)
             seen = np.isfinite(low) & np.isfinite(high)
             outline = np.column_stack([np.r_[c.x[seen], c.x[seen][::-1]], np.r_[low[seen], high[seen][::-1]]])
             self.bands[name].set_verts([outline] if len(outline) and (c.low != c.high).any() else [])
+
+
+def empty_line(ax: Axes, style: Style, **options) -> Line2D:
+    """A line in this style that an update fills."""
+    return ax.plot([], [], color=style.color, linestyle=style.line, label=style.label, **options)[0]
 
 
 def positive(values: NDArray) -> NDArray:

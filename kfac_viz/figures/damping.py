@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..experiments.damping import DAMPINGS, MOMENTS, DampingResult
 from ..experiments.damping import METHODS as SHOWN
-from .curves import CurveView
+from ..experiments.damping import MOMENTS, DampingResult
+from .curves import OVER_DAMPINGS, CurveView
 from .plot import Plot
 from .style import FAINT, INK, METHODS, Style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LINES = dict(zip(MOMENTS, (":", "-"), strict=True))
@@ -30,24 +29,22 @@ class DampingPlot(Plot):
     def build(self, result: DampingResult) -> None:
         axes = self.figure.subplots(2, 3).ravel()
 
-        def over(ax: Axes, series: dict, title: str, y: str, ylim: tuple[float, float], scale: str) -> CurveView:
-            λ = DAMPINGS.low, DAMPINGS.high
-            return CurveView(ax, series, title, x="damping λ", y=y, xlim=λ, ylim=ylim, scale=("log", scale))
-
         self.size_of_F = P = result.size
         self.spectrum = CurveView(
             axes[0], MOMENT, "Spectrum of F, and λ", x="rank", y="eigenvalue", xlim=(0.9, 1.1 * P), ylim=(1e-8, 100)
         )
         self.level = axes[0].axhline(1, color=INK, linewidth=0.9, alpha=0.6)
+        length = CurveView(axes[2], LIMIT | SERIES, "Length of the step", y="‖v‖", ylim=(1e-3, 1e3), **OVER_DAMPINGS)
+        self.views = {"length": length}
         linear = {
             "dimension": (MOMENT, "Effective dimension", f"Σ d/(d + λ), of {P}", (0, P)),
             "captured": (SERIES, "Captured decrease", "share, step as it is", (-1, 1.05)),
             "ratio": (SERIES, "Trust: actual / predicted decrease", "reduction ratio, best length", (-1, 1.5)),
             "decrease": (SERIES, "Progress: actual decrease", "share of the loss, best length", (-0.2, 0.5)),
         }
-        self.views = {"length": over(axes[2], LIMIT | SERIES, "Length of the step", "‖v‖", (1e-3, 1e3), "log")}
-        for name, ax in zip(linear, axes[[1, 3, 4, 5]], strict=True):
-            self.views[name] = over(ax, *linear[name], "linear")
+        for ax, (name, (series, title, y, ylim)) in zip(axes[[1, 3, 4, 5]], linear.items(), strict=True):
+            scale = "log", "linear"
+            self.views[name] = CurveView(ax, series, title, y=y, ylim=ylim, scale=scale, **OVER_DAMPINGS)
             if name != "dimension":
                 ax.axhline(0, color=INK, linewidth=0.6)
         for share in (0.25, 0.75):  # below the first λ is raised, above the second lowered

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.collections import LineCollection
 
-from ..experiments.fisher import DAMPINGS, SAMPLES, FisherResult, Plane
-from .curves import CurveView
+from ..experiments.fisher import SAMPLES, FisherResult, Plane
+from .curves import OVER_DAMPINGS, CurveView, empty_line
 from .parts import MatrixView, limit_of
 from .plot import Plot
 from .style import FAINT, FLAVOURS, INK, METHODS, Style
@@ -16,7 +16,6 @@ from .style import FAINT, FLAVOURS, INK, METHODS, Style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 RADIUS = 0.25  # ½ vᵀ(F + λI)v on the ellipses
 STEPS: dict[str, Style] = {"gradient": METHODS["gradient"], "adam": METHODS["adam"], **FLAVOURS}
@@ -32,21 +31,23 @@ class FisherPlot(Plot):
             Landscape(top[0], "Two parameters: three metrics"),
             Landscape(top[1], "… and steps, with the share captured"),
         ]
-        self.ellipses = {name: _line(top[0], style, linewidth=2) for name, style in FLAVOURS.items()}
-        self.steps = {name: _line(top[1], s, marker=s.marker, markevery=[1], markersize=8) for name, s in STEPS.items()}
+        self.ellipses = {name: empty_line(top[0], style, linewidth=2) for name, style in FLAVOURS.items()}
+        self.steps = {
+            name: empty_line(top[1], style, marker=style.marker, markevery=[1], markersize=8)
+            for name, style in STEPS.items()
+        }
         self.points = [ax.plot([], [], "o", color=INK, markersize=6, zorder=5)[0] for ax in top[:2]]
         self.shares = {
             name: top[1].text(0.03, 0.27 - 0.06 * i, "", transform=top[1].transAxes, color=s.color, weight="bold")
             for i, (name, s) in enumerate(STEPS.items())
         }
-        λ = DAMPINGS.low, DAMPINGS.high
         self.error = CurveView(
             top[2], {**FLAVOURS, "theory": THEORY}, "Network: error of the matrix", x="labels drawn per example",
             y="‖F̂ − F‖ / ‖F‖", xlim=(0.9, 1.1 * SAMPLES[-1]), ylim=(0.005, 3),
         )  # fmt: skip
         self.rescaled = CurveView(
-            top[3], FLAVOURS, "Network: captured decrease", x="damping λ", y="share captured at best length",
-            xlim=λ, ylim=(0, 1.03), scale=("log", "linear"),
+            top[3], FLAVOURS, "Network: captured decrease", y="share captured at best length",
+            ylim=(0, 1.03), scale=("log", "linear"), **OVER_DAMPINGS,
         )  # fmt: skip
         self.spectrum = CurveView(
             bottom[3], FLAVOURS, "Spectra, and λ", x="rank", y="eigenvalue / largest of F",
@@ -129,10 +130,6 @@ class Landscape:
         contours = contour_generator(*plane.axes, plane.loss)
         self.lines.set_segments([np.round(line, 4) for level in levels for line in contours.lines(level)])
         self.minimum.set_data(*plane.minimum[:, None])
-
-
-def _line(ax: Axes, style: Style, **options) -> Line2D:
-    return ax.plot([], [], color=style.color, linestyle=style.line, label=style.label, **options)[0]
 
 
 def plot_fisher(result: FisherResult) -> Figure:

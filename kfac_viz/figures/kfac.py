@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..experiments.kfac import DAMPINGS, MOMENTS, KfacResult
-from .curves import CurveView
+from ..experiments.kfac import MOMENTS, KfacResult
+from .curves import OVER_DAMPINGS, CurveView
 from .parts import MatrixView, limit_of
 from .plot import Plot
 from .style import INK, METHODS, PIECES
@@ -35,20 +35,18 @@ class KfacPlot(Plot):
         self.lost = PairView(top[2], L, "Where the squared error lies", "{:.1%}", 0.5)
         self.misfit = PairView(top[3], L, "Misfit of G ⊗ A, if kept", "{:.2f}", 1.0)
         self.pieces = Bars(self.figure.add_subplot(grid[1, :2]))
-        λ = DAMPINGS.low, DAMPINGS.high
         self.matrix_error = CurveView(
-            self.figure.add_subplot(grid[1, 2]), SHOWN, "Error of the matrix", x="damping λ",
-            y="‖F + λI − M⁻¹‖ / ‖F‖", xlim=λ, ylim=(0.2, 20),
+            self.figure.add_subplot(grid[1, 2]), SHOWN, "Error of the matrix",
+            y="‖F + λI − M⁻¹‖ / ‖F‖", ylim=(0.2, 20), **OVER_DAMPINGS,
         )  # fmt: skip
         self.captured = CurveView(
-            self.figure.add_subplot(grid[1, 3]), SHOWN, "Decrease captured by M g", x="damping λ",
-            y="share, step as it is", xlim=λ, ylim=(-1, 1.05), scale=("log", "linear"),
+            self.figure.add_subplot(grid[1, 3]), SHOWN, "Decrease captured by M g",
+            y="share, step as it is", ylim=(-1, 1.05), scale=("log", "linear"), **OVER_DAMPINGS,
         )  # fmt: skip
         self.captured.ax.axhline(0, color=INK, linewidth=0.6)
         self.figure.legend(*self.captured.ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN))
         self.animated = [
-            *self.F.artists, *self.error.artists, self.ends, self.lost.image, *self.lost.texts.flat,
-            self.misfit.image, *self.misfit.texts.flat,
+            *self.F.artists, *self.error.artists, self.ends, *self.lost.artists, *self.misfit.artists,
             *self.pieces.artists, *self.matrix_error.artists, *self.captured.artists,
         ]  # fmt: skip
 
@@ -62,9 +60,8 @@ class KfacPlot(Plot):
         self.misfit.update(result.misfit)
         pieces = result.of("piece")
         self.pieces.update(pieces)
-        λ = result.parameters["damping"]
-        self.matrix_error.update(result.of("error"), at=λ)
-        self.captured.update(result.of("captured"), at=λ)
+        self.matrix_error.update(result.of("error"), at=result.parameters["damping"])
+        self.captured.update(result.of("captured"), at=result.parameters["damping"])
         between = 1 - float(np.trace(result.lost))
         told = (
             f"after {step} steps " + ", ".join(f"{PIECES[name].label} {c.y[i]:.2g}" for name, c in pieces.items())
@@ -95,19 +92,18 @@ class PairView:
     def __init__(self, ax: Axes, L: int, title: str, form: str, limit: float) -> None:
         self.form, self.limit = form, limit
         self.image = ax.imshow(np.zeros((L, L)), cmap="Blues", vmin=0, vmax=limit)
-        size = min(9.0, 44 / L)
-        self.texts = np.array(
-            [[ax.text(m, l, "", ha="center", va="center", fontsize=size) for m in range(L)] for l in range(L)]
-        )
+        text = {"ha": "center", "va": "center", "fontsize": min(9.0, 44 / L)}
+        self.texts = [ax.text(m, l, "", **text) for l in range(L) for m in range(L)]
+        self.artists = [self.image, *self.texts]
         names = [str(i + 1) for i in range(L)]
-        ax.set(title=title, xlabel="layer", ylabel="layer", xticks=range(L), yticks=range(L))
-        ax.set_xticklabels(names)
-        ax.set_yticklabels(names)
+        ax.set(title=title, xlabel="layer", ylabel="layer")
+        ax.set_xticks(range(L), names)
+        ax.set_yticks(range(L), names)
         ax.tick_params(length=0)
 
     def update(self, values: NDArray) -> None:
         self.image.set_data(values)
-        for text, value in zip(self.texts.flat, values.flat, strict=True):
+        for text, value in zip(self.texts, values.flat, strict=True):
             text.set(text=self.form.format(value), color="white" if value > 0.6 * self.limit else INK)
 
 

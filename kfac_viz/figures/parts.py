@@ -35,16 +35,12 @@ class MatrixView:
         self._shown: tuple | None = None
         self._group = -(-partition.size // pixels)
         P = partition.size
+        end = P + -P % self._group
         self.image: AxesImage = ax.imshow(
-            np.zeros((1, 1)),
-            cmap=SIGNED,
-            vmin=-1,
-            vmax=1,
-            extent=(0, P + -P % self._group, P + -P % self._group, 0),
-            interpolation="nearest",
-            interpolation_stage="data",
-        )
-        ax.set(xlim=(0, P), ylim=(P, 0))
+            np.zeros((1, 1)), cmap=SIGNED, vmin=-1, vmax=1, extent=(0, end, end, 0),
+            interpolation="nearest", interpolation_stage="data",
+        )  # fmt: skip
+        ax.set(xlim=(0, P), ylim=(P, 0), title=title, xlabel="layer", ylabel="layer")
         edges = [edge for edge in partition.offsets[1:-1] for _ in "xy"]
         self.edges = LineCollection(
             [((e, 0), (e, P)) if i % 2 else ((0, e), (P, e)) for i, e in enumerate(edges)],
@@ -59,9 +55,6 @@ class MatrixView:
         ax.tick_params(length=0)
         for spine in ax.spines.values():
             spine.set(visible=True, color=INK, linewidth=0.8)
-        ax.set_title(title)
-        ax.set_xlabel("layer")
-        ax.set_ylabel("layer")
 
     @property
     def artists(self) -> list[Artist]:
