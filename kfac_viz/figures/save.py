@@ -7,17 +7,19 @@ import io
 import json
 import os
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from .. import __version__
 from .style import rc
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-VERSIONED = ("kfac_viz", "torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "seaborn")
+# What numbers and pictures depend on.
+LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "seaborn")
 
 
 class Result(Protocol):
@@ -62,12 +64,9 @@ def save(figure: Figure, result: Result, name: str, out_dir: str | Path) -> Save
         raise ValueError("Every figure needs an alternative text: figure.set_label('what it shows').")
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    description = {
-        "name": name,
-        "alt": alt,
-        "parameters": result.parameters,
-        "versions": versions(),
-    }
+    # Without build tags such as +cpu.
+    versions = {"kfac_viz": __version__} | {library: version(library).partition("+")[0] for library in LIBRARIES}
+    description = {"name": name, "alt": alt, "parameters": result.parameters, "versions": versions}
     table = result.table().to_csv(index=False, float_format="%.4g", lineterminator="\n")
     text = json.dumps(description, indent=2, ensure_ascii=False, default=list) + "\n"
     with matplotlib.rc_context(rc()):
@@ -89,17 +88,6 @@ def write(path: Path, data: bytes) -> Path:
         os.unlink(temporary)
         raise
     return path
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers and pictures depend on, without build tags such as ``+cpu``."""
-    found = {}
-    for package in VERSIONED:
-        try:
-            found[package] = version(package).partition("+")[0]
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _render(figure: Figure, format: str, metadata: dict[str, str | None]) -> bytes:
