@@ -101,11 +101,9 @@ class Parameter:
             element = self.kind(element)
         except OverflowError:
             raise self._wrong(ValueError, value) from None
-        if self.kind is float and not math.isfinite(element):
-            raise self._wrong(ValueError, value)
-        if self.range and not self.range.low <= element <= self.range.high:
-            raise self._wrong(ValueError, value)
-        if self.choices and element not in self.choices:
+        outside = self.range and not self.range.low <= element <= self.range.high
+        unknown = self.choices and element not in self.choices
+        if outside or unknown or (self.kind is float and not math.isfinite(element)):
             raise self._wrong(ValueError, value)
         return element
 
