@@ -219,7 +219,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in flags:
-            module.training = training
+            if module.training != training:
+                module.training = training
 
 
 def check_inputs(model: nn.Module, partition: Partition, inputs: tuple[Tensor, ...]) -> None:

@@ -87,7 +87,8 @@ class Partition:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a torch.nn.Module; got {type(model).__name__}.")
-        found = {name: module for name, module in model.named_modules() if is_kronecker_layer(module)}
+        modules = dict(model.named_modules())
+        found = {name: module for name, module in modules.items() if is_kronecker_layer(module)}
         if layers is not None and found:
             if isinstance(layers, str) or not layers:
                 raise ValueError(f"layers must be a list of names out of {list(found)}; got {layers!r}.")
@@ -113,7 +114,7 @@ class Partition:
                     "pruning); make it a plain one first, or name the other layers with layers=[...]."
                 )
         owner: dict[int, str] = {}
-        for name, module in model.named_modules():
+        for name, module in modules.items():
             for p in module.parameters(recurse=False):
                 other = owner.setdefault(id(p), name)
                 if other != name and (name in found or other in found):
@@ -191,7 +192,6 @@ class Partition:
             ValueError: NaN or inf, naming the layer; another dtype or device than the model's; another model.
         """
         self.check(v, vector=True)
-        self.check_finite(v, "The update")
         if not isfinite(alpha):
             raise ValueError(f"alpha must be finite; got {alpha!r}.")
         modules = self._modules(model)
@@ -201,6 +201,7 @@ class Partition:
                     f"Layer {layer.name!r} is {module.weight.dtype} on {module.weight.device}; the update is {v.dtype} "
                     f"on {v.device}. Convert one of them."
                 )
+        self.check_finite(v, "The update")
         for layer, module, piece in zip(self.layers, modules, self.split(v), strict=True):
             weight = piece[:, : layer.features - layer.bias]
             module.weight.add_(weight.reshape(module.weight.shape), alpha=alpha)
@@ -244,7 +245,7 @@ class Partition:
 
 def all_finite(x: Tensor) -> bool:
     """Whether there is no NaN or inf in x: both survive a sum, so that only an overflow needs a second look."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
 def is_kronecker_layer(module: nn.Module) -> bool:
