@@ -289,7 +289,7 @@ def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
             index, event = happened or (None, {})
             if "error" in event:
                 job, error = jobs[index], event["error"]
-                del running[index]
+                running.pop(index, None)
                 cells[index] = job.notebook.cells
                 if error is None:
                     try:

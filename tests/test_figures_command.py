@@ -372,3 +372,9 @@ def test_a_terminal_sees_the_cell_and_the_time_left(shelf, monkeypatch, capsys):
     assert "\r\x1b[2K01_twice cell 2/3  about 0 s left" in shown.out
     assert "\r\x1b[2K01_twice: failed\n" in shown.out
     assert "01_twice failed: cell 2: Oh: no" in shown.err
+
+
+def test_a_kernel_that_never_starts_is_told(shelf, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "run_notebooks", lambda orders, workers: iter([(0, {"error": "RuntimeError: no kernel"})]))
+    assert cli.main(["figures"]) == 1
+    assert "01_twice failed: RuntimeError: no kernel" in capsys.readouterr().err
