@@ -5,7 +5,8 @@ import torch
 
 import kfac_viz as kv
 from kfac_viz.experiments import run_coarse_space
-from kfac_viz.experiments.setting import setting, significant
+from kfac_viz.experiments.curves import rounded
+from kfac_viz.experiments.setting import setting
 
 SMALL = dict(widths=(5, 4), n=40, steps=5)
 
@@ -48,9 +49,9 @@ def test_threads_change_nothing_and_stay_as_they_were():
     assert tables[0].equals(tables[1])
 
 
-def test_significant_rounds_every_entry():
+def test_rounded_rounds_every_entry():
     x = torch.tensor([0.0, 1.23456789e-7, -98765.4321, 1.0], dtype=torch.float64)
-    assert significant(x).tolist() == pytest.approx([0.0, 1.235e-7, -98770.0, 1.0], rel=1e-12)
+    assert rounded(x).tolist() == pytest.approx([0.0, 1.235e-7, -98770.0, 1.0], rel=1e-12)
 
 
 def test_what_cannot_be_drawn_is_refused():

@@ -18,7 +18,8 @@ from ..parameters import Device, Range, Seed, check
 from ..partition import Partition
 from ..preconditioner import KFAC, Diagonal
 from ..two_level import CORRECTIONS, TwoLevel
-from .setting import Data, Flavour, Setting, Widths, setting, significant, small_enough
+from .curves import rounded
+from .setting import Data, Flavour, Setting, Widths, setting, small_enough
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def _captured(where: Setting, T: TwoLevel) -> tuple[dict[str, float], dict[str, 
     if not best > 0:
         raise ValueError("The gradient is zero here: there is no decrease to capture. Take fewer training steps.")
     captured, rescaled = (2 * slope - curvature) / best, slope.square() / curvature / best
-    return tuple(dict(zip(directions, significant(x).tolist(), strict=True)) for x in (captured, rescaled))
+    return tuple(dict(zip(directions, rounded(x.cpu()).tolist(), strict=True)) for x in (captured, rescaled))
 
 
 @lru_cache(maxsize=8)
@@ -272,7 +273,8 @@ def _fisher_norms(where: Setting) -> dict[str, list[list[float]]]:
 
 
 def _norms(partition: Partition, matrix: Tensor) -> list[list[float]]:
-    return [[significant(_norm(matrix[rows, columns])) for columns in partition.slices] for rows in partition.slices]
+    slices = partition.slices
+    return rounded([[_norm(matrix[rows, columns]) for columns in slices] for rows in slices]).tolist()
 
 
 def _whitened(where: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
@@ -285,8 +287,8 @@ def _whitened(where: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
 
 def _eigenvalues(S: Tensor) -> Tensor:
     """Of a symmetric matrix, ascending, to 4 digits; NumPy's LAPACK is the quicker one on few cores."""
-    values = torch.from_numpy(np.linalg.eigvalsh(S.cpu().numpy()))
-    return significant(values.clamp_min(1e-12 * float(values[-1])))
+    values = np.linalg.eigvalsh(S.cpu().numpy())
+    return torch.from_numpy(rounded(values.clip(1e-12 * values[-1])))
 
 
 def _without_noise(x: Tensor, scale: float) -> Tensor:
@@ -297,7 +299,7 @@ def _without_noise(x: Tensor, scale: float) -> Tensor:
 def _share(x: float, of: float) -> float:
     if of == 0:
         return float("inf") if x > 0 else 0.0
-    return significant(x / of) if x > 1e-12 * of else 0.0
+    return float(rounded(x / of)) if x > 1e-12 * of else 0.0
 
 
 def _norm(x: Tensor) -> float:

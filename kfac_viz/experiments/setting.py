@@ -79,18 +79,6 @@ def small_enough(problem: Problem) -> Problem:
     return problem
 
 
-def significant(x, digits: int = 4):
-    """A number or tensor rounded to significant digits: the last bits depend on the number of threads.
-
-    >>> significant(0.0123456), significant(torch.tensor([1234.56, 0.0]))
-    (0.01235, tensor([1235.,    0.]))
-    """
-    if not isinstance(x, Tensor):
-        return float(f"{x:.{digits}g}")
-    scale = 10.0 ** (digits - 1 - x.abs().clamp_min(torch.finfo(x.dtype).tiny).log10().floor())
-    return torch.where(x == 0, x, (x * scale).round() / scale)
-
-
 @lru_cache(maxsize=8)
 def setting(
     data: str, widths: tuple[int, ...], n: int, seed: int, steps: int, fisher: str = "exact", device: str = "cpu"
