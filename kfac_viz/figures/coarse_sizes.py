@@ -10,7 +10,6 @@ from .style import FAINT, METHODS, SPACES
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
     from ..experiments.coarse_sizes import CoarseSizesResult
 
@@ -117,6 +116,4 @@ def describe(result: CoarseSizesResult) -> str:
     )
 
 
-def plot_coarse_sizes(result: CoarseSizesResult) -> Figure:
-    """The figure of :func:`kfac_viz.experiments.run_coarse_sizes`."""
-    return CoarseSizesPlot(result).figure
+plot_coarse_sizes = CoarseSizesPlot.draw

@@ -12,7 +12,6 @@ from .style import FAINT, INK, METHODS, MUTED, SPACES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.text import Text
 
     from ..experiments.coarse_space import CoarseSpaceResult
@@ -59,18 +58,13 @@ class CoarseSpacePlot(Plot):
 
     def regions(self, result: CoarseSpaceResult) -> list[tuple[float, float, float, float, str]]:
         """Every block of every matrix, with its layers and its norm."""
-        offsets, size = result.partition.offsets, result.partition.size
         names = [f"{l + 1} ({name})" for l, name in enumerate(result.partition.names)]
-        found = []
-        for which, view in self.views.items():
-            x, y, width, height = view.ax.get_position().bounds
-            for l, row in enumerate(result.norms[which]):
-                for m, norm in enumerate(row):
-                    part = (offsets[m], offsets[l], offsets[m + 1] - offsets[m], offsets[l + 1] - offsets[l])
-                    left, top, w, h = (share / size for share in part)
-                    words = f"{NAMES[which]}, layers {names[l]} and {names[m]}: Frobenius norm {number(norm)}"
-                    found.append((x + left * width, 1 - y - (1 - top) * height, w * width, h * height, words))
-        return found
+        words = "{}, layers {} and {}: Frobenius norm {}"
+        return [
+            (*box, words.format(NAMES[which], names[l], names[m], number(result.norms[which][l][m])))
+            for which, view in self.views.items()
+            for l, m, box in view.boxes()
+        ]
 
     def scale(self, logarithmic: bool) -> None:
         for part in (*self.views.values(), *self.bars):
@@ -195,6 +189,4 @@ def percent(x: float) -> str:
     return f"{100 * x:.3g} %"
 
 
-def plot_coarse_space(result: CoarseSpaceResult) -> Figure:
-    """The figure of :class:`CoarseSpacePlot`."""
-    return CoarseSpacePlot(result).figure
+plot_coarse_space = CoarseSpacePlot.draw

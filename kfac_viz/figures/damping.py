@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..experiments.damping import METHODS as SHOWN
 from ..experiments.damping import MOMENTS, DampingResult
 from .curves import OVER_DAMPINGS, CurveView
 from .plot import Plot
 from .style import FAINT, INK, METHODS, Style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LINES = dict(zip(MOMENTS, (":", "-"), strict=True))
 MOMENT = {moment: Style(moment, INK, "", line) for moment, line in LINES.items()}
@@ -75,6 +70,4 @@ class DampingPlot(Plot):
         return result.size == self.size_of_F
 
 
-def plot_damping(result: DampingResult) -> Figure:
-    """The figure of :func:`kfac_viz.experiments.run_damping`."""
-    return DampingPlot(result).figure
+plot_damping = DampingPlot.draw

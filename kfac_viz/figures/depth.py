@@ -11,8 +11,6 @@ from .plot import Plot
 from .style import FAINT, METHODS, MUTED, SPACES, Style
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ..experiments.depth import DepthResult
 
 def _style(space: str, correction: str) -> Style:
@@ -108,6 +106,4 @@ def describe(result: DepthResult) -> str:
     )
 
 
-def plot_depth(result: DepthResult) -> Figure:
-    """The figure of :func:`kfac_viz.experiments.run_depth`."""
-    return DepthPlot(result).figure
+plot_depth = DepthPlot.draw

@@ -15,7 +15,6 @@ from .style import FAINT, FLAVOURS, INK, METHODS, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 RADIUS = 0.25  # ½ vᵀ(F + λI)v on the ellipses
 STEPS: dict[str, Style] = {"gradient": METHODS["gradient"], "adam": METHODS["adam"], **FLAVOURS}
@@ -132,6 +131,4 @@ class Landscape:
         self.minimum.set_data(*plane.minimum[:, None])
 
 
-def plot_fisher(result: FisherResult) -> Figure:
-    """The figure of :func:`kfac_viz.experiments.run_fisher`."""
-    return FisherPlot(result).figure
+plot_fisher = FisherPlot.draw

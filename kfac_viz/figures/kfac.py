@@ -14,7 +14,6 @@ from .style import INK, METHODS, PIECES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     from ..experiments.curves import Curve
@@ -137,6 +136,4 @@ class Bars:
             self.ranges[name].set_segments(np.stack([np.stack([x, low], 1), np.stack([x, high], 1)], 1))
 
 
-def plot_kfac(result: KfacResult) -> Figure:
-    """The figure of :func:`kfac_viz.experiments.run_kfac`."""
-    return KfacPlot(result).figure
+plot_kfac = KfacPlot.draw

@@ -14,7 +14,6 @@ from .style import FAINT, INK, METHODS, MUTED, SPACES, Style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
     from ..experiments.origin import OriginResult
 
@@ -156,6 +155,4 @@ def describe(result: OriginResult) -> str:
     )
 
 
-def plot_origin(result: OriginResult) -> Figure:
-    """The figure of :func:`kfac_viz.experiments.run_origin`."""
-    return OriginPlot(result).figure
+plot_origin = OriginPlot.draw

@@ -37,6 +37,11 @@ class Plot(ABC):
             self.figure.canvas.draw()  # lays out once; afterwards nothing may jump
             self.figure.set_layout_engine("none")
 
+    @classmethod
+    def draw(cls, result: Any) -> Figure:
+        """The figure of ``result``."""
+        return cls(result).figure
+
     @abstractmethod
     def build(self, result: Any) -> None:
         """Make axes and artists for results like this one."""

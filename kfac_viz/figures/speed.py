@@ -12,8 +12,6 @@ from .plot import Plot
 from .style import FAINT, INK, METHODS, Style
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ..experiments.speed import SpeedResult
 
 STYLES: dict[str, Style] = {
@@ -128,6 +126,4 @@ def describe(result: SpeedResult) -> str:
     )
 
 
-def plot_speed(result: SpeedResult) -> Figure:
-    """The figure of :func:`kfac_viz.experiments.run_speed`."""
-    return SpeedPlot(result).figure
+plot_speed = SpeedPlot.draw
