@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .coarse import cholesky
-from .operator import Damped, Operator, check_count, check_same_space, check_symmetric, check_type, flushed
+from .operator import Damped, Operator, check_count, check_same_space, check_symmetric, check_type, flushed, inverse
 from .two_level import TwoLevel
 
 
@@ -155,10 +155,16 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
     natural gradient step, 0 is not moving, negative is worse than not moving.
     """
     _check_vectors(A, g, v)
-    best = 0.5 * (A.inverse_norm(g) if isinstance(A, Damped) else float(g @ exact_direction(A, g)))
+    if isinstance(A, Damped):  # both quadratic forms from one product with the eigenvectors that every λ shares
+        d, U = A.operator.eigen
+        inverses = inverse(d, A.damping, "The matrix")
+        in_g, in_v = (U.T @ torch.stack([g, v], dim=1)).square().unbind(1)
+        best, curvature = float(in_g @ inverses), float(in_v @ (d + A.damping))
+    else:
+        best, curvature = float(g @ exact_direction(A, g)), float(v @ (A @ v))
     if not best > 0:
         raise ValueError("The gradient is zero: there is no decrease to capture.")
-    return (float(g @ v) - 0.5 * float(v @ (A @ v))) / best
+    return (2 * float(g @ v) - curvature) / best
 
 
 def exact_direction(A: Operator, g: Tensor) -> Tensor:

@@ -215,12 +215,6 @@ class Damped(Operator):
         weights = inverse(d, self.damping, "The matrix")
         return U @ ((weights if r.ndim == 1 else weights[:, None]) * (U.T @ r))
 
-    def inverse_norm(self, r: Tensor) -> float:
-        """``rᵀ A⁻¹ r`` for r (P,), with one product instead of two."""
-        self.check(r)
-        d, U = self.operator.eigen
-        return float((U.T @ r).square() @ inverse(d, self.damping, "The matrix"))
-
     def with_damping(self, damping: float) -> Damped:
         return Damped(self.operator, damping)
 
