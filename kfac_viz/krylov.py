@@ -155,11 +155,10 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
     natural gradient step, 0 is not moving, negative is worse than not moving.
     """
     _check_vectors(A, g, v)
-    if isinstance(A, Damped):  # both quadratic forms from one product with the eigenvectors that every λ shares
+    if isinstance(A, Damped):  # both quadratic forms through the eigenvectors that every λ shares
         d, U = A.operator.eigen
         inverses = inverse(d, A.damping, "The matrix")
-        in_g, in_v = (U.T @ torch.stack([g, v], dim=1)).square().unbind(1)
-        best, curvature = float(in_g @ inverses), float(in_v @ (d + A.damping))
+        best, curvature = float((U.T @ g).square() @ inverses), float((U.T @ v).square() @ (d + A.damping))
     else:
         best, curvature = float(g @ exact_direction(A, g)), float(v @ (A @ v))
     if not best > 0:
