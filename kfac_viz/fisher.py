@@ -244,8 +244,7 @@ class KroneckerFisher(Operator):
     def __init__(self, F: Fisher, convention: str = "expand") -> None:
         self.F, self.convention = F, check_choice("convention", convention, CONVENTIONS)
         self.partition, self.dtype, self.device = F.partition, F.dtype, F.device
-        counts = {F._examples(l, convention)[0].shape[0] for l in range(len(F.partition))}
-        if len(counts) > 1:
+        if convention == "expand" and len({a.shape[1] for a in F.a}) > 1:
             raise ValueError("The layers are used at different numbers of positions; use convention='reduce'.")
 
     @cached_property

@@ -144,7 +144,10 @@ class KFAC(_KroneckerBasis):
         damping: λ.
         rule: ``"eigen"`` is exactly ``(G ⊗ A + λI)⁻¹``; ``"factored"`` is
             ``(G + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹``, the paper's section 6.3.
-        convention: ``"expand"`` or ``"reduce"`` for layers used at several positions.
+        convention: ``"expand"`` or ``"reduce"`` for layers used at several positions (Eschenhagen et al. 2023).
+
+    Raises:
+        ValueError: NaN or an indefinite factor, or λ = 0 where a layer is singular, each naming the layer.
     """
 
     def __init__(

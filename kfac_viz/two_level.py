@@ -31,7 +31,7 @@ class CoarseCorrection(Operator):
 
     With ``A = B + λI``, ``E = ZᵀBZ + λ ZᵀZ``: the coarse damping is consistent, so Q does not change when columns
     are rescaled or mixed. A basis C of the coarse space that is orthonormal and in which ZᵀBZ is diagonal
-    lets λ enter last: ``Q = Z C (σ + λ)⁻¹ Cᵀ Zᵀ``.
+    lets λ enter last: ``Q = Z C (σ + λ)⁻¹ Cᵀ Zᵀ``. Attributes: ``galerkin`` is ZᵀBZ and ``gram`` ZᵀZ, both (k, k).
     """
 
     def __init__(self, A: Operator, Z: CoarseSpace, image: Image | None = None) -> None:
@@ -63,6 +63,7 @@ class CoarseCorrection(Operator):
         self._weights = inverse(self._sigma, self.damping, "The coarse operator")
 
     def with_damping(self, damping: float) -> CoarseCorrection:
+        """The same coarse space at another λ: neither Z nor its factorisation changes."""
         twin = replace(self)
         twin._damp(damping)
         return twin
@@ -109,6 +110,11 @@ class TwoLevel(Operator):
         correction: one of the four names.
         coarse_operator: another operator to coarsen in place of A, such as ``KroneckerFisher(F).damped(λ)``
             in the 2020 paper. The exactness of the deflated forms is then lost.
+
+    Raises:
+        ValueError: an unknown correction; partitions, dtypes or devices that differ; columns of Z that depend on each
+            other; a coarse operator that is singular or indefinite at this λ.
+        TypeError: an argument of another kind, by name.
     """
 
     def __init__(
@@ -214,11 +220,12 @@ class TwoLevel(Operator):
         return self.image.prolong(self.Q._basis)
 
     def __repr__(self) -> str:
-        coarsened = "" if self.galerkin else "coarsens another operator than A"
+        dampings = {"A": getattr(self.A, "damping", 0.0), "M": self.M.damping, "E": self.Q.damping}
+        one = len(set(dampings.values())) == 1
         return self._describe(
             f"{type(self.M).__name__} + {self.Z.name}",
             self.correction,
             f"coarse dimension {self.Z.size}",
-            f"λ = {self.damping:.3g}",
-            coarsened,
+            f"λ = {self.damping:.3g}" if one else ", ".join(f"λ of {k} = {v:.3g}" for k, v in dampings.items()),
+            "" if self.galerkin else "coarsens another operator than A",
         )

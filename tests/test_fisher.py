@@ -311,3 +311,70 @@ def test_a_single_parameter():
     model, x = mlp((1, 1), bias=False), normal(3, 1)
     F = kv.capture(model, x, likelihood="gaussian")
     assert_close(F.dense(), (x**2).mean().view(1, 1))
+
+
+class Attention(nn.Module):
+    """Three layers that meet in an attention over positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, 6) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        return self.head((q @ k.mT / 6**0.5).softmax(-1) @ v).mean(1)
+
+
+class Recurrent(nn.Module):
+    """A linear layer in a loop over time beside a cell that is none of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.cell, self.head = nn.Linear(4, 4), nn.GRUCell(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), 5)
+        for t in range(x.shape[1]):
+            h = self.cell(self.inner(x[:, t]), h)
+        return self.head(h)
+
+
+def between(*modules):
+    return nn.Sequential(nn.Linear(4, 6), *modules, nn.Linear(6, 3)), (4,)
+
+
+def after_convolution(*modules, features):
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *modules, nn.Flatten(), nn.Linear(features, 3)), (2, 4, 4)
+
+
+ARCHITECTURES = {
+    **{name: (lambda name=name: between(getattr(nn, name)())) for name in (
+        "GELU", "SiLU", "ELU", "Softplus", "LeakyReLU", "Hardtanh", "PReLU", "Mish",
+    )},
+    "softmax": lambda: between(nn.Softmax(1)),
+    "layer norm": lambda: between(nn.LayerNorm(6)),
+    "max pooling": lambda: after_convolution(nn.MaxPool2d(2), features=16),
+    "adaptive pooling": lambda: after_convolution(nn.AdaptiveAvgPool2d(1), features=4),
+    "group norm": lambda: after_convolution(nn.GroupNorm(2, 4), nn.ReLU(inplace=True), features=64),
+    "grouped convolution between": lambda: after_convolution(nn.Conv2d(4, 4, 3, groups=2), features=16),
+    "reflected padding": lambda: after_convolution(nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect"), features=32),
+    "attention": lambda: (Attention(), (3, 4)),
+    "recurrent": lambda: (Recurrent(), (3, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whatever_lies_between_the_layers(name):
+    torch.manual_seed(0)
+    model, shape = ARCHITECTURES[name]()
+    model, inputs = model.double().eval(), normal(4, *shape)
+    F = kv.capture(model, inputs, likelihood="categorical")
+    assert_all_forms_agree(F, exact_fisher(model, inputs, "categorical", F.partition.names))
+
+
+def test_numbers_so_large_that_a_sum_overflows_are_still_finite():
+    model, inputs = ZOO["tanh"].make()
+    inputs = inputs.sign() * 1e308
+    assert not torch.isfinite(inputs.abs().sum())
+    assert torch.isfinite(kv.capture(model, inputs.abs(), likelihood="gaussian", layers=["2"]).dense()).all()

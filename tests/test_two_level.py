@@ -298,5 +298,6 @@ def test_repr_tells_levels_correction_space_and_dimension():
     T = kv.TwoLevel(A, M, space("spectral", A, M, g, 2), "a-def2")
     for words in ("KFAC + spectral", "a-def2", "coarse dimension 6", "λ = 0.05", "(20 + 16 + 15)", "float64 on cpu"):
         assert words in repr(T)
+    assert "λ of A = 0.05, λ of M = 2, λ of E = 0.05" in repr(kv.TwoLevel(A, M.with_damping(2.0), T.Z))
     for words in ("CoarseCorrection", "spectral", "6 columns", "λ = 0.05"):
         assert words in repr(T.Q)
