@@ -149,7 +149,7 @@ class TwoLevel(Operator):
     @property
     def symmetric(self) -> bool:
         """Whether plain conjugate gradients may use it."""
-        return self.Z.size == 0 or self.correction in ("additive", "balanced")
+        return self.M.symmetric and (self.Z.size == 0 or self.correction in ("additive", "balanced"))
 
     @property
     def damping(self) -> float:
@@ -185,11 +185,6 @@ class TwoLevel(Operator):
     def _add_AZ_(self, v: Tensor, c: Tensor) -> Tensor:
         """``v + A Z c``, in place."""
         return self.Z.add_(self.image.add_(v, c), c, alpha=getattr(self.A, "damping", 0.0))
-
-    def _prolong_A(self, c: Tensor) -> Tensor:
-        """``A Z c``."""
-        damping = getattr(self.A, "damping", 0.0)
-        return self.image.prolong(c) + damping * self.Z.prolong(c)
 
     def _restrict_A(self, v: Tensor) -> Tensor:
         """``Zᵀ A v``."""
