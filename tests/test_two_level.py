@@ -1,5 +1,8 @@
 """Corrections: dense formulas, and the facts that hold when the coarse operator is built from A itself."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import CORRECTIONS, DEVICES, SPACES, ZOO, assert_close, captured, error, normal, space
@@ -301,3 +304,11 @@ def test_repr_tells_levels_correction_space_and_dimension():
     assert "λ of A = 0.05, λ of M = 2, λ of E = 0.05" in repr(kv.TwoLevel(A, M.with_damping(2.0), T.Z))
     for words in ("CoarseCorrection", "spectral", "6 columns", "λ = 0.05"):
         assert words in repr(T.Q)
+
+
+def test_levels_survive_pickling_and_copying():
+    _, A, M, g = setting()
+    T = kv.TwoLevel(A, M, space("spectral", A, M, g, 2), "a-def1")
+    for twin in (pickle.loads(pickle.dumps(T)), copy.deepcopy(T)):
+        assert torch.equal(twin @ g, T @ g) and torch.equal(twin.with_damping(1.0).dense(), T.with_damping(1.0).dense())
+        assert torch.equal(kv.spectrum(twin.A, twin), kv.spectrum(A, T))
