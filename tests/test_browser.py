@@ -247,8 +247,8 @@ def screenshot(page, name: str) -> None:
 def voila(tmp_path_factory):
     """Served by the very command of ``make voila-class``."""
     home, port = tmp_path_factory.mktemp("voila"), free_port()
-    asked = subprocess.run(["make", "-n", "voila-class", f"ARGS=--token={TOKEN} --port={port} --base_url=/"], cwd=ROOT,
-                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    make = ["make", "-n", "--no-print-directory", "voila-class", f"ARGS=--token={TOKEN} --port={port} --base_url=/"]
+    asked = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     words = shlex.split(asked.replace("\\\n", " ").strip().splitlines()[-1])
     command = words[words.index("-m") + 1 :]
     (home / "notebooks").mkdir()  # a copy: its kernels write figures beside it
