@@ -62,8 +62,8 @@ class TwoLevelKFAC(Optimizer):
     The loss has to be the mean over examples of the *summed* negative log-likelihood, :func:`kfac_viz.nll`: the
     curvature and the damping are on that scale.
 
-    The defaults did best of what was tried on digits, over five seeds: figures/benchmarks/training_mini_batch.csv
-    has their losses beside K-FAC's. For a full batch take ``step_rule="quadratic"`` with a closure, ``fisher="exact"``
+    The defaults were found by trials on digits with one or two seeds; figures/benchmarks/training_mini_batch.csv has
+    their losses over five seeds beside those of K-FAC, Adam and SGD. For a full batch take ``step_rule="quadratic"`` with a closure, ``fisher="exact"``
     and ``coarse_window=1``; for large networks observe and refresh less often, with fewer ``coarse_examples``.
 
     What is averaged or stale: M holds exponential averages of the factors, as they were at the last refresh; A is
