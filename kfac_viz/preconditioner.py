@@ -241,7 +241,7 @@ class BlockTridiagonal(Preconditioner):
                 self._psi.append((psi_G, psi_A))
             (s_A, K_A), (s_G, K_G) = (self._congruence(L[l], half) for L, half in zip(lower, halves, strict=True))
             gap = 1 - torch.outer(s_G, s_A)
-            if not float(gap.min()) > 0:
+            if not float(gap.min()) > 10 * torch.finfo(gap.dtype).eps:
                 raise ValueError(
                     f"Layer {self.partition.names[l]!r} is determined by the next one at damping {self.damping:g}; "
                     "choose a larger damping."

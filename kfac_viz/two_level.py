@@ -45,17 +45,16 @@ class CoarseCorrection(Operator):
         self.gram, self.galerkin = Z.gram(), self.image.galerkin()
         if not torch.isfinite(self.galerkin).all():
             raise ValueError("The coarse operator holds NaN or inf.")
-        scale = self.gram.diagonal().rsqrt()
-        L, info = torch.linalg.cholesky_ex(self.gram * scale * scale[:, None])
+        L, info = torch.linalg.cholesky_ex(self.gram)
         if int(info):
             raise ValueError(
                 f"The {Z.size} columns of the coarse space {Z.name!r} are linearly dependent in {Z.dtype}; take fewer."
             )
-        half = torch.linalg.solve_triangular(L, self.galerkin * scale * scale[:, None], upper=False)
+        half = torch.linalg.solve_triangular(L, self.galerkin, upper=False)
         reduced = torch.linalg.solve_triangular(L, half.T, upper=False)
         sigma, V = torch.linalg.eigh(flushed((reduced + reduced.T) / 2))
         self._sigma = sigma.clamp_min(0) if base.semidefinite else sigma
-        self._basis = scale[:, None] * torch.linalg.solve_triangular(L.T, V, upper=True)  # C, (k, k)
+        self._basis = torch.linalg.solve_triangular(L.T, V, upper=True)  # C, (k, k)
         self._damp(self.damping)
 
     def _damp(self, damping: float) -> None:

@@ -137,9 +137,12 @@ def test_the_fisher_does_not_see_later_changes():
 
 def test_results_cannot_be_changed_through_what_was_handed_out():
     F = kv.capture(mlp(), normal(5, 4), likelihood="categorical")
+    matrix = F.dense()
+    B = kv.Dense(matrix, F.partition)
+    matrix.zero_()
+    assert torch.equal(B.dense(), F.dense())
     M = kv.KFAC(F, 0.1)
     A, D = F.damped(0.1), kv.Diagonal(F, 0.1)
-    B = kv.Dense(F.dense(), F.partition)
     for operator in (F, M, A, D, B, kv.KroneckerFisher(F)):
         before = operator.dense()
         for out in (

@@ -183,6 +183,21 @@ def test_random_is_reproducible_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_random_columns_of_layers_of_one_shape_differ():
+    F = kv.capture(mlp((3, 3, 3)), normal(5, 3), likelihood="gaussian")
+    (W, U), (X, V) = kv.coarse.random(F, 2).factors
+    assert W.shape == X.shape and float((W - X).abs().min()) > 1e-3 and float((U - V).abs().min()) > 1e-3
+
+
+def test_a_basis_of_nearly_dependent_columns_is_orthonormal():
+    """Krylov pieces soon point the same way: one sweep of Gram–Schmidt would lose orthogonality."""
+    partition = kv.Partition.from_sizes([30])
+    A = kv.Dense(torch.diag(torch.linspace(1, 2, 30).double()), partition)
+    Z = kv.coarse.krylov(A, kv.Identity(A), torch.ones(30, dtype=torch.float64), 9)
+    assert Z.size == 9
+    assert_close(Z.gram(), torch.eye(9, dtype=torch.float64), 1e-13)
+
+
 def test_optimal_leaves_the_smallest_largest_eigenvalue_in_balanced_form():
     F, A, M, g = setting()
     values = kv.spectrum(A, M)
@@ -239,6 +254,17 @@ def test_both_coarse_operators_equal_z_a_z(name, case):
         image, c = B.image(Z), normal(Z.size, 2)
         assert_close(image.prolong(c), B.dense() @ dense @ c, 1e-11)
         assert_close(image.restrict(normal(F.shape[0], 2)), dense.T @ B.dense() @ normal(F.shape[0], 2), 1e-11)
+
+
+@pytest.mark.parametrize("coarse", ["itself", "kronecker"])
+def test_columns_in_the_null_space_are_not_called_indefinite(coarse):
+    """There the coarse operator is round-off of either sign, larger than λ; F is semi-definite all the same."""
+    F = kv.capture(mlp((4, 5, 3), torch.nn.ReLU), 1e4 * normal(2, 4), likelihood="gaussian")
+    B = F if coarse == "itself" else kv.KroneckerFisher(F)
+    _, U = torch.linalg.eigh(F.dense())
+    for k in (1, 3, 8):
+        Q = kv.CoarseCorrection(B.damped(1e-12), kv.CoarseSpace(F.partition, U[:, :k]))
+        assert torch.isfinite(Q.dense()).all() and float(Q.dense().diagonal().min()) >= 0
 
 
 @pytest.mark.parametrize("name", ["nicolaides", "spectral", "smooth", "random"])

@@ -315,6 +315,7 @@ CALLS = {
         lambda: kv.CoarseCorrection(F.damped(0.0), kv.coarse.smooth(F, 2)), ValueError,
         "coarse operator is singular.*damping 0 does not mend it",
     ),
+    "overflow": (lambda: kv.KFAC(SINGLE, 1e39), ValueError, "damping 1e.39 overflows torch.float32; choose a smaller"),
     "singular matrix": (lambda: F.damped(0.0).solve(G), ValueError, "singular.*choose a larger damping"),
     "loss of another shape": (
         lambda: kv.nll(torch.zeros(2, 3), torch.zeros(2, 2), "gaussian"), ValueError, r"\(2, 3\).*got \(2, 2\)",

@@ -69,10 +69,12 @@ def test_chunks_of_examples_change_nothing(case, monkeypatch):
     whole, diagonal = F.dense(), F.diagonal()
     product = F @ normal(F.shape[0], 5)
     monkeypatch.setattr(fisher_module, "_CHUNK", 1)
-    again = captured(case, n=7)
+    again, pieces, chunks = captured(case, n=7), [], kv.Fisher._chunks
+    monkeypatch.setattr(kv.Fisher, "_chunks", lambda *a: (pieces.append(1) or piece for piece in chunks(*a)))
     assert_close(again.dense(), whole, 1e-14)
     assert_close(again.diagonal(), diagonal, 1e-14)
     assert_close(again @ normal(F.shape[0], 5), product, 1e-14)
+    assert len(pieces) >= 7  # example by example
 
 
 def test_both_branches_of_a_block_with_positions_are_reached():

@@ -321,6 +321,14 @@ def test_block_tridiagonal_is_not_the_inverse_of_the_whole_model():
     assert error(kv.BlockTridiagonal(F, 1e-2).dense(), torch.linalg.inv(damped_kronecker(F, 1e-2))) > 1e-3
 
 
+def test_block_tridiagonal_refuses_a_layer_that_the_next_one_determines():
+    """A chain of scalar linear layers: without damping the two blocks are one and the same number."""
+    F = kv.capture(mlp((1, 1, 1), activation=torch.nn.Identity, bias=False), normal(5, 1), likelihood="gaussian")
+    with pytest.raises(ValueError, match="'0' is determined by the next one at damping 0; choose a larger damping"):
+        kv.BlockTridiagonal(F, 0.0)
+    assert torch.isfinite(kv.BlockTridiagonal(F, 1e-12).dense()).all()
+
+
 def test_block_tridiagonal_with_positions_reduces():
     F = captured("positions, T² > S", n=8)
     M = torch.linalg.inv(kv.BlockTridiagonal(F, 0.1, "reduce").dense())
@@ -383,6 +391,20 @@ def test_float32_and_devices(name, device):
     M = BUILDERS[name](F, 1e-2)
     assert M.dtype == torch.float32 and (M @ M.eye()).device.type == device
     assert_close(M.dense().cpu().double(), expected, 2e-4)
+
+
+def test_subnormal_numbers_do_not_stop_the_eigensolver():
+    """Saturated float32 networks have blocks from 1e-5 down to 1e-45, on which LAPACK fails to converge."""
+    with torch.no_grad():
+        model = mlp((4, 5, 4, 3))
+        for p in model.parameters():
+            p.mul_(60)
+    F = kv.capture(model.float(), normal(20, 4).float(), likelihood="categorical")
+    block = F.block(1, 1)
+    assert (block[block != 0].abs() < torch.finfo(torch.float32).tiny).any()
+    assert_close(
+        kv.BlockDiagonal(F, 1.0).block(1, 1).double(), torch.linalg.inv(block.double() + eye_like(block)), 1e-6
+    )
 
 
 def test_factors_that_do_not_fit_are_named():

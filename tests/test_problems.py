@@ -66,6 +66,13 @@ def test_loss_keeps_the_mode_of_every_module():
     for i, module in enumerate(problem.model.modules()):
         module.training = i % 3 == 0
     flags = [module.training for module in problem.model.modules()]
+    evaluated = problem.loss().item()
+    problem.model.train()
+    before = [buffer.clone() for buffer in problem.model.buffers()]
+    assert problem.loss().item() == evaluated
+    assert all(torch.equal(x, y) for x, y in zip(before, problem.model.buffers(), strict=True))
+    for module, flag in zip(problem.model.modules(), flags, strict=True):
+        module.training = flag
     problem.loss()
     assert [module.training for module in problem.model.modules()] == flags
 
