@@ -190,6 +190,18 @@ class TestExplore:
         panel = kv.explore(torch.nn.Linear(1, 1), torch.randn(9, 1), likelihood="gaussian")
         assert panel.controls["per_layer"].max == panel.controls["per_layer"].value == 2
 
+    def test_layers_at_different_numbers_of_positions(self):
+        nn = torch.nn
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(27, 4)).double()
+        x = torch.randn(30, 1, 8, 8).double()
+        panel = kv.explore(model, x, likelihood="categorical")
+        for _, space in panel.controls["coarse"].options:
+            panel.controls["coarse"].value = space
+            assert panel.error == ""
+        F = kv.capture(model, x, likelihood="categorical")
+        kept = torch.block_diag(*(torch.kron(G, A) for A, G in (F.factors(l, l) for l in range(2))))
+        assert torch.allclose(panel.result.blocks, kept, rtol=1e-12, atol=0)
+
     def test_too_large_a_model_is_refused(self):
         with pytest.raises(ValueError, match="has 10100 parameters"):
             kv.explore(torch.nn.Linear(100, 100), torch.randn(5, 100), likelihood="gaussian")

@@ -55,7 +55,8 @@ class Setting:
     @cached_property
     def blocks(self) -> Tensor:
         """K-FAC's approximation of it, (P, P): the diagonal blocks ``G ⊗ A`` alone."""
-        return torch.block_diag(*(self.K.block(l, l) for l in range(len(self.F.partition))))
+        f = self.F.kronecker()  # not K: its cross-layer blocks do not exist where numbers of positions differ
+        return torch.block_diag(*(torch.kron(G, A) for A, G in zip(f.A, f.G, strict=True)))
 
     @cached_property
     def basis(self) -> Tensor:
