@@ -135,6 +135,16 @@ class TwoLevelKFAC(Optimizer):
         layers: Iterable[str] | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"The model comes first, not its parameters; got {type(model).__name__}. Write "
+                "TwoLevelKFAC(model, likelihood=…), or TwoLevelKFAC(model, params, likelihood=…) to train a part of it."
+            )
+        if params is not None and not isinstance(params, Iterable):
+            raise TypeError(
+                f"The second argument holds parameters or their groups; got {params!r}. Every other option is given "
+                "by name, as in lr=0.1."
+            )
         self.likelihood = check_choice("likelihood", likelihood, LIKELIHOODS)
         self.rule = check_choice("rule", rule, RULES)
         self.coarse = check_choice("coarse", coarse, SPACES)
@@ -154,7 +164,7 @@ class TwoLevelKFAC(Optimizer):
         self.kl_clip = _number("kl_clip", kl_clip, 0.0, math.inf, open_low=True)
         self.decoupled = bool(decoupled)
         self.model = getattr(model, "_orig_mod", model)
-        self._only = None if layers is None else tuple(layers)
+        self._only = layers if layers is None else _layer_names(layers, self.model)
         self._factors = RunningFactors(_number("decay", decay, 0.0, 1.0), self.convention)
         self._window = Window(
             check_count("coarse_window", coarse_window, 1),
@@ -490,14 +500,23 @@ class TwoLevelKFAC(Optimizer):
     # ---- what it acts on ------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; layers that they complete join the curvature at the next :meth:`observe`."""
+        """Add parameters; layers that they complete join the curvature at the next :meth:`observe`.
+
+        Raises:
+            ValueError, TypeError: an option out of range, or a layer with fewer than ``per_layer`` parameters; the
+                groups are as before then.
+        """
         group = self.defaults | param_group
         _number("lr", group["lr"], 0.0, math.inf)
         _number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
         _number("weight_decay", group["weight_decay"], 0.0, math.inf)
         super().add_param_group(param_group)
         if self.partition is not None:
-            self._lay_out()
+            try:
+                self._lay_out()
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     def _eligible(self) -> tuple[str, ...]:
         """Names of the layers all of whose parameters are trainable and in a group."""
@@ -521,7 +540,9 @@ class TwoLevelKFAC(Optimizer):
                 if missing
                 else "The model has no trainable Linear or ungrouped Conv2d layer with all its parameters given."
             )
-        self.partition = Partition.from_model(self.model, names)
+        partition = Partition.from_model(self.model, names)
+        spaces._check_size(partition, self.per_layer)  # now, not at the first step
+        self.partition = partition
         self._window.entries = []
         self._forget()
         self._lookup()
@@ -651,6 +672,15 @@ _OPTIONS = (
     *("likelihood", "rule", "coarse", "per_layer", "correction", "coarse_operator", "fisher", "samples", "seed"),
     *("observe_every", "refresh_every", "coarse_every", "decoupled", "step_rule", "kl_clip", "overshoot", "convention"),
 )
+
+
+def _layer_names(layers: Iterable[str], model: nn.Module) -> tuple[str, ...]:
+    """The names, once each element can be one: a string would fall into its characters."""
+    names = () if isinstance(layers, str) or not isinstance(layers, Iterable) else tuple(layers)
+    if not names:
+        known = [name for name, module in model.named_modules() if is_kronecker_layer(module)]
+        raise ValueError(f"layers must be a list of names out of {known}; got {layers!r}.")
+    return names
 
 
 def _columns(Z: CoarseSpace) -> list:

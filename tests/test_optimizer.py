@@ -789,6 +789,48 @@ def test_hyperparameters_are_checked(option, value):
         TwoLevelKFAC(mlp(), **FIXED | {option: value})
 
 
+@pytest.mark.parametrize(
+    "arguments, options, error, sentence",
+    [
+        ((mlp().parameters(),), {}, TypeError, r"model comes first, not its parameters; got generator"),
+        ((list(mlp().parameters()),), {}, TypeError, r"model comes first.*got list"),
+        ((mlp(), 0.1), {}, TypeError, r"parameters or their groups; got 0\.1.*lr=0\.1"),
+        ((mlp(),), {"layers": "02"}, ValueError, r"list of names out of \['0', '2'\]; got '02'"),
+        ((mlp(),), {"layers": 2}, ValueError, r"list of names out of \['0', '2'\]; got 2"),
+        ((mlp(),), {"layers": []}, ValueError, r"list of names out of \['0', '2'\]; got \[\]"),
+    ],
+)
+def test_arguments_in_the_wrong_place_are_said(arguments, options, error, sentence):
+    with pytest.raises(error, match=sentence):
+        TwoLevelKFAC(*arguments, **FIXED, **options)
+
+
+def test_more_columns_than_a_layer_has_parameters_are_refused_at_once():
+    model = mlp()  # layer "2" has 18 parameters, layer "0" has 25
+    with pytest.raises(ValueError, match="per_layer=19 exceeds layer '2', which has 18"):
+        TwoLevelKFAC(model, **FIXED, per_layer=19)
+    assert TwoLevelKFAC(model, **FIXED, per_layer=18).partition.names == ("0", "2")
+
+    with pytest.warns(UserWarning, match="Left out"):
+        opt = TwoLevelKFAC(model, model[0].parameters(), **FIXED, per_layer=19)
+    train(opt, model)
+    T, state = opt.preconditioner, str(opt.state_dict())
+    with pytest.raises(ValueError, match="exceeds layer '2'"):
+        opt.add_param_group({"params": list(model[2].parameters())})
+    assert opt.preconditioner is T and str(opt.state_dict()) == state and opt.partition.names == ("0",)
+    train(opt, model)
+
+    model[2].requires_grad_(False)
+    with pytest.warns(UserWarning, match="Left out"):
+        opt = TwoLevelKFAC(model, list(model.parameters()), **FIXED, per_layer=19)
+    train(opt, model)
+    T, state = opt.preconditioner, str(opt.state_dict())
+    model[2].requires_grad_(True)
+    with pytest.raises(ValueError, match="exceeds layer '2'"):
+        opt.observe(X)
+    assert opt.preconditioner is T and str(opt.state_dict()) == state and opt.partition.names == ("0",)
+
+
 @settings(max_examples=40)
 @given(
     st.fixed_dictionaries(
