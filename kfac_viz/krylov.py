@@ -51,8 +51,8 @@ def pcg(
         rtol: stop once ‖r‖ ≤ rtol · ‖g‖, with the residual r = g − A x updated in the recursion.
         max_iterations: 10 P by default.
         x0: first guess, 0 by default.
-        reorthogonalize: keep every residual M-orthogonal to all before it, as in exact arithmetic: at most P
-            iterations, and counts that the last bits cannot change, for up to two P×P matrices of memory.
+        reorthogonalize: keep every residual M-orthogonal to all before it, nearly as in exact arithmetic: counts
+            that hardly depend on the last bits, for up to two P×P matrices of memory.
         callback: called with (x, relative residual) after each iteration.
 
     Raises:
@@ -158,7 +158,8 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
     if isinstance(A, Damped):  # both quadratic forms through the eigenvectors that every λ shares
         d, U = A.operator.eigen
         inverses = inverse(d, A.damping, "The matrix")
-        best, curvature = float((U.T @ g).square() @ inverses), float((U.T @ v).square() @ (d + A.damping))
+        in_g, in_v = ((U.T @ x).double().square() for x in (g, v))  # squares of float32 soon overflow
+        best, curvature = float(in_g @ inverses.double()), float(in_v @ (d.double() + A.damping))
     else:
         best, curvature = float(g @ exact_direction(A, g)), float(v @ (A @ v))
     if not best > 0:

@@ -29,7 +29,7 @@ class CoarseSizesResult(Study):
     """Curves over the number of columns per layer, a series for each ``"space, correction"``.
 
     Quantities: ``captured`` decrease of one step, ``largest`` eigenvalue of T A, ``iterations`` of conjugate
-    gradients in exact arithmetic, there also ``"none"`` for those without preconditioner. Size 0 is K-FAC.
+    gradients with orthogonal residuals, there also ``"none"`` for those without preconditioner. Size 0 is K-FAC.
     """
 
 

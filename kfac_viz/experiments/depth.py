@@ -26,7 +26,7 @@ from .threads import one_thread
 class DepthResult(Study):
     """Curves over the number of layers, a series for each method.
 
-    Quantities: ``iterations`` of conjugate gradients in exact arithmetic, ``largest`` eigenvalue of M A,
+    Quantities: ``iterations`` of conjugate gradients with orthogonal residuals, ``largest`` eigenvalue of M A,
     ``captured`` decrease; and ``above``, the number of eigenvalues of F that exceed λ.
     """
 

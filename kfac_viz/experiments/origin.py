@@ -114,7 +114,7 @@ def _poisson_iterations(size: int, local: int, per_subdomain: int, rtol: float, 
 
 
 def _iterations(A: Operator, b: Tensor, T: Operator | None, rtol: float) -> int:
-    """Of conjugate gradients in exact arithmetic. Dense, which is the quickest at some hundred unknowns."""
+    """Of conjugate gradients nearly as in exact arithmetic. Dense, which is the quickest at some hundred unknowns."""
     return pcg(A, b, None if T is None else Dense(T.dense(), A.partition), rtol=rtol, reorthogonalize=True).iterations
 
 
