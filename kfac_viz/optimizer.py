@@ -63,8 +63,9 @@ class TwoLevelKFAC(Optimizer):
     curvature and the damping are on that scale.
 
     The defaults were found by trials on digits with one or two seeds; figures/benchmarks/training_mini_batch.csv has
-    their losses over five seeds beside those of K-FAC, Adam and SGD. For a full batch take ``step_rule="quadratic"`` with a closure, ``fisher="exact"``
-    and ``coarse_window=1``; for large networks observe and refresh less often, with fewer ``coarse_examples``.
+    their losses over five seeds beside those of K-FAC, Adam and SGD at equal steps, and the processor time, which
+    is higher than theirs. For a full batch take ``step_rule="quadratic"`` with a closure, ``fisher="exact"`` and
+    ``coarse_window=1``; for large networks observe and refresh less often, with fewer ``coarse_examples``.
 
     What is averaged or stale: M holds exponential averages of the factors, as they were at the last refresh; A is
     the weighted Fisher of the last observed batches, as it was at the last coarse refresh; both share λ. After a
@@ -90,9 +91,11 @@ class TwoLevelKFAC(Optimizer):
         momentum: in [0, 1); the quadratic rule finds its own coefficient, and 0 turns that off.
         weight_decay: of the loss, also in the quadratic model; or shrinks weights directly if ``decoupled``.
         step_rule: ``"fixed"``; ``"kl_clip"`` shortens directions with ``lr² vᵀ(F + λI)v > kl_clip``, F itself and
-            not its Kronecker model: that bounds the KL divergence, and where F vanishes because the model is sure
-            of itself, λ still bounds the step; ``"quadratic"`` takes step length and momentum from the captured
-            model (Martens and Grosse 2015, section 7).
+            not its Kronecker model, which to second order is no less than twice the KL divergence; where F
+            vanishes because the model is sure of itself, λ still bounds the step. The bound holds before momentum,
+            which lengthens the step up to ``1/(1 − momentum)`` times and the form up to the square of that.
+            ``"quadratic"`` takes step length and momentum from the captured model (Martens and Grosse 2015,
+            section 7).
         overshoot: what to do with steps along which the captured model itself goes up: ``"count"`` looks at the
             step after each observation and warns once, ``"shorten"`` cuts every such step to the model's minimum.
         convention: ``"expand"`` or ``"reduce"`` for layers with positions (Eschenhagen et al. 2023).

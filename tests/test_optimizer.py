@@ -438,6 +438,20 @@ def test_kl_clip_bounds_the_true_quadratic_form():
     assert opt.diagnostics["clip"] < 1
 
 
+def test_momentum_lengthens_clipped_steps():
+    """Always from the same point, the n-th step is ``(1 − mⁿ) / (1 − m)`` times the clipped one."""
+    model = mlp()
+    options = {"step_rule": "kl_clip", "lr": 1.0, "damping": 1e-4, "momentum": 0.5, "overshoot": "off"}
+    opt = TwoLevelKFAC(model, **FIXED | options, kl_clip=1e-3, fisher="exact")
+    start = copy.deepcopy(model.state_dict())
+    before, F = opt.partition.pack(model), kv.capture(model, X, likelihood="categorical").damped(1e-4)
+    for n in range(1, 6):
+        model.load_state_dict(start)
+        train(opt, model)
+        step = opt.partition.pack(model) - before
+        assert float(step @ (F @ step)) == pytest.approx(1e-3 * (2 - 0.5 ** (n - 1)) ** 2, rel=1e-9)
+
+
 @pytest.mark.parametrize("correction", ["a-def1", "a-def2", "balanced"])
 def test_full_coarse_space_and_exact_fisher_solve_linear_regression_in_one_step(correction):
     model = nn.Sequential(nn.Linear(4, 2)).double()
