@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,6 +33,7 @@ COARSE_OPERATORS = ("captured", "kronecker")
 GUARDS = ("off", "count", "shorten")
 ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
 REJECTION = 4.0  # factor on λ after a step that went up
+_INSIDE = tuple(os.path.join(os.path.dirname(path), "") for path in (__file__, torch.__file__))
 
 
 def _full_precision(method: Callable) -> Callable:
@@ -574,7 +577,7 @@ class TwoLevelKFAC(Optimizer):
     def _tell(self, key: str, message: str) -> None:
         if key not in self._told:
             self._told.add(key)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=_users_level())
 
     # ---- state ----------------------------------------------------------------------------------------
 
@@ -583,7 +586,10 @@ class TwoLevelKFAC(Optimizer):
         return super().state_dict() | {"curvature": self._curvature()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume bit for bit; the constructor's other arguments are the caller's to repeat.
+        """Resume bit for bit, with the saved λ, lr, momentum and weight decay in place of the constructor's.
+
+        The constructor's other arguments are the caller's to repeat. Those that shape the curvature are in the
+        state: where they differ, a warning names both values, and this optimizer's hold from now on.
 
         Raises:
             ValueError: a state of another optimizer, or of other layers; nothing has been changed then.
@@ -594,6 +600,15 @@ class TwoLevelKFAC(Optimizer):
         mine = {layer.name: list(layer.shape) for layer in self.partition.layers}
         if saved["layers"] != mine:
             raise ValueError(f"The state belongs to layers {saved['layers']}; this optimizer has {mine}.")
+        was = saved.get("options", {})  # states of earlier versions have none
+        other = [name for name in _SHAPING if name in was and was[name] != getattr(self, name)]
+        if other:
+            differences = ", ".join(f"{name}={was[name]!r} (here {getattr(self, name)!r})" for name in other)
+            warnings.warn(
+                f"The state was saved with {differences}. It is loaded, and this optimizer keeps its own options: "
+                "the run goes on differently from the saved one.",
+                stacklevel=_users_level(),
+            )
         super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "curvature"}))
         self._restore(saved)
 
@@ -605,6 +620,7 @@ class TwoLevelKFAC(Optimizer):
             level |= {"damping": T.damping, "space": T.Z.name, "columns": _columns(T.Z)}
         return {
             "layers": {layer.name: list(layer.shape) for layer in self.partition.layers},
+            "options": {name: getattr(self, name) for name in _SHAPING},
             "damping": self.damping,
             "steps": self._steps,
             "diagnostics": dict(self.diagnostics),
@@ -671,10 +687,23 @@ class TwoLevelKFAC(Optimizer):
         )
 
 
-_OPTIONS = (
-    *("likelihood", "rule", "coarse", "per_layer", "correction", "coarse_operator", "fisher", "samples", "seed"),
-    *("observe_every", "refresh_every", "coarse_every", "decoupled", "step_rule", "kl_clip", "overshoot", "convention"),
+# What shapes the curvature goes into the state, to be compared when it is loaded.
+_SHAPING = (
+    *("likelihood", "rule", "coarse", "per_layer", "correction"),
+    *("coarse_operator", "fisher", "samples", "convention"),
 )
+_OPTIONS = (
+    *(*_SHAPING, "seed", "observe_every", "refresh_every", "coarse_every"),
+    *("decoupled", "step_rule", "kl_clip", "overshoot"),
+)
+
+
+def _users_level() -> int:
+    """The ``stacklevel`` at which a warning of the calling function points outside this package and PyTorch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _layer_names(layers: Iterable[str], model: nn.Module) -> tuple[str, ...]:

@@ -621,6 +621,44 @@ def test_a_foreign_state_changes_nothing():
     assert opt.preconditioner is T
 
 
+def test_a_state_saved_with_other_options_is_said():
+    model = mlp()
+    opt = TwoLevelKFAC(model, **FIXED, coarse="random", per_layer=2)
+    train(opt, model, 2)
+    state = opt.state_dict()
+    other = TwoLevelKFAC(model, **FIXED | {"damping": 7.0}, fisher="exact", per_layer=3, coarse="random")
+    with pytest.warns(UserWarning) as told:
+        other.load_state_dict(state)
+    assert len(told) == 1 and told[0].filename == __file__
+    assert "saved with per_layer=2 (here 3), fisher='mc' (here 'exact')" in str(told[0].message)
+    assert other.damping == 0.05 and other.per_layer == 3 and other.fisher == "exact"
+    train(other, model, 2)
+    assert other.preconditioner.Z.size == 6
+
+    strict = TwoLevelKFAC(model, **FIXED | {"damping": 7.0}, rule="eigen")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="rule='factored' .here 'eigen'."):
+            strict.load_state_dict(state)  # a refusal changes nothing
+        assert strict.damping == 7.0 and not strict.state
+        TwoLevelKFAC(model, **FIXED, coarse="random", per_layer=2).load_state_dict(state)  # alike: no warning
+        del state["curvature"]["options"]
+        strict.load_state_dict(state)  # of an earlier version: none can be given
+    assert strict.damping == 0.05
+
+
+def test_warnings_point_at_the_users_line():
+    model = mlp((4, 5, 5, 3))
+    model[2].requires_grad_(False)
+    with pytest.warns(UserWarning) as told:
+        opt = TwoLevelKFAC.as_published_2020(model, **FIXED | {"lr": 1e4})
+        closure_of(opt, model)()
+        opt.observe(X)
+        torch.optim.lr_scheduler.StepLR(opt, 1)  # wraps step once more
+        opt.step()
+    assert [str(w.message).split()[0] for w in told] == ["Left", "By"] and {w.filename for w in told} == {__file__}
+
+
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_copies_go_on_alike_and_apart(twin_of):
     model = mlp()
