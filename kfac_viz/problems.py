@@ -24,15 +24,20 @@ class Problem:
 
     Attributes:
         model: in training mode only where it has batch norm to settle; evaluated in eval mode.
-        inputs: (N, …).
+        inputs: (N, …), or a tuple of arguments of the model.
         targets: see :func:`kfac_viz.nll`.
     """
 
     model: nn.Module
-    inputs: Tensor
+    inputs: Tensor | tuple[Tensor, ...]
     targets: Tensor
     likelihood: str
     name: str = ""
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Of the model's forward pass."""
+        return self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
 
     @property
     def partition(self) -> Partition:
@@ -41,7 +46,7 @@ class Problem:
     def loss(self) -> Tensor:
         """Mean negative log-likelihood of the batch in eval mode, a scalar."""
         with evaluation(self.model):
-            return nll(self.model(self.inputs), self.targets, self.likelihood)
+            return nll(self.model(*self.arguments), self.targets, self.likelihood)
 
     def gradient(self) -> Tensor:
         """Gradient of :meth:`loss` over the partition, (P,); leaves ``.grad`` alone."""
@@ -78,10 +83,13 @@ class Problem:
         """A copy on another device or in another floating dtype."""
         targets = self.targets.to(device, dtype if self.targets.is_floating_point() else None)
         model = copy.deepcopy(self.model).to(device, dtype)
-        return replace(self, model=model, inputs=self.inputs.to(device, dtype), targets=targets)
+        inputs = tuple(x.to(device, dtype if x.is_floating_point() else None) for x in self.arguments)
+        return replace(
+            self, model=model, inputs=inputs if isinstance(self.inputs, tuple) else inputs[0], targets=targets
+        )
 
     def __repr__(self) -> str:
-        return f"Problem({self.name}, {len(self.inputs)} examples, {self.likelihood}, {self.partition})"
+        return f"Problem({self.name}, {len(self.arguments[0])} examples, {self.likelihood}, {self.partition})"
 
 
 def digits(

@@ -176,15 +176,57 @@ class TestExplore:
         assert panel.error == "" and picture(panel) != old
         assert panel.controls["per_layer"].max == 10  # the last layer is 4 + 1 by 2
 
-    def test_the_lines_under_the_picture_make_its_preconditioner(self):
-        model, x, y = self.model().double(), torch.randn(20, 3).double(), torch.arange(20) % 2
+    @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+    @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+    def test_the_lines_under_the_picture_make_its_preconditioner(self, fisher, likelihood):
+        model, x = self.model().double(), torch.randn(20, 3).double()
+        y = torch.arange(20) % 2 if likelihood == "categorical" else (torch.randn(20, 2) > 0).double()
+        problem = kv.problems.Problem(model, x, y, likelihood)
         for coarse in ("spectral", "krylov", "optimal"):
-            panel = kv.explore(model, x, y, likelihood="categorical", coarse=coarse, damping=0.1, per_layer=2)
-            problem = kv.problems.Problem(model, x, y, "categorical")
-            names = dict(kv=kv, model=model, inputs=x, g=problem.gradient())
+            panel = kv.explore(model, x, y, likelihood=likelihood, fisher=fisher, coarse=coarse, damping=0.1,
+                               per_layer=2)  # fmt: skip
+            names = dict(kv=kv, model=model, inputs=x, targets=y)
             exec(panel.command, names)
-            found = kv.captured_decrease(names["A"], names["g"], names["T"] @ names["g"])
+            assert "g" not in names or torch.allclose(names["g"], problem.gradient(), rtol=1e-10, atol=1e-14)
+            found = kv.captured_decrease(names["A"], problem.gradient(), names["T"] @ problem.gradient())
             assert found == pytest.approx(panel.result.captured["balanced"], rel=1e-3)
+
+    @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+    def test_the_lines_draw_the_labels_that_the_panel_drew(self, likelihood):
+        model, x = self.model().double(), torch.randn(20, 3).double()
+        panel = kv.explore(model, x, likelihood=likelihood, coarse="krylov", damping=0.1, per_layer=2)
+        names = dict(kv=kv, model=model, inputs=x)
+        exec(panel.command, names)
+        found = kv.captured_decrease(names["A"], names["g"], names["T"] @ names["g"])
+        assert found == pytest.approx(panel.result.captured["balanced"], rel=1e-3)
+
+    def test_inputs_may_be_a_tuple(self):
+        class Sum(torch.nn.Sequential):
+            def forward(self, x, y):
+                return super().forward(x + y)
+
+        model, x, y = self.model(), torch.randn(20, 3), torch.randn(20, 3)
+        for targets in (None, torch.arange(20) % 2):
+            panel = kv.explore(Sum(*model), (x, y), targets, likelihood="categorical", per_layer=2)
+            same = kv.explore(model, x.double() + y.double(), targets, likelihood="categorical", per_layer=2)
+            assert panel.result.captured == same.result.captured
+
+    @pytest.mark.parametrize(
+        ("inputs", "targets", "options", "error", "words"),
+        [
+            (torch.randn(5, 3).numpy(), None, {}, TypeError, "inputs must be tensors; got ['ndarray']"),
+            (torch.full((5, 3), torch.nan), None, {}, ValueError, "inputs of the model hold NaN"),
+            (torch.randn(0, 3), None, {}, ValueError, "The batch is empty"),
+            (torch.randn(5, 3), None, {"likelihood": "poisson"}, ValueError, "poisson"),
+            (torch.randn(5, 3), None, {"fisher": "true"}, ValueError, "true"),
+            (torch.randn(5, 3), None, {"fisher": "empirical"}, ValueError, "needs the true labels as targets"),
+            (torch.randn(5, 3), torch.zeros(5, 2).numpy(), {}, TypeError, "targets must be a tensor; got ndarray"),
+        ],
+    )
+    def test_what_capture_refuses_is_said_in_its_words(self, inputs, targets, options, error, words):
+        with pytest.raises(error) as caught:
+            kv.explore(self.model(), inputs, targets, **{"likelihood": "gaussian"} | options)
+        assert words in str(caught.value)
 
     def test_small_layers_bound_the_slider_from_the_start(self):
         panel = kv.explore(torch.nn.Linear(1, 1), torch.randn(9, 1), likelihood="gaussian")
