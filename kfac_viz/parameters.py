@@ -151,7 +151,8 @@ def check(run: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` for ``run(**values)``: ints become floats and lists tuples where those are expected.
 
     Raises:
-        ValueError: for an unknown name, a value out of range, NaN or a choice that does not exist.
+        ValueError: for an unknown name, a value out of range, NaN, a choice that does not exist, or a device
+            that this machine does not have.
         TypeError: for a value of another type. Every message lists what is possible.
     """
     parameters = read(run)
@@ -160,7 +161,14 @@ def check(run: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
             close = difflib.get_close_matches(name, parameters, n=1)
             raise ValueError(f"There is no parameter {name}{f' (did you mean {close[0]}?)' if close else ''}; "
                              f"there are {', '.join(parameters)}.")
-    return {name: parameters[name].check(value) for name, value in values.items()}
+    checked = {name: parameters[name].check(value) for name, value in values.items()}
+    if (device := checked.get("device", "cpu")) != "cpu" and parameters["device"].choices == get_args(Device):
+        import torch  # here, as the command line must not wait for it
+
+        backend = {"cuda": torch.cuda, "mps": torch.backends.mps}[device]
+        if not backend.is_available():
+            raise ValueError(f"device must be one that exists; PyTorch finds no {device} here. Take device=cpu.")
+    return checked
 
 
 def parse(text: str) -> list[Any]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,6 +93,15 @@ def test_what_is_refused_says_what_is_possible(values, error, words):
     with pytest.raises(error) as caught:
         check(run_example, values)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda", torch.cuda), ("mps", torch.backends.mps)])
+def test_a_device_that_is_not_there_is_refused(device, backend, monkeypatch):
+    monkeypatch.setattr(backend, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"PyTorch finds no {device} here. Take device=cpu"):
+        check(run_example, {"device": device})
+    monkeypatch.setattr(backend, "is_available", lambda: True)
+    assert check(run_example, {"device": device}) == {"device": device}
 
 
 @given(st.floats(allow_nan=True) | st.integers())
