@@ -27,8 +27,8 @@ NETWORKS = ({"side": 4, "widths": (12, 12, 12)}, {"side": 8, "widths": (14, 14, 
 EXAMPLES = 500
 
 
-def milliseconds(contestants: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, list[float]]:
-    """Times of calls that take turns for so many seconds, at least seven rounds after one to warm up."""
+def milliseconds(contestants: dict[str, Callable[[], object]], device: str, turns: int = 7) -> dict[str, list[float]]:
+    """Times of calls that take turns: one to warm up, then as many as fit into 0.2 s, at least one."""
 
     def now() -> float:
         if device == "cpu":
@@ -37,16 +37,20 @@ def milliseconds(contestants: dict[str, Callable[[], object]], seconds: float, d
         return time.perf_counter()
 
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for call in contestants.values():
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 7:
+    gc.collect()
+    gc.freeze()
+    for _ in range(turns):
         for name, call in contestants.items():
-            gc.collect()  # what one leaves behind is not paid by the next
-            gc.disable()
-            start = now()
             call()
-            times[name].append(1e3 * (now() - start))
+            gc.collect()  # what one leaves behind is not paid by another
+            gc.disable()
+            end = time.perf_counter() + 0.2
+            while True:
+                start = now()
+                call()
+                times[name].append(1e3 * (now() - start))
+                if time.perf_counter() > end:
+                    break
             gc.enable()
     return times
 
@@ -152,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         for network in NETWORKS:
             problem = kv.problems.digits(n=EXAMPLES, dtype=dtype, device=options.device, **network)
             facts = {"parameters": problem.partition.size, "dtype": str(dtype).removeprefix("torch.")}
-            report("dense Fisher", milliseconds(contestants(problem), 10, options.device), True, **facts)
-            report("parts", milliseconds(parts(problem), 4, options.device), False, **facts)
+            report("dense Fisher", milliseconds(contestants(problem), options.device), True, **facts)
+            report("parts", milliseconds(parts(problem), options.device), False, **facts)
     report("import", import_times(), False, parameters="", dtype="")
     write(options.out / f"fisher_{options.device}.csv", rows, describe(options.device))
 
