@@ -321,6 +321,8 @@ def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
 
 def figures(arguments: argparse.Namespace) -> int:
     """Make what is missing or changed; 0 if all went well, 1 if a notebook failed."""
+    if strays := [word for word in arguments.p if "=" not in word]:  # may look like a part of a notebook's name
+        raise ValueError(f"-p needs KEY=VALUE; {strays[0]!r} came. Names of notebooks stand before -p.")
     words = arguments.names + arguments.p
     jobs = plan([w for w in words if "=" not in w], [w for w in words if "=" in w])
     out = Path(arguments.out).resolve()
@@ -373,6 +375,10 @@ def main(argv: list[str] | None = None) -> int:
         return figures(arguments)
     except ValueError as mistake:
         print(mistake, file=sys.stderr)
+        return 2
+    except OSError as mistake:
+        where = f"{mistake.filename}: " if mistake.filename else ""
+        print(f"{where}{mistake.strerror}. Files are written into the folder of --out.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted; what was finished is in place.", file=sys.stderr, flush=True)

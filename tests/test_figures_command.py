@@ -166,6 +166,8 @@ def test_a_grid_makes_a_folder_each_and_a_failure_stops_nothing(shelf, tmp_path,
         (["-p", "x="], "x: '' cannot be read"),
         (["-p", "x=1", "-p", "x=2"], "for a grid write x=first,second"),
         (["-p", "out_dir=here"], "--out"),
+        (["01", "-p", "twice"], "-p needs KEY=VALUE; 'twice' came."),
+        (["-p", "x=1", "01"], "'01' came. Names of notebooks stand before -p."),
         (["02_thrice"], "02_thrice is none of 01_twice."),
         (["2"], "2 is none of 01_twice."),
         (["--jobs", "0"], "--jobs must be 1 or more"),
@@ -175,6 +177,15 @@ def test_mistakes_are_told_before_a_kernel_starts(shelf, no_kernel, arguments, w
     assert cli.main(["figures", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not (shelf / "figures").exists()
+
+
+def test_an_output_folder_that_cannot_be(shelf, no_kernel, capsys):
+    file = shelf / "README.md"
+    file.write_text("mine")
+    assert cli.main(["figures", "--out", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert str(file) in said and "Files are written into the folder of --out." in said
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
