@@ -249,10 +249,13 @@ def all_finite(x: Tensor) -> bool:
 
 
 def is_kronecker_layer(module: nn.Module) -> bool:
-    """Whether a layer's score is a sum of outer products g aᵀ: Linear, and Conv2d without groups."""
+    """Whether a layer's score is a sum of outer products g aᵀ: Linear, and Conv2d without groups.
+
+    A subclass with a forward pass of its own may do anything with its weight, so it is not one.
+    """
     if isinstance(module, nn.Conv2d):
-        return module.groups == 1
-    return isinstance(module, nn.Linear)
+        return module.groups == 1 and type(module).forward is nn.Conv2d.forward
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _describe(name: str, module: nn.Module) -> Layer:

@@ -189,3 +189,17 @@ def test_frozen_layers_are_refused_unless_the_others_are_named():
     with pytest.raises(ValueError, match=r"\['2'\] are frozen"):
         kv.Partition.from_model(model)
     assert kv.Partition.from_model(model, ["0", "4"]).names == ("0", "4")
+
+
+class Doubled(torch.nn.Linear):
+    """A layer whose input is not what its forward hook is given."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_a_layer_with_a_forward_pass_of_its_own_is_left_to_the_identity():
+    model = torch.nn.Sequential(Doubled(3, 3), torch.nn.Linear(3, 2))
+    assert kv.Partition.from_model(model).names == ("1",)
+    with pytest.warns(UserWarning, match="0.weight, 0.bias"):
+        kv.capture(model, torch.randn(4, 3), likelihood="gaussian")
