@@ -272,6 +272,7 @@ def test_jupyterlab(chromium, lab, capsys):
         rate, last = held(page, PICTURE)
         page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
         page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
+        page.wait_for_selector("#jupyterlab-splash", state="detached")
         screenshot(page, "jupyterlab_dark")
     with capsys.disabled():
         report("JupyterLab, bare slider and one line", bare)
