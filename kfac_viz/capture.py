@@ -96,16 +96,50 @@ def capture(
         torch.autocast(device.type, enabled=False),
     ):
         inputs = tuple(x.clone() if x.is_inference() else x for x in inputs)
-        outputs, a, edges = record(model, inputs, partition)
-        check_finite(partition, a, "the inputs")
-        if not all_finite(outputs):
-            raise ValueError("The model's outputs hold NaN or inf; look at its inputs and weights.")
-        vectors = output_vectors(outputs, likelihood, fisher, targets=targets, samples=samples, generator=generator)
-        g = pull_back(outputs, vectors, edges)
-        check_finite(partition, g, "the output-side vectors")
-        dtype = torch.promote_types(a[0].dtype, torch.float32)
-        a, g = [x.to(dtype) for x in a], [x.to(dtype) for x in g]
-    return Fisher(partition, a, g, likelihood=likelihood, flavour=fisher)
+        return observed(
+            model,
+            inputs,
+            partition,
+            likelihood=likelihood,
+            fisher=fisher,
+            targets=targets,
+            samples=samples,
+            generator=generator,
+        )[0]
+
+
+def observed(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    partition: Partition,
+    *,
+    likelihood: str,
+    fisher: str,
+    targets: Tensor | None,
+    samples: int,
+    generator: torch.Generator | None,
+    partial: bool = False,
+) -> tuple[Fisher, tuple[str, ...]]:
+    """The Fisher in the mode that the model is in, and the names of the layers that took part.
+
+    With ``partial``, a layer that took none has zero vectors, which is its exact share; otherwise it is refused.
+    Vectors are kept in the precision of the parameters and at least in float32.
+    """
+    outputs, a, edges = record(model, inputs, partition, partial=partial)
+    check_finite(partition, a, "the inputs")
+    if not all_finite(outputs):
+        raise ValueError("The model's outputs hold NaN or inf; look at its inputs and weights.")
+    vectors = output_vectors(outputs, likelihood, fisher, targets=targets, samples=samples, generator=generator)
+    pulled = iter(pull_back(outputs, vectors, [calls for calls in edges if calls]))
+    g = [
+        next(pulled) if calls else vectors.new_zeros(*vectors.shape[:2], 1, layer.out)
+        for calls, layer in zip(edges, partition.layers, strict=True)
+    ]
+    check_finite(partition, g, "the output-side vectors")
+    seen = tuple(name for name, calls in zip(partition.names, edges, strict=True) if calls)
+    dtype = torch.promote_types(model.get_submodule(partition.names[0]).weight.dtype, torch.float32)
+    a, g = [x.to(dtype) for x in a], [x.to(dtype) for x in g]
+    return Fisher(partition, a, g, likelihood=likelihood, flavour=fisher), seen
 
 
 def record(

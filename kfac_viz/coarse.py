@@ -203,7 +203,7 @@ def nicolaides(F: Operator, per_layer: int = 1) -> RankOneSpace:
     The matrix of a layer starts as one rectangle; the largest rectangle is halved along its longer side again
     and again, and each cut adds the constant of one half.
     """
-    _check_size(F.partition, per_layer)
+    check_size(F.partition, per_layer)
     factors = []
     for layer in F.partition.layers:
         rectangles = _rectangles(layer, per_layer)
@@ -235,7 +235,7 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
     check_same_space(A, M)
     A.partition.check(g, vector=True)
     A.check(g)
-    _check_size(A.partition, per_layer)
+    check_size(A.partition, per_layer)
     vectors = []
     v = (M @ g)[:, None] if per_layer else None
     for _ in range(per_layer):
@@ -256,7 +256,7 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
 
 def random(F: Operator, per_layer: int, seed: int = 0) -> RankOneSpace:
     """Gaussian rank-one columns, as a control: what any space of this size would do."""
-    _check_size(F.partition, per_layer)
+    check_size(F.partition, per_layer)
     factors = []
     for l, layer in enumerate(F.partition.layers):
         generator = torch.Generator().manual_seed(seed * 100_003 + l)
@@ -275,7 +275,7 @@ def optimal(A: Operator, M: Operator, per_layer: int) -> CoarseSpace:
     """
     check_same_space(A, M)
     check_symmetric(M, "optimal")
-    k = _check_size(A.partition, per_layer, whole=True)
+    k = check_size(A.partition, per_layer, whole=True)
     if k == 0:
         return CoarseSpace(A.partition, A.eye()[:, :0], name="optimal")
     L = cholesky(M.dense(), "The preconditioner")
@@ -318,7 +318,7 @@ def _gram_schmidt(columns: Tensor) -> tuple[list[int], Tensor]:
 def _kronecker_eigenvectors(
     F: HasFactors | KroneckerFactors, per_layer: int, *, largest: bool, name: str
 ) -> RankOneSpace:
-    _check_size(F.partition, per_layer)
+    check_size(F.partition, per_layer)
     if not isinstance(F, KroneckerFactors) and not hasattr(F, "kronecker"):
         raise TypeError(f"{name} needs a Fisher, a K-FAC preconditioner or KroneckerFactors; got {type(F).__name__}.")
     kronecker = F if isinstance(F, KroneckerFactors) else F.kronecker()
@@ -354,7 +354,8 @@ def _tell_removed(removed: tuple[int, ...], name: str) -> None:
     warnings.warn(f"Removed linearly dependent columns {list(removed)} of the coarse space {name!r}.", stacklevel=4)
 
 
-def _check_size(partition: Partition, per_layer: int, *, whole: bool = False) -> int:
+def check_size(partition: Partition, per_layer: int, *, whole: bool = False) -> int:
+    """How many columns ``per_layer`` makes; refused where a layer (or, if ``whole``, the space) has no room."""
     check_count("per_layer", per_layer, least=0)
     total = per_layer * len(partition)
     smallest = min(partition.layers, key=lambda layer: layer.size)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from . import coarse as spaces
 from .cached import CachedKFAC, LeadingEigenvectors
+from .capture import check_inputs, observed
 from .coarse import CoarseSpace, LocalSpace, RankOneSpace
 from .fisher import Fisher, KroneckerFisher
 from .kronecker import CONVENTIONS, KroneckerFactors
@@ -24,7 +25,7 @@ from .likelihood import FLAVOURS, LIKELIHOODS
 from .operator import Damped, check_choice, check_count, check_damping, replace
 from .partition import Partition, all_finite, is_kronecker_layer
 from .preconditioner import RULES
-from .statistics import RunningFactors, Window, observe_batch
+from .statistics import RunningFactors, Window, untouched
 from .step import STEP_RULES, QuadraticModel, adapted_damping, best_coefficients, kl_scale
 from .two_level import CORRECTIONS, TwoLevel
 
@@ -226,16 +227,19 @@ class TwoLevelKFAC(Optimizer):
         self._follow()
         generator = torch.Generator(self._params[0].device)
         generator.manual_seed(1_000_003 * self.seed + self.diagnostics["observations"])
-        F, seen = observe_batch(
-            self.model,
-            inputs,
-            self.partition,
-            likelihood=self.likelihood,
-            fisher=self.fisher,
-            targets=targets,
-            samples=self.samples,
-            generator=generator,
-        )
+        check_inputs(self.model, self.partition, inputs)
+        with untouched(self.model, inputs[0].device):
+            F, seen = observed(
+                self.model,
+                inputs,
+                self.partition,
+                likelihood=self.likelihood,
+                fisher=self.fisher,
+                targets=targets,
+                samples=self.samples,
+                generator=generator,
+                partial=True,
+            )
         same_batch = self._observed_at == self._steps
         self._factors.add(F, seen, same_batch=same_batch)
         self._window.add(F, same_batch=same_batch)
@@ -547,7 +551,7 @@ class TwoLevelKFAC(Optimizer):
                 else "The model has no trainable Linear or ungrouped Conv2d layer with all its parameters given."
             )
         partition = Partition.from_model(self.model, names)
-        spaces._check_size(partition, self.per_layer)  # now, not at the first step
+        spaces.check_size(partition, self.per_layer)  # now, not at the first step
         self.partition = partition
         self._window.entries = []
         self._forget()

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .capture import check_finite, check_inputs, pull_back, record
 from .fisher import Fisher
 from .kronecker import KroneckerFactors
-from .likelihood import output_vectors
-from .partition import Partition, all_finite
+from .partition import Partition
 
 
 @contextmanager
@@ -34,47 +32,6 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module, buffers in held:
             for name, buffer in buffers.items():
                 setattr(module, name, buffer)
-
-
-def observe_batch(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    partition: Partition,
-    *,
-    likelihood: str,
-    fisher: str,
-    targets: Tensor | None = None,
-    samples: int = 1,
-    generator: torch.Generator | None = None,
-) -> tuple[Fisher, tuple[str, ...]]:
-    """The Fisher of one batch in the mode that the model is in, and the names of the layers that took part.
-
-    A layer that took none has zero vectors, which is its exact share. Vectors are kept in the precision of the
-    parameters and at least in float32.
-
-    Raises:
-        ValueError, TypeError: NaN or inf (naming the layer), an empty batch, mixed dtypes or devices.
-    """
-    check_inputs(model, partition, inputs)
-    device = inputs[0].device
-    dtype = torch.promote_types(model.get_submodule(partition.names[0]).weight.dtype, torch.float32)
-    with untouched(model, device):
-        outputs, a, edges = record(model, inputs, partition, partial=True)
-        a = [x.to(dtype) for x in a]
-        check_finite(partition, a, "the inputs")
-        if not all_finite(outputs):
-            raise ValueError("The model's outputs hold NaN or inf; look at its inputs and weights.")
-        vectors = output_vectors(
-            outputs.detach().to(dtype), likelihood, fisher, targets=targets, samples=samples, generator=generator
-        )
-        pulled = iter(pull_back(outputs, vectors.to(outputs.dtype), [calls for calls in edges if calls]))
-    g = [
-        next(pulled).to(dtype) if calls else a[0].new_zeros(*vectors.shape[:2], 1, layer.out)
-        for calls, layer in zip(edges, partition.layers, strict=True)
-    ]
-    check_finite(partition, g, "the output-side vectors")
-    seen = tuple(name for name, calls in zip(partition.names, edges, strict=True) if calls)
-    return Fisher(partition, a, g, likelihood=likelihood, flavour=fisher), seen
 
 
 class RunningFactors:
