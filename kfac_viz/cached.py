@@ -72,17 +72,16 @@ class CachedKFAC(KFAC):
     def _apply(self, v: Tensor) -> Tensor:
         if v.shape[1] != 1:
             return torch.cat([self._apply(column[:, None]) for column in v.unbind(1)], dim=1) if v.shape[1] else v
-        pieces = []
+        applied = torch.empty_like(v)
         for s, G, A, weights in self._runs:
-            V = v[s].view(len(G), G.shape[-1], -1)
+            V, out = (x[s].view(len(G), G.shape[-1], -1) for x in (v, applied))
             if len(G) == 1:  # one product without a batch axis is faster on some processors
-                G, A, V, weights = G[0], A[0], V[0], weights if weights is None else weights[0]
+                G, A, V, out, weights = G[0], A[0], V[0], out[0], weights if weights is None else weights[0]
             if weights is None:
-                out = (G @ (V @ A))[..., : V.shape[-1]]
+                out.copy_((G @ (V @ A))[..., : V.shape[-1]])
             else:
-                out = G @ ((G.mT @ V @ A) * weights) @ A.mT
-            pieces.append(out.reshape(-1, 1))
-        return torch.cat(pieces)
+                out.copy_(G @ ((G.mT @ V @ A) * weights) @ A.mT)
+        return applied
 
     def layer_block(self, l: int) -> Tensor:
         if self.rule == "eigen":

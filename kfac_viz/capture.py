@@ -8,7 +8,6 @@ plain MLP, the product of the extra axes, the pixels of a convolution, or the nu
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .checks import check_choice, check_count, check_type, warn
 from .fisher import Fisher
 from .likelihood import FLAVOURS, LIKELIHOODS, check_outputs, output_vectors
-from .operator import check_choice, check_count, check_type
 from .partition import Partition, all_finite
 
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose other parameters were reported
@@ -294,9 +293,8 @@ def tell_others(model: nn.Module, partition: Partition) -> tuple[str, ...]:
     others = tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine)
     if others and model not in _told:
         _told.add(model)
-        warnings.warn(
+        warn(
             f"Outside the Fisher, which covers {', '.join(partition.names)}, and left to the identity: "
-            f"{', '.join(others)}.",
-            stacklevel=3,
+            f"{', '.join(others)}."
         )
     return others

@@ -7,15 +7,15 @@ Kronecker eigenvectors) meet the data through two numbers per example, ``α = a 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_type, warn
 from .kronecker import KroneckerFactors, directional
-from .operator import Operator, check_count, check_same_space, check_symmetric, check_type
+from .operator import Operator, check_same_space, check_symmetric
 from .partition import Layer, Partition
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class CoarseSpace:
         kept, _ = _gram_schmidt(columns)
         self.removed = tuple(j for j in range(columns.shape[1]) if j not in kept)
         if self.removed:
-            _tell_removed(self.removed, name)
+            warn(f"Removed linearly dependent columns {list(self.removed)} of the coarse space {name!r}.")
         self._init(partition, columns.dtype, columns.device, name)
         self._columns = columns[:, kept].clone()
         self.size = len(kept)
@@ -122,7 +122,7 @@ class LocalSpace(CoarseSpace):
         self._init(partition, blocks[0].dtype, blocks[0].device, name)
         self.removed = removed
         if removed:
-            _tell_removed(removed, name)
+            warn(f"Removed linearly dependent columns {list(removed)} of the coarse space {name!r}.")
         self._blocks = tuple(blocks)
         self.per_layer = tuple(block.shape[1] for block in blocks)
         self.size = sum(self.per_layer)
@@ -348,10 +348,6 @@ def _rectangles(layer: Layer, count: int) -> list[tuple[int, int, int, int]]:
         tiles.extend(halves)
         columns.append(halves[0])
     return columns
-
-
-def _tell_removed(removed: tuple[int, ...], name: str) -> None:
-    warnings.warn(f"Removed linearly dependent columns {list(removed)} of the coarse space {name!r}.", stacklevel=4)
 
 
 def check_size(partition: Partition, per_layer: int, *, whole: bool = False) -> int:

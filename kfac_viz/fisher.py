@@ -8,9 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .checks import check_choice
 from .coarse import CoarseSpace, RankOneSpace
 from .kronecker import CONVENTIONS, KroneckerFactors, directional, sandwich, upper_pairs
-from .operator import Image, Operator, check_choice
+from .operator import Image, Operator
 from .partition import Partition
 
 _CHUNK = 2**24  # numbers in a temporary: 128 MiB of float64

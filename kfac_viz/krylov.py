@@ -9,8 +9,9 @@ from math import inf
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_type
 from .coarse import cholesky
-from .operator import Damped, Operator, check_count, check_same_space, check_symmetric, check_type, flushed, inverse
+from .operator import Damped, Operator, check_same_space, check_symmetric, flushed, inverse
 from .two_level import TwoLevel
 
 

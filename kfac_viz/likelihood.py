@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .operator import check_choice
+from .checks import check_choice
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 FLAVOURS = ("exact", "mc", "empirical")

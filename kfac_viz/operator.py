@@ -6,13 +6,13 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property
-from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from .checks import check_damping, check_type
 from .partition import Partition
 
 if TYPE_CHECKING:
@@ -241,40 +241,6 @@ class Image:
     def galerkin(self) -> Tensor:
         """``Zᵀ B Z``, (k, k)."""
         return self.Z.restrict(self._columns)
-
-
-def check_damping(damping: float) -> float:
-    """λ as a float; a sentence where it is not a finite number of at least 0."""
-    try:
-        if isinstance(damping, (bool, str)):
-            raise TypeError
-        value = float(damping)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"damping must be a number; got {damping!r}.") from None
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"damping must be finite and at least 0; got {damping!r}.")
-    return value
-
-
-def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
-    """Refuse an unknown name, listing the known ones."""
-    if value not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-    return value
-
-
-def check_count(what: str, value: int, least: int) -> int:
-    """Refuse what is not a whole number of at least ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{what} must be a whole number of at least {least}; got {value!r}.")
-    return int(value)
-
-
-def check_type(what: str, value: object, *kinds: type) -> None:
-    """Refuse an argument of another kind, by name."""
-    if not isinstance(value, kinds):
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"{what} must be of type {expected}; got {type(value).__name__}.")
 
 
 def check_symmetric(operator: Operator, what: str) -> None:

@@ -5,36 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import os
-import sys
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import coarse as spaces
-from .cached import CachedKFAC, LeadingEigenvectors
-from .capture import check_inputs, observed
-from .coarse import CoarseSpace, LocalSpace, RankOneSpace
-from .fisher import Fisher, KroneckerFisher
-from .kronecker import CONVENTIONS, KroneckerFactors
-from .likelihood import FLAVOURS, LIKELIHOODS
-from .operator import Damped, check_choice, check_count, check_damping, replace
+from .checks import check_choice, check_damping, check_number, warn
+from .curvature import RunningCurvature, converted
 from .partition import Partition, all_finite, is_kronecker_layer
-from .preconditioner import RULES
-from .statistics import RunningFactors, Window, untouched
 from .step import STEP_RULES, QuadraticModel, adapted_damping, best_coefficients, kl_scale
-from .two_level import CORRECTIONS, TwoLevel
+from .two_level import TwoLevel
 
-SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
-COARSE_OPERATORS = ("captured", "kronecker")
 GUARDS = ("off", "count", "shorten")
 ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
 REJECTION = 4.0  # factor on λ after a step that went up
-_INSIDE = tuple(os.path.join(os.path.dirname(path), "") for path in (__file__, torch.__file__))
 
 
 def _full_precision(method: Callable) -> Callable:
@@ -77,7 +64,8 @@ class TwoLevelKFAC(Optimizer):
 
     Args:
         model: its trainable Linear and ungrouped Conv2d layers get curvature; other parameters get plain gradient
-            steps, and a warning names them once. Compiled models are seen through.
+            steps, and a warning names them once. Compiled models are seen through; a model distributed over several
+            processes is refused.
         params: parameters or groups with their own ``lr``, ``momentum``, ``weight_decay``, ``maximize``; all
             trainable ones by default. A layer is preconditioned if all of its parameters are given.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
@@ -152,46 +140,40 @@ class TwoLevelKFAC(Optimizer):
                 f"The second argument holds parameters or their groups; got {params!r}. Every other option is given "
                 "by name, as in lr=0.1."
             )
-        self.likelihood = check_choice("likelihood", likelihood, LIKELIHOODS)
-        self.rule = check_choice("rule", rule, RULES)
-        self.coarse = check_choice("coarse", coarse, SPACES)
-        self.correction = check_choice("correction", correction, CORRECTIONS)
-        self.coarse_operator = check_choice("coarse_operator", coarse_operator, COARSE_OPERATORS)
-        self.fisher = check_choice("fisher", fisher, FLAVOURS)
+        if isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size(model.process_group) > 1:
+            raise ValueError(
+                "Curvature is not averaged between processes, so that the replicas would drift apart; train in one."
+            )
+        self.curvature = RunningCurvature(
+            likelihood=likelihood,
+            damping=damping,
+            rule=rule,
+            coarse=coarse,
+            per_layer=per_layer,
+            correction=correction,
+            coarse_operator=coarse_operator,
+            fisher=fisher,
+            samples=samples,
+            decay=decay,
+            observe_every=observe_every,
+            refresh_every=refresh_every,
+            coarse_every=coarse_every,
+            coarse_examples=coarse_examples,
+            coarse_window=coarse_window,
+            convention=convention,
+            seed=seed,
+        )
         self.step_rule = check_choice("step_rule", step_rule, STEP_RULES)
         self.overshoot = check_choice("overshoot", overshoot, GUARDS)
-        self.convention = check_choice("convention", convention, CONVENTIONS)
-        self.damping = check_damping(damping)
-        self.per_layer = check_count("per_layer", per_layer, 0)
-        self.samples = check_count("samples", samples, 1)
-        self.observe_every = check_count("observe_every", observe_every, 1)
-        self.refresh_every = check_count("refresh_every", refresh_every, 1)
-        self.coarse_every = None if coarse_every is None else check_count("coarse_every", coarse_every, 1)
-        self.seed = check_count("seed", seed, 0)
-        self.kl_clip = _number("kl_clip", kl_clip, 0.0, math.inf, open_low=True)
+        self.kl_clip = check_number("kl_clip", kl_clip, 0.0, math.inf, open_low=True)
         self.decoupled = bool(decoupled)
         self.model = getattr(model, "_orig_mod", model)
         self._only = layers if layers is None else _layer_names(layers, self.model)
-        self._factors = RunningFactors(_number("decay", decay, 0.0, 1.0), self.convention)
-        self._window = Window(
-            check_count("coarse_window", coarse_window, 1),
-            check_count("coarse_examples", coarse_examples, 1),
-            self._factors.decay,
-        )
-        self._steps = 0
-        self._forget()
-        #: Counters and the last values of the step rule; plain numbers.
-        self.diagnostics: dict[str, float] = dict.fromkeys(
-            ("observations", "refreshes", "coarse refreshes", "overshoots", "shortened", "rejected")
-            + ("fallbacks to eigenvalues", "fallbacks to one level", "layers without statistics"),
-            0,
-        )
         lr = (1.0 if step_rule == "quadratic" else 0.1) if lr is None else lr
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": bool(maximize)}
         if params is None:
             params = [p for p in self.model.parameters() if p.requires_grad]
         self._told: set[str] = set()
-        self.partition: Partition | None = None
         super().__init__(params, defaults)
         self._lay_out()
 
@@ -215,9 +197,9 @@ class TwoLevelKFAC(Optimizer):
         Raises:
             ValueError, TypeError: what cannot be captured, in words; nothing has been changed then.
         """
-        if self._observed_at is not None and self._steps % self.observe_every:
+        if not self.curvature.due:
             return
-        if (self.fisher == "empirical") != (targets is not None):
+        if (self.curvature.fisher == "empirical") != (targets is not None):
             raise ValueError("fisher='empirical' needs the true labels as targets=…, and no other kind takes them.")
         present = set(self.model.parameters())
         if not all(p in present for p in self._params):
@@ -225,81 +207,32 @@ class TwoLevelKFAC(Optimizer):
         if self._eligible() != self.partition.names:
             self._lay_out()  # a layer was frozen or unfrozen since
         self._follow()
-        generator = torch.Generator(self._params[0].device)
-        generator.manual_seed(1_000_003 * self.seed + self.diagnostics["observations"])
-        check_inputs(self.model, self.partition, inputs)
-        with untouched(self.model, inputs[0].device):
-            F, seen = observed(
-                self.model,
-                inputs,
-                self.partition,
-                likelihood=self.likelihood,
-                fisher=self.fisher,
-                targets=targets,
-                samples=self.samples,
-                generator=generator,
-                partial=True,
-            )
-        same_batch = self._observed_at == self._steps
-        self._factors.add(F, seen, same_batch=same_batch)
-        self._window.add(F, same_batch=same_batch)
-        self._observed_at, self._stale, self._coarse_stale = self._steps, True, True
-        self.diagnostics["observations"] += 1
+        self.curvature.observe(self.model, inputs, targets)
 
     @property
     @_full_precision
     def preconditioner(self) -> TwoLevel:
         """The two-level preconditioner that the next step applies; it can be drawn."""
-        if self._observed_at is None:
-            raise ValueError("No curvature yet: call observe(inputs) after loss.backward() and before step().")
-        T = self._T
-        if T is None or (self._stale and self._due(self._built_at, self.refresh_every)):
-            factors = self._factors.factors(self.partition, self._like())
-            M = CachedKFAC(factors, self.damping, self.rule)
-            self.diagnostics["refreshes"] += 1
-            self.diagnostics["fallbacks to eigenvalues"] += M.fallbacks
-            if T is None or self.coarse_every is None:
-                self._coarsen(M)
-            else:
-                self._T = replace(T if T.damping == self.damping else T.with_damping(self.damping), M=M)
-            self._built_at, self._stale = self._steps, False
-        elif T.damping != self.damping:
-            self._T = T.with_damping(self.damping)
-        if self.coarse_every and self._coarse_stale and self._due(self._coarse_at, self.coarse_every):
-            self._coarsen(self._T.M)
-        return self._T
+        return self.curvature.preconditioner(lambda: self._gradient()[0].clone())
 
-    def _due(self, last: int, every: int) -> bool:
-        """Whether so many steps have gone by, or something more was observed in the step of the last rebuild."""
-        return self._steps == last or self._steps - last >= every
+    @property
+    def partition(self) -> Partition:
+        """The layers that are preconditioned."""
+        return self.curvature.partition
 
-    def _coarsen(self, M: CachedKFAC) -> None:
-        F = self._window.fisher(self.partition, self.likelihood, self.fisher)
-        A = F.damped(self.damping)
-        self._T = self._two_level(A, M, self._space(A, M))
-        self._coarse_at, self._coarse_stale = self._steps, False
-        self.diagnostics["coarse refreshes"] += 1
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """Counters and the last values of the step rule; plain numbers."""
+        return self.curvature.diagnostics
 
-    def _two_level(self, A: Damped, M: CachedKFAC, Z: CoarseSpace) -> TwoLevel:
-        """The levels together; where E cannot be inverted M alone, told once and counted."""
-        E = None
-        if self.coarse_operator == "kronecker" and Z.size:
-            E = KroneckerFisher(A.operator, self.convention).damped(A.damping)
-        try:
-            return TwoLevel(A, M, Z, self.correction, coarse_operator=E)
-        except ValueError as error:
-            self.diagnostics["fallbacks to one level"] += 1
-            self._tell("one level", f"The coarse level is left out until the next refresh: {error}")
-            return TwoLevel(A, M, spaces.nicolaides(A, 0), self.correction)
+    @property
+    def damping(self) -> float:
+        """λ, which may be set at any time."""
+        return self.curvature.damping
 
-    def _space(self, A: Damped, M: CachedKFAC) -> CoarseSpace:
-        if self.coarse == "krylov" and self.per_layer:
-            return spaces.krylov(A, M, self._gradient()[0].clone(), self.per_layer)
-        if self.coarse == "spectral" and self.per_layer and self.rule == "factored":
-            return spaces.spectral(LeadingEigenvectors(M.factors, self.per_layer), self.per_layer)
-        source = M if self.coarse in ("spectral", "smooth") and self.per_layer else A
-        builder = getattr(spaces, self.coarse if self.per_layer else "nicolaides")
-        return builder(source, self.per_layer)
+    @damping.setter
+    def damping(self, damping: float) -> None:
+        self.curvature.damping = check_damping(damping)
 
     # ---- the step -------------------------------------------------------------------------------------
 
@@ -326,7 +259,7 @@ class TwoLevelKFAC(Optimizer):
         T = self.preconditioner
         v = T._apply(g[:, None])[:, 0]
         for name, s in zip(self.partition.names, self.partition.slices, strict=True):
-            if name not in self._factors.weight:  # λ alone would set the length of its step
+            if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
                 v[s] = 0
                 self.diagnostics["layers without statistics"] += 1
         self.partition.check_finite(v, "The preconditioned gradient")
@@ -339,7 +272,11 @@ class TwoLevelKFAC(Optimizer):
             else self._steps_along(v, grads, model)
         )
         predicted = None
-        if judged or self.overshoot == "shorten" or (self.overshoot == "count" and self._observed_at == self._steps):
+        if (
+            judged
+            or self.overshoot == "shorten"
+            or (self.overshoot == "count" and self.curvature.observed_at == self.curvature.step)
+        ):
             predicted = self._guarded(steps, model)
         for group in self.param_groups:
             params = [p for p in group["params"] if p in steps]
@@ -349,7 +286,7 @@ class TwoLevelKFAC(Optimizer):
                 torch._foreach_add_(params, [steps[p] for p in params])
         if judged:
             self._judge(closure, loss, before, predicted)
-        self._steps += 1
+        self.curvature.step += 1
         return loss
 
     def _gradient(self) -> tuple[Tensor, dict[Tensor, Tensor]]:
@@ -407,7 +344,7 @@ class TwoLevelKFAC(Optimizer):
         directions = [-v]
         if any(group["momentum"] for group in self.param_groups):
             directions.append(self._joined({p: self._buffer(p) for p in self._params}))
-        D = torch.stack(directions, dim=1)
+        D = torch.stack(directions).T  # columns that are contiguous
         c = best_coefficients(*model.along(D))
         self.diagnostics["step length"], self.diagnostics["momentum coefficient"] = [*c.tolist(), 0.0][:2]
         best = D @ (top * c)
@@ -456,7 +393,7 @@ class TwoLevelKFAC(Optimizer):
                 self._buffer(p).zero_()
             self.diagnostics["rejected"] += 1
             self.damping = max(REJECTION * self.damping, 1e-8)
-        elif self._steps % ADAPT_EVERY == 0:
+        elif self.curvature.step % ADAPT_EVERY == 0:
             self.damping = adapted_damping(self.damping, ratio, ADAPT_EVERY)
 
     def _ridge(self) -> float | Tensor:
@@ -517,11 +454,11 @@ class TwoLevelKFAC(Optimizer):
                 groups are as before then.
         """
         group = self.defaults | param_group
-        _number("lr", group["lr"], 0.0, math.inf)
-        _number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
-        _number("weight_decay", group["weight_decay"], 0.0, math.inf)
+        check_number("lr", group["lr"], 0.0, math.inf)
+        check_number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
+        check_number("weight_decay", group["weight_decay"], 0.0, math.inf)
         super().add_param_group(param_group)
-        if self.partition is not None:
+        if hasattr(self.curvature, "partition"):
             try:
                 self._lay_out()
             except ValueError:
@@ -551,10 +488,7 @@ class TwoLevelKFAC(Optimizer):
                 else "The model has no trainable Linear or ungrouped Conv2d layer with all its parameters given."
             )
         partition = Partition.from_model(self.model, names)
-        spaces.check_size(partition, self.per_layer)  # now, not at the first step
-        self.partition = partition
-        self._window.entries = []
-        self._forget()
+        self.curvature.lay_out(partition)
         self._lookup()
         left = [n for n, m in self.model.named_modules() if is_kronecker_layer(m) and n not in names]
         if left:
@@ -571,23 +505,16 @@ class TwoLevelKFAC(Optimizer):
         self._params = [p for m in modules for p in (m.weight, m.bias) if p is not None]
         self._index = set(self._params)
 
-    def _forget(self) -> None:
-        """No preconditioner, and the next observation is due."""
-        self._T: TwoLevel | None = None
-        self._observed_at: int | None = None
-        self._built_at = self._coarse_at = 0
-        self._stale = self._coarse_stale = False
-
     def _tell(self, key: str, message: str) -> None:
         if key not in self._told:
             self._told.add(key)
-            warnings.warn(message, stacklevel=_users_level())
+            warn(message)
 
     # ---- state ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As PyTorch's, with ``"curvature"`` beside it: tensors, numbers, strings, lists and dictionaries only."""
-        return super().state_dict() | {"curvature": self._curvature()}
+        return super().state_dict() | {"curvature": self.curvature.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit, with the saved λ, lr, momentum and weight decay in place of the constructor's.
@@ -601,113 +528,34 @@ class TwoLevelKFAC(Optimizer):
         saved = state_dict.get("curvature")
         if saved is None:
             raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
-        mine = {layer.name: list(layer.shape) for layer in self.partition.layers}
-        if saved["layers"] != mine:
-            raise ValueError(f"The state belongs to layers {saved['layers']}; this optimizer has {mine}.")
-        was = saved.get("options", {})  # states of earlier versions have none
-        other = [name for name in _SHAPING if name in was and was[name] != getattr(self, name)]
-        if other:
-            differences = ", ".join(f"{name}={was[name]!r} (here {getattr(self, name)!r})" for name in other)
-            warnings.warn(
-                f"The state was saved with {differences}. It is loaded, and this optimizer keeps its own options: "
-                "the run goes on differently from the saved one.",
-                stacklevel=_users_level(),
-            )
+        self.curvature.check_state(saved)
         super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "curvature"}))
-        self._restore(saved)
-
-    def _curvature(self) -> dict[str, Any]:
-        T, level = self._T, None
-        if T is not None:
-            F = T.A.operator
-            level = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), "a": list(F.a), "g": list(F.g)}
-            level |= {"damping": T.damping, "space": T.Z.name, "columns": _columns(T.Z)}
-        return {
-            "layers": {layer.name: list(layer.shape) for layer in self.partition.layers},
-            "options": {name: getattr(self, name) for name in _SHAPING},
-            "damping": self.damping,
-            "steps": self._steps,
-            "diagnostics": dict(self.diagnostics),
-            "marks": [self._observed_at, self._built_at, self._coarse_at, self._stale, self._coarse_stale],
-            "factors": {name: [A, self._factors.G[name]] for name, A in self._factors.A.items()},
-            "weights": dict(self._factors.weight),
-            "window": [dict(entry) for entry in self._window.entries],
-            "level": level,
-        }
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        """Take over what :meth:`_curvature` gave, on the device and in the dtype of the parameters."""
-        saved = _converted(saved, self._like())
-        self.damping, self._steps, self.diagnostics = saved["damping"], saved["steps"], saved["diagnostics"]
-        self._factors.A = {name: A for name, (A, _) in saved["factors"].items()}
-        self._factors.G = {name: G for name, (_, G) in saved["factors"].items()}
-        self._factors.weight, self._window.entries = saved["weights"], saved["window"]
-        self._forget()
-        level = saved["level"]
-        if level is not None:
-            factors = KroneckerFactors(self.partition, tuple(level["A"]), tuple(level["G"]))
-            M = CachedKFAC(factors, level["damping"], self.rule)
-            F = Fisher(self.partition, level["a"], level["g"], likelihood=self.likelihood, flavour=self.fisher)
-            space, columns = level["space"], level["columns"]
-            if space == "krylov":
-                Z = LocalSpace(self.partition, columns, name=space)
-            else:
-                Z = RankOneSpace(self.partition, [(W, U) for W, U in columns], name=space)
-            self._T = self._two_level(F.damped(level["damping"]), M, Z)
-        self._observed_at, self._built_at, self._coarse_at, self._stale, self._coarse_stale = saved["marks"]
+        self.curvature.restore(saved, self._like())
 
     def _follow(self) -> None:
         """Move the state after the model to another device or dtype."""
-        kept, like = next(iter(self._factors.A.values()), None), self._like()
-        if kept is not None and (kept.dtype, kept.device) != (like.dtype, like.device):
-            self._restore(self._curvature())
+        if self.curvature.follow(self._like()):
             for p, state in self.state.items():
-                self.state[p] = _converted(state, p)
+                self.state[p] = converted(state, p)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("partition", "model", "diagnostics", "damping", "_factors", "_window", "_T", "_steps", "_told", "_only")
-        marks = ("_observed_at", "_built_at", "_coarse_at", "_stale", "_coarse_stale")
-        return super().__getstate__() | {name: self.__dict__[name] for name in (*own, *marks, *_OPTIONS)}
+        own = ("model", "curvature", "decoupled", "step_rule", "kl_clip", "overshoot", "_told", "_only")
+        return super().__getstate__() | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lookup()
 
     def __repr__(self) -> str:
-        space = f"{self.coarse}-{self.per_layer} {self.correction}" if self.per_layer else "one level"
-        vectors = f"mc with {self.samples} labels per example" if self.fisher == "mc" else self.fisher
-        window = f"{self._window.examples} examples of the last {self._window.batches} observed batches"
-        every = (self.observe_every, self.refresh_every, self.coarse_every or self.refresh_every)
         groups = "; ".join(
             ", ".join(f"{key}={value:.3g}" for key, value in group.items() if key != "params")
             for group in self.param_groups
         )
         return (
-            f"TwoLevelKFAC({self.partition}, {space}, rule {self.rule}, λ = {self.damping:.3g}\n"
-            f"  curvature: {vectors}; A and E ({self.coarse_operator}) from at most {window}, decay "
-            f"{self._factors.decay:g}; observe, refresh, coarsen every {every} steps\n"
+            f"TwoLevelKFAC({self.curvature}\n"
             f"  step: {self.step_rule}, overshoot {self.overshoot}; {groups}\n"
             f"  so far: {', '.join(f'{key} {value:.4g}' for key, value in self.diagnostics.items() if value)})"
         )
-
-
-# What shapes the curvature goes into the state, to be compared when it is loaded.
-_SHAPING = (
-    *("likelihood", "rule", "coarse", "per_layer", "correction"),
-    *("coarse_operator", "fisher", "samples", "convention"),
-)
-_OPTIONS = (
-    *(*_SHAPING, "seed", "observe_every", "refresh_every", "coarse_every"),
-    *("decoupled", "step_rule", "kl_clip", "overshoot"),
-)
-
-
-def _users_level() -> int:
-    """The ``stacklevel`` at which a warning of the calling function points outside this package and PyTorch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _layer_names(layers: Iterable[str], model: nn.Module) -> tuple[str, ...]:
@@ -717,29 +565,3 @@ def _layer_names(layers: Iterable[str], model: nn.Module) -> tuple[str, ...]:
         known = [name for name, module in model.named_modules() if is_kronecker_layer(module)]
         raise ValueError(f"layers must be a list of names out of {known}; got {layers!r}.")
     return names
-
-
-def _columns(Z: CoarseSpace) -> list:
-    return list(Z._blocks) if isinstance(Z, LocalSpace) else [list(pair) for pair in Z.factors]
-
-
-def _converted(value: Any, like: Tensor) -> Any:
-    """The same nest of dictionaries and lists, its tensors in the dtype and on the device of ``like``."""
-    if isinstance(value, dict):
-        return {key: _converted(item, like) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_converted(item, like) for item in value]
-    return value.to(like) if isinstance(value, Tensor) else value
-
-
-def _number(what: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False):
-    """A float in the interval, or a sentence."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{what} must be a number; got {value!r}.") from None
-    inside = (number > low if open_low else number >= low) and (number < high if open_high else number <= high)
-    if not (inside and math.isfinite(number)):
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
-        raise ValueError(f"{what} must lie in {interval}; got {value!r}.")
-    return number

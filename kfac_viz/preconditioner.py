@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_damping, check_type
 from .fisher import Fisher
 from .kronecker import KroneckerFactors, kron_block, sandwich
-from .operator import Operator, check_choice, check_damping, check_type, inverse, psd_eigen, replace
+from .operator import Operator, inverse, psd_eigen, replace
 
 RULES = ("eigen", "factored")
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .capture import capture, evaluation
+from .checks import check_choice, check_count
 from .fisher import Fisher
 from .likelihood import nll
-from .operator import check_choice, check_count
 from .partition import Partition
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}

@@ -57,8 +57,9 @@ class RunningFactors:
             self.A[name] = torch.lerp(self.A[name], A, share) if before else A
             self.G[name] = torch.lerp(self.G[name], G, share) if before else G
 
-    def factors(self, partition: Partition, like: Tensor) -> KroneckerFactors:
-        """The factors as K-FAC takes them; a layer that was never seen has zeros."""
+    def factors(self, partition: Partition) -> KroneckerFactors:
+        """The factors as K-FAC takes them, once a layer was seen; one that was never seen has zeros."""
+        like = next(iter(self.A.values()))
         A = tuple(self.A.get(x.name, like.new_zeros(1).expand(x.features, x.features)) for x in partition.layers)
         G = tuple(self.G.get(x.name, like.new_zeros(1).expand(x.out, x.out)) for x in partition.layers)
         return KroneckerFactors(partition, A, G)

@@ -26,8 +26,9 @@ class QuadraticModel:
     def along(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Slopes ``Dᵀg`` (k,) and curvatures ``Dᵀ(F + diag ridge)D`` (k, k) of directions D (P, k)."""
         s = self.F.scores(directions).flatten(0, 1)
-        ridge = self.ridge[:, None] * directions if isinstance(self.ridge, Tensor) else self.ridge * directions
-        return directions.T @ self.g, s.T @ s / self.F.N + directions.T @ ridge
+        columns = directions.unbind(1)  # dot products, because a product of a row and a column is far slower
+        damped = [torch.stack([d.dot(self.ridge * e) for e in columns]) for d in columns]
+        return torch.stack([d.dot(self.g) for d in columns]), s.T @ s / self.F.N + torch.stack(damped)
 
     def change(self, step: Tensor) -> float:
         """m(δ) for δ (P,); negative where the model goes down."""

@@ -7,20 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_damping, check_type
 from .coarse import CoarseSpace
-from .operator import (
-    Damped,
-    Image,
-    Operator,
-    check_choice,
-    check_damping,
-    check_same_space,
-    check_symmetric,
-    check_type,
-    flushed,
-    inverse,
-    replace,
-)
+from .operator import Damped, Image, Operator, check_same_space, check_symmetric, flushed, inverse, replace
 from .preconditioner import Preconditioner
 
 CORRECTIONS = ("additive", "a-def1", "a-def2", "balanced")

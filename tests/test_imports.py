@@ -14,8 +14,8 @@ ROOT = Path(kv.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 # Each may import those before it.
 CORE = (
-    "partition", "operator", "likelihood", "kronecker", "coarse", "fisher", "capture", "preconditioner", "two_level",
-    "krylov", "problems",
+    "checks", "partition", "operator", "likelihood", "kronecker", "coarse", "fisher", "capture", "preconditioner",
+    "two_level", "krylov", "problems", "cached", "statistics", "curvature", "step", "optimizer",
 )  # fmt: skip
 WIDGETS = {"ipywidgets", "IPython", "anywidget"}
 DRAWING = {"matplotlib", "seaborn", "PIL"}

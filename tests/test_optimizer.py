@@ -16,7 +16,8 @@ from torch import nn
 
 import kfac_viz as kv
 from kfac_viz.cached import CachedKFAC, LeadingEigenvectors
-from kfac_viz.optimizer import COARSE_OPERATORS, SPACES, TwoLevelKFAC
+from kfac_viz.curvature import COARSE_OPERATORS, SPACES
+from kfac_viz.optimizer import TwoLevelKFAC
 from kfac_viz.two_level import CORRECTIONS
 
 X, Y = normal(20, 4), torch.arange(20) % 3
@@ -135,14 +136,10 @@ def test_the_coarse_operator_can_be_the_kronecker_model(operator):
 
 
 def test_as_published_in_2020():
-    opt = TwoLevelKFAC.as_published_2020(mlp(), **FIXED)
-    assert (opt.coarse, opt.per_layer, opt.correction, opt.coarse_operator) == (
-        "nicolaides",
-        1,
-        "additive",
-        "kronecker",
-    )
-    assert TwoLevelKFAC.as_published_2020(mlp(), **FIXED, correction="balanced").correction == "balanced"
+    c = TwoLevelKFAC.as_published_2020(mlp(), **FIXED).curvature
+    assert (c.coarse, c.per_layer, c.correction, c.coarse_operator) == ("nicolaides", 1, "additive", "kronecker")
+    mended = TwoLevelKFAC.as_published_2020(mlp(), **FIXED, correction="balanced")
+    assert mended.curvature.correction == "balanced"
 
 
 # ---- statistics --------------------------------------------------------------------------------------
@@ -188,7 +185,7 @@ def test_parts_of_an_accumulated_batch_make_one_batch():
             assert opts[1].preconditioner.A.operator.N  # looking in between changes nothing
         opts[1].step()
     assert_close(weights(models[1]), weights(models[0]), 1e-9)
-    assert opts[1]._factors.weight == opts[0]._factors.weight
+    assert opts[1].curvature.factors.weight == opts[0].curvature.factors.weight
 
 
 def test_schedule_of_observations_and_refreshes():
@@ -372,7 +369,7 @@ def test_a_layer_unused_in_this_batch():
     opt.observe(X)
     opt.step()
     assert not torch.equal(weights(model.two), before)
-    kept = opt._factors.A["one"]
+    kept = opt.curvature.factors.A["one"]
     model.second = False
     assert_close(kept, kv.capture(model, X, likelihood="categorical", layers=["one"]).factors("one", "one")[0])
 
@@ -631,7 +628,7 @@ def test_a_state_saved_with_other_options_is_said():
         other.load_state_dict(state)
     assert len(told) == 1 and told[0].filename == __file__
     assert "saved with per_layer=2 (here 3), fisher='mc' (here 'exact')" in str(told[0].message)
-    assert other.damping == 0.05 and other.per_layer == 3 and other.fisher == "exact"
+    assert other.damping == 0.05 and (other.curvature.per_layer, other.curvature.fisher) == (3, "exact")
     train(other, model, 2)
     assert other.preconditioner.Z.size == 6
 
@@ -733,6 +730,23 @@ def test_autocast_and_grad_scaler(device):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert opt.preconditioner.dtype == torch.float32
+
+
+def test_a_distributed_model_trains_in_one_process_and_is_refused_in_several(tmp_path, monkeypatch):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        model, twin = mlp(), mlp()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        train(TwoLevelKFAC(wrapped, **FIXED), wrapped, 3)
+        train(TwoLevelKFAC(twin, **FIXED), twin, 3)
+        assert torch.equal(weights(model), weights(twin))
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+        with pytest.raises(ValueError, match="replicas would drift apart"):
+            TwoLevelKFAC(wrapped, **FIXED)
+    finally:
+        monkeypatch.undo()
+        dist.destroy_process_group()
 
 
 def test_compiled_models_are_seen_through():
