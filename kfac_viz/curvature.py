@@ -115,6 +115,11 @@ class RunningCurvature:
         """Whether this step is one to observe."""
         return self.observed_at is None or self.step % self.observe_every == 0
 
+    @property
+    def just_observed(self) -> bool:
+        """Whether this step has had its observation."""
+        return self.observed_at == self.step
+
     def observe(self, model: nn.Module, inputs: tuple[Tensor, ...], targets: Tensor | None) -> None:
         """Capture the batch and take it into the averages; a further part of it in the same step joins it."""
         check_inputs(model, self.partition, inputs)
@@ -132,9 +137,8 @@ class RunningCurvature:
                 generator=generator,
                 partial=True,
             )
-        same_batch = self.observed_at == self.step
-        self.factors.add(F, seen, same_batch=same_batch)
-        self.window.add(F, same_batch=same_batch)
+        self.factors.add(F, seen, same_batch=self.just_observed)
+        self.window.add(F, same_batch=self.just_observed)
         self.observed_at, self._stale, self._coarse_stale = self.step, True, True
         self.diagnostics["observations"] += 1
 

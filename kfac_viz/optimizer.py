@@ -20,6 +20,7 @@ from .step import STEP_RULES, QuadraticModel, adapted_damping, best_coefficients
 from .two_level import TwoLevel
 
 GUARDS = ("off", "count", "shorten")
+LENGTHS = {"fixed": 0.1, "kl_clip": 0.3, "quadratic": 1.0}  # the lr that goes with each step rule
 ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
 REJECTION = 4.0  # factor on λ after a step that went up
 
@@ -53,10 +54,14 @@ class TwoLevelKFAC(Optimizer):
     The loss has to be the mean over examples of the *summed* negative log-likelihood, :func:`kfac_viz.nll`: the
     curvature and the damping are on that scale.
 
-    The defaults were found by trials on digits with one or two seeds; figures/benchmarks/training_mini_batch.csv has
-    their losses over five seeds beside those of K-FAC, Adam and SGD at equal steps, and the processor time, which
-    is higher than theirs. For a full batch take ``step_rule="quadratic"`` with a closure, ``fisher="exact"`` and
-    ``coarse_window=1``; for large networks observe and refresh less often, with fewer ``coarse_examples``.
+    The defaults are a compromise of three tasks in mini-batches of digits, where no single change ends clearly lower
+    on all of them (figures/benchmarks/defaults.csv, each option varied alone, three seeds): less damping, more
+    momentum or a larger ``kl_clip`` blow up on one or the other, ``rule="eigen"`` ends lower on two at four products a
+    layer. figures/benchmarks/training_mini_batch.csv has the losses of five more seeds beside those of K-FAC, Adam
+    and SGD at equal steps, and the processor time, which is higher than theirs. For a full batch take
+    ``step_rule="quadratic"`` with a closure, ``coarse_window=1``, ``coarse_examples`` that hold the batch, and exact
+    vectors or several samples: with one label per example ``balanced`` is worse than K-FAC on a classifier
+    (training_full_batch.csv). For large networks observe and refresh less often.
 
     What is averaged or stale: M holds exponential averages of the factors, as they were at the last refresh; A is
     the weighted Fisher of the last observed batches, as it was at the last coarse refresh; both share λ. After a
@@ -69,7 +74,8 @@ class TwoLevelKFAC(Optimizer):
         params: parameters or groups with their own ``lr``, ``momentum``, ``weight_decay``, ``maximize``; all
             trainable ones by default. A layer is preconditioned if all of its parameters are given.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
-        lr: factor on every step: 0.1 by default, and with ``step_rule="quadratic"`` 1, the rule's own length.
+        lr: factor on every step. None is 0.3 where ``kl_clip`` bounds the step, 0.1 where it is fixed, and with
+            ``step_rule="quadratic"`` 1, the rule's own length.
         damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
         rule: ``"factored"`` (two products per layer) or ``"eigen"`` (four).
         coarse, per_layer: coarse space and its columns per layer; ``per_layer=0`` is one-level K-FAC.
@@ -117,8 +123,8 @@ class TwoLevelKFAC(Optimizer):
         observe_every: int = 5,
         refresh_every: int = 10,
         coarse_every: int | None = None,
-        coarse_examples: int = 2048,
-        coarse_window: int = 16,
+        coarse_examples: int = 512,
+        coarse_window: int = 4,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         decoupled: bool = False,
@@ -169,7 +175,7 @@ class TwoLevelKFAC(Optimizer):
         self.decoupled = bool(decoupled)
         self.model = getattr(model, "_orig_mod", model)
         self._only = layers if layers is None else _layer_names(layers, self.model)
-        lr = (1.0 if step_rule == "quadratic" else 0.1) if lr is None else lr
+        lr = LENGTHS[step_rule] if lr is None else lr
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": bool(maximize)}
         if params is None:
             params = [p for p in self.model.parameters() if p.requires_grad]
@@ -266,18 +272,10 @@ class TwoLevelKFAC(Optimizer):
         model = QuadraticModel(T.A.operator, g, self._ridge())
         judged = closure is not None and self.step_rule == "quadratic"
         before = {p: p.clone() for p in grads} if judged else {}
-        steps = (
-            self._quadratic_steps(v, grads, model)
-            if self.step_rule == "quadratic"
-            else self._steps_along(v, grads, model)
-        )
-        predicted = None
-        if (
-            judged
-            or self.overshoot == "shorten"
-            or (self.overshoot == "count" and self.curvature.observed_at == self.curvature.step)
-        ):
-            predicted = self._guarded(steps, model)
+        along = self._quadratic_steps if self.step_rule == "quadratic" else self._steps_along
+        steps = along(v, grads, model)
+        looked_at = self.overshoot == "shorten" or (self.overshoot == "count" and self.curvature.just_observed)
+        predicted = self._guarded(steps, model) if judged or looked_at else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p in steps]
             if params and self.decoupled and group["weight_decay"]:

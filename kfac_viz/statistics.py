@@ -88,7 +88,7 @@ class Window:
                 "a": _stacked([newest["a"], entry["a"]], 0),
                 "g": _stacked([newest["g"], entry["g"]], 1),
             }
-        self.entries = [*self.entries[len(self.entries) + 1 - self.batches :], entry]
+        self.entries = [*self.entries, entry][-self.batches :]
         share = max(1, self.examples // len(self.entries))
         for entry in self.entries:
             kept = entry["a"][0].shape[0]

@@ -18,6 +18,7 @@ import kfac_viz as kv
 from kfac_viz.cached import CachedKFAC, LeadingEigenvectors
 from kfac_viz.curvature import COARSE_OPERATORS, SPACES
 from kfac_viz.optimizer import TwoLevelKFAC
+from kfac_viz.statistics import Window
 from kfac_viz.two_level import CORRECTIONS
 
 X, Y = normal(20, 4), torch.arange(20) % 3
@@ -159,6 +160,15 @@ def test_averages_are_weighted_means_of_the_batches_seen():
     for l in range(2):
         A = sum(w * F.factors(l, l)[0] for w, F in zip(shares, Fs, strict=True))
         assert_close(opt.preconditioner.M.factors.A[l], A)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5, 8])
+def test_the_window_holds_the_last_batches_from_the_first_to_the_last(batches):
+    window = Window(batches, 1000, decay=0.5)
+    for k in range(2 * batches + 1):
+        window.add(kv.capture(mlp(), X[: k + 1], likelihood="categorical"))
+        expected = range(max(0, k + 1 - batches), k + 1)
+        assert [entry["N"] for entry in window.entries] == [j + 1 for j in expected]
 
 
 def test_the_window_keeps_few_batches_and_few_examples():
@@ -770,7 +780,7 @@ def test_zero_grad_closure_and_repr():
     assert not model[0].weight.grad.any()
     opt.zero_grad()
     assert model[0].weight.grad is None
-    for word in ("spectral-4 balanced", "mc with 1 label", "2048 examples", "fixed", "observations 1"):
+    for word in ("spectral-4 balanced", "mc with 1 label", "512 examples", "fixed", "observations 1"):
         assert word in repr(opt)
 
 
