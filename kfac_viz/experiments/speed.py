@@ -6,17 +6,21 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..parameters import Device, Seed
-from .curves import Study, curve
+from .curves import Curve, Study, curve, rounded
 
 MEASURED = Path(__file__).parents[2] / "figures" / "benchmarks"
 
 
 @dataclass(frozen=True, eq=False)
 class SpeedResult(Study):
-    """Milliseconds per step. Curves ``width``, ``depth``, ``batch`` and ``per_layer``, a series for each method,
-    each with a counterpart such as ``width, counted``; and for the autoencoder of the 2020 paper ``autoencoder``
-    and ``autoencoder, counted``, with one point per method.
+    """Milliseconds per step, with the least and the largest of several rounds.
+
+    Curves ``width``, ``depth``, ``batch`` and ``per_layer``, a series for each method, each with a counterpart such
+    as ``width, counted``; and for the autoencoder of the 2020 paper ``autoencoder``, ``autoencoder, counted`` and
+    ``autoencoder, alone`` (the same products, each timed by itself), with one point per method.
 
     Attributes:
         machine: where, and with which PyTorch, it was measured.
@@ -38,17 +42,23 @@ def run_speed(*, seed: Seed = 0, device: Device = "cpu") -> SpeedResult:
     parameters = dict(locals())
     curves = {}
     for row in _rows(f"speed_{device}.csv"):
-        curves["autoencoder", row["method"]] = curve([0], [float(row["amortised_ms"])])
-        if row["counted_ms"]:
-            curves["autoencoder, counted", row["method"]] = curve([0], [float(row["counted_ms"])])
-    points = defaultdict(list)
+        curves["autoencoder", row["method"]] = _curve([row], "amortised_ms", x=None)
+        for kind in ("counted", "alone"):
+            if row[f"{kind}_ms"]:
+                curves[f"autoencoder, {kind}", row["method"]] = curve([0], [float(row[f"{kind}_ms"])])
+    growth = defaultdict(list)
     for row in _rows(f"growth_{device}.csv"):
-        points[row["axis"], row["method"]].append([float(row[key]) for key in ("value", "ms", "counted_ms")])
-    for (axis, method), found in points.items():
-        x, ms, counted = zip(*sorted(found), strict=True)
-        curves[axis, method] = curve(x, ms)
-        curves[f"{axis}, counted", method] = curve(x, counted)
+        growth[row["axis"], row["method"]].append(row)
+    for (axis, method), rows in growth.items():
+        curves[axis, method] = _curve(rows, "ms")
+        x = curves[axis, method].x
+        curves[f"{axis}, counted", method] = curve(x, [float(row["counted_ms"]) for row in rows])
     return SpeedResult(parameters, curves, f"{row['machine']}, PyTorch {row['torch']}")
+
+
+def _curve(rows: list[dict[str, str]], time: str, x: str | None = "value") -> Curve:
+    columns = [[float(row[key]) for row in rows] for key in (time, "low_ms", "high_ms")]
+    return Curve(np.array([float(row[x]) if x else 0.0 for row in rows]), *map(rounded, columns))
 
 
 def _rows(name: str) -> list[dict[str, str]]:

@@ -27,13 +27,15 @@ BARS: dict[str, Style] = {
     "nicolaides additive": SERIES["constants, additive"],
     "spectral-4 balanced, 128 examples": SERIES["leading, balanced"],
     "spectral-4 balanced, 512 examples": SERIES["leading, balanced"],
-    "as published": Style("as published", FAINT),
+    "as published, LU inverses": Style("as published", FAINT),
+    "as published, eigenvectors": Style("as published", FAINT),
 }
 LABELS = {
     "nicolaides additive": "constants, additive",
     "spectral-4 balanced, 128 examples": "4 eigenvectors, balanced; A of 128 examples",
     "spectral-4 balanced, 512 examples": "4 eigenvectors, balanced; A of all 512 examples",
-    "as published": "the method as published, done the direct way",
+    "as published, LU inverses": "as published: LU inverses, all cross-layer products",
+    "as published, eigenvectors": "as published: eigenvectors, all cross-layer products",
 }
 AXES = {
     "width": "width of the layers",
@@ -59,6 +61,7 @@ class SpeedPlot(Plot):
                     continue
                 counted = result.of(f"{quantity}, counted")[name]
                 ax.plot(measured.x, measured.y, color=style.color, marker=style.marker, label=style.label)
+                ax.fill_between(measured.x, measured.low, measured.high, color=style.color, alpha=0.18, linewidth=0)
                 ax.plot(counted.x, counted.y, color=style.color, linestyle=":", linewidth=1.2)
                 ax.set_xticks(measured.x, [f"{x:g}" for x in measured.x])
             low, high = ax.get_ylim()
@@ -77,15 +80,16 @@ class SpeedPlot(Plot):
         measured, counted = result.of("autoencoder"), result.of("autoencoder, counted")
         names = [name for name in BARS if name in measured]
         for i, name in enumerate(names):
-            ms = float(measured[name].y[0])
+            _, (ms,), (low,), (high,) = measured[name]
             ax.barh(i, ms, color=BARS[name].color, height=0.5)
-            ax.annotate(f"{ms:.0f} ms", (ms, i), (5, 0), textcoords="offset points", va="center", color=INK)
+            ax.plot([low, high], [i, i], color=INK, linewidth=1.4)
+            ax.annotate(f"{ms:.0f} ms", (max(ms, high), i), (5, 0), textcoords="offset points", va="center", color=INK)
             ax.annotate(LABELS.get(name, name), (0, i - 0.25), (2, 2), textcoords="offset points", va="bottom")
             if name in counted:
-                ax.plot([float(counted[name].y[0])] * 2, [i - 0.32, i + 0.32], ":", color=INK, linewidth=1.6)
+                ax.plot([counted[name].y[0]] * 2, [i - 0.32, i + 0.32], ":", color=INK, linewidth=1.6)
         ax.set(xlabel=f"ms per step, amortised\n{result.machine}", yticks=[], ylim=(len(names) - 0.6, -0.9))
         ax.set_title("784-1000-500-250-30-…-784, batch 512")
-        ax.set_xlim(0, 1.18 * max(float(measured[name].y[0]) for name in names))
+        ax.set_xlim(0, 1.2 * max(measured[name].high[0] for name in names))
         ax.spines["left"].set_visible(False)
 
     def update(self, result: SpeedResult) -> None:

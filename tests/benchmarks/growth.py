@@ -1,7 +1,8 @@
 """How the cost of a step grows with width, depth, batch and coarse size, beside the counted limit.
 
 Plain multilayer perceptrons with equal hidden layers, optimizers at the same schedule. The counted limit is the
-time that the matrix products of a step would take at this machine's rate for large products.
+time that the matrix products of a step would take at this machine's rate for large products. Every size is measured
+in three rounds; the table has their median, least and largest.
 
     python tests/benchmarks growth [--device cuda]
 """
@@ -12,12 +13,13 @@ import statistics
 
 import torch
 from machine import arguments, clock, describe, rate, write
-from speed import counted, network, peak_cuda
+from speed import counted, network, peak_cuda, training_step
 
 import kfac_viz as kv
 
 REFRESH = 20  # and half that between observations
 CYCLE = 8  # steps between refreshes while measuring: kinds of steps are timed apart, and weighed by the above
+ROUNDS = 3
 BASE = {"width": 256, "depth": 8, "batch": 256, "per_layer": 4}
 SWEEPS = {
     "cpu": {
@@ -62,16 +64,8 @@ def stepper(method: str, width: int, depth: int, batch: int, per_layer: int, dev
             **space,
         )
 
-    def step() -> None:
-        opt.zero_grad()
-        kv.nll(model(x), x, "gaussian").backward()
-        if hasattr(opt, "observe"):
-            opt.observe(x)
-        opt.step()
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    return step
+    advance = training_step(model, opt, "gaussian")
+    return lambda: advance(x)
 
 
 def amortised(step, device: str) -> float:
@@ -98,27 +92,34 @@ def limit(method: str, width: int, depth: int, batch: int, per_layer: int) -> fl
     return total
 
 
+def configurations(device: str) -> list[dict]:
+    """Every method at every size; the columns of a space concern the one method that has them."""
+    return [
+        {"axis": axis, "value": value, **BASE, axis: value, "method": method}
+        for axis, values in SWEEPS[device].items()
+        for value in values
+        for method in METHODS
+        if axis != "per_layer" or method == "leading, balanced"
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     options = arguments(__doc__, argv)
     device = options.device
-    machine, rates, rows = describe(device), [], []
-    for axis, values in SWEEPS[device].items():
-        for value in values:
-            size = BASE | {axis: value}
-            for method in METHODS:
-                if axis == "per_layer" and method != "leading, balanced":
-                    continue
-                rates.append(rate(device, 4000 if device != "cpu" else 1000, repeats=3))
-                step = stepper(method, **size, device=device)
-                row = {"axis": axis, "value": value, **size, "method": method}
-                row["ms"] = round(amortised(step, device), 3)
-                row["counted_ms"] = limit(method, **size)
-                if device != "cpu":
-                    row["peak_mib"] = round(peak_cuda(step), 1)
-                rows.append(row)
+    machine, rates, rows = describe(device), [], configurations(device)
+    times: list[list[float]] = [[] for _ in rows]
+    for _ in range(ROUNDS):  # far apart in time, so that a busy minute shows as spread
+        for row, found in zip(rows, times, strict=True):
+            rates.append(rate(device, 4000 if device != "cpu" else 1000, repeats=3))
+            step = stepper(row["method"], **{key: row[key] for key in BASE}, device=device)
+            found.append(amortised(step, device))
+            if device != "cpu":
+                row["peak_mib"] = round(peak_cuda(step), 1)
     speed = statistics.median(rates)
-    for row in rows:
-        row["counted_ms"] = round(1e3 * row["counted_ms"] / speed, 4)
+    for row, found in zip(rows, times, strict=True):
+        for name, pick in (("ms", statistics.median), ("low_ms", min), ("high_ms", max)):
+            row[name] = round(pick(found), 3)
+        row["counted_ms"] = round(1e3 * limit(row["method"], **{key: row[key] for key in BASE}) / speed, 4)
     write(options.out / f"growth_{device}.csv", rows, machine | {"gflops": round(speed / 1e9, 1)})
 
 
