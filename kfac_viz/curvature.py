@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import coarse as spaces
 from .cached import CachedKFAC, LeadingEigenvectors
-from .capture import check_inputs, observed
+from .capture import observed
 from .checks import check_choice, check_count, check_damping, check_number, warn
 from .coarse import CoarseSpace, LocalSpace, RankOneSpace
 from .fisher import Fisher, KroneckerFisher
@@ -112,8 +112,9 @@ class RunningCurvature:
 
     @property
     def due(self) -> bool:
-        """Whether this step is one to observe."""
-        return self.observed_at is None or self.step % self.observe_every == 0
+        """Whether this step is one to observe, or has been and its batch goes on."""
+        last = self.observed_at
+        return last is None or self.just_observed or self.step - last >= self.observe_every
 
     @property
     def just_observed(self) -> bool:
@@ -122,7 +123,6 @@ class RunningCurvature:
 
     def observe(self, model: nn.Module, inputs: tuple[Tensor, ...], targets: Tensor | None) -> None:
         """Capture the batch and take it into the averages; a further part of it in the same step joins it."""
-        check_inputs(model, self.partition, inputs)
         generator = torch.Generator(inputs[0].device)
         generator.manual_seed(1_000_003 * self.seed + self.diagnostics["observations"])
         with untouched(model, inputs[0].device):
@@ -149,12 +149,12 @@ class RunningCurvature:
         T = self._T
         if T is None or (self._stale and self._rebuild(self._built_at, self.refresh_every)):
             M = CachedKFAC(self.factors.factors(self.partition), self.damping, self.rule)
-            self.diagnostics["refreshes"] += 1
-            self.diagnostics["fallbacks to eigenvalues"] += M.fallbacks
             if T is None or self.coarse_every is None:
                 self._coarsen(M, gradient)
             else:
                 self._T = replace(T if T.damping == self.damping else T.with_damping(self.damping), M=M)
+            self.diagnostics["refreshes"] += 1
+            self.diagnostics["fallbacks to eigenvalues"] += M.fallbacks
             self._built_at, self._stale = self.step, False
         elif T.damping != self.damping:
             self._T = T.with_damping(self.damping)
@@ -168,16 +168,18 @@ class RunningCurvature:
 
     def _coarsen(self, M: CachedKFAC, gradient: Callable[[], Tensor]) -> None:
         A = self.window.fisher(self.partition, self.likelihood, self.fisher).damped(self.damping)
-        self._T = self._two_level(A, M, self._space(A, M, gradient))
+        self._T = self._two_level(A, M, self._space(A, M, gradient), self.window.kronecker)
         self._coarse_at, self._coarse_stale = self.step, False
         self.diagnostics["coarse refreshes"] += 1
 
-    def _two_level(self, A: Damped, M: CachedKFAC, Z: CoarseSpace) -> TwoLevel:
-        """The levels together; where E cannot be inverted M alone, told once and counted."""
-        E = None
-        if self.coarse_operator == "kronecker" and Z.size:
-            E = KroneckerFisher(A.operator, self.convention).damped(A.damping)
+    def _two_level(
+        self, A: Damped, M: CachedKFAC, Z: CoarseSpace, kronecker: Callable[[Partition, str], KroneckerFisher]
+    ) -> TwoLevel:
+        """The levels together; where E cannot be made or inverted M alone, told once and counted."""
         try:
+            E = None
+            if self.coarse_operator == "kronecker" and Z.size:
+                E = kronecker(self.partition, self.convention).damped(A.damping)
             return TwoLevel(A, M, Z, self.correction, coarse_operator=E)
         except ValueError as error:
             if not self.diagnostics["fallbacks to one level"]:
@@ -204,6 +206,8 @@ class RunningCurvature:
             level = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), "a": list(F.a), "g": list(F.g)}
             columns = list(T.Z._blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
             level |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
+            if not T.galerkin:  # g is the same
+                level["kronecker a"] = list(T.coarse_operator.operator.F.a)
         return {
             "layers": self._shapes(),
             "options": {name: getattr(self, name) for name in SHAPING},
@@ -213,6 +217,7 @@ class RunningCurvature:
             "marks": [self.observed_at, self._built_at, self._coarse_at, self._stale, self._coarse_stale],
             "factors": {name: [A, self.factors.G[name]] for name, A in self.factors.A.items()},
             "weights": dict(self.factors.weight),
+            "newest": sorted(self.factors.newest),
             "window": [dict(entry) for entry in self.window.entries],
             "level": level,
         }
@@ -222,7 +227,7 @@ class RunningCurvature:
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Refuse a state of other layers, and warn where it was made with other options."""
-        if saved["layers"] != self._shapes():
+        if list(saved["layers"].items()) != list(self._shapes().items()):
             raise ValueError(f"The state belongs to layers {saved['layers']}; this optimizer has {self._shapes()}.")
         was = saved.get("options", {})  # states of earlier versions have none
         other = [name for name in SHAPING if name in was and was[name] != getattr(self, name)]
@@ -240,6 +245,7 @@ class RunningCurvature:
         self.factors.A = {name: A for name, (A, _) in saved["factors"].items()}
         self.factors.G = {name: G for name, (_, G) in saved["factors"].items()}
         self.factors.weight, self.window.entries = saved["weights"], saved["window"]
+        self.factors.newest = set(saved["newest"])
         self._forget()
         level = saved["level"]
         if level is not None:
@@ -251,7 +257,8 @@ class RunningCurvature:
                 Z = LocalSpace(self.partition, columns, name=space)
             else:
                 Z = RankOneSpace(self.partition, [(W, U) for W, U in columns], name=space)
-            self._T = self._two_level(F.damped(level["damping"]), M, Z)
+            K = Fisher(self.partition, level.get("kronecker a", level["a"]), level["g"])
+            self._T = self._two_level(F.damped(level["damping"]), M, Z, lambda _, how: KroneckerFisher(K, how))
         self.observed_at, self._built_at, self._coarse_at, self._stale, self._coarse_stale = saved["marks"]
 
     def follow(self, like: Tensor) -> bool:

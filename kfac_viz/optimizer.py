@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .capture import check_inputs
 from .checks import check_choice, check_damping, check_number, warn
 from .curvature import RunningCurvature, converted
 from .partition import Partition, all_finite, is_kronecker_layer
@@ -130,7 +132,7 @@ class TwoLevelKFAC(Optimizer):
         decoupled: bool = False,
         maximize: bool = False,
         step_rule: str = "kl_clip",
-        kl_clip: float = 1e-3,
+        kl_clip: float = 5e-4,
         overshoot: str = "count",
         convention: str = "expand",
         layers: Iterable[str] | None = None,
@@ -146,7 +148,8 @@ class TwoLevelKFAC(Optimizer):
                 f"The second argument holds parameters or their groups; got {params!r}. Every other option is given "
                 "by name, as in lr=0.1."
             )
-        if isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size(model.process_group) > 1:
+        shared = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+        if any(dist.get_world_size(m.process_group) > 1 for m in shared):
             raise ValueError(
                 "Curvature is not averaged between processes, so that the replicas would drift apart; train in one."
             )
@@ -210,12 +213,14 @@ class TwoLevelKFAC(Optimizer):
         present = set(self.model.parameters())
         if not all(p in present for p in self._params):
             raise ValueError("The model's layers have changed since the optimizer was built; build a new optimizer.")
+        check_inputs(self.model, self.partition, inputs)
         if self._eligible() != self.partition.names:
             self._lay_out()  # a layer was frozen or unfrozen since
         self._follow()
         self.curvature.observe(self.model, inputs, targets)
 
     @property
+    @torch.no_grad()
     @_full_precision
     def preconditioner(self) -> TwoLevel:
         """The two-level preconditioner that the next step applies; it can be drawn."""
@@ -268,6 +273,9 @@ class TwoLevelKFAC(Optimizer):
             if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
                 v[s] = 0
                 self.diagnostics["layers without statistics"] += 1
+        for p, piece in zip(self._params, self._split(v), strict=True):
+            if p not in grads:  # it takes no step, so that the others' length must not depend on it
+                piece.zero_()
         self.partition.check_finite(v, "The preconditioned gradient")
         model = QuadraticModel(T.A.operator, g, self._ridge())
         judged = closure is not None and self.step_rule == "quadratic"
@@ -313,7 +321,8 @@ class TwoLevelKFAC(Optimizer):
         """Steps of a given length along v, clipped or not, and along the gradient of other parameters."""
         if self.step_rule == "kl_clip":
             moved = self._scaled(v, {p: self._group[p]["lr"] for p in self._params})
-            self.diagnostics["clip"] = scale = kl_scale(float(model.along(moved[:, None])[1]), self.kl_clip)
+            form = dataclasses.replace(model, ridge=self.damping).along(moved[:, None])[1]
+            self.diagnostics["clip"] = scale = kl_scale(float(form), self.kl_clip)
             v = v * scale
         directions = {p: grad for p, grad in grads.items() if p not in self._index}
         directions |= {p: x.to(p.dtype) for p, x in zip(self._params, self._split(v), strict=True) if p in grads}
@@ -340,8 +349,9 @@ class TwoLevelKFAC(Optimizer):
         top = max(group["lr"] for group in self.param_groups)
         v = self._scaled(v, {p: self._group[p]["lr"] / top if top else 0.0 for p in self._params})
         directions = [-v]
-        if any(group["momentum"] for group in self.param_groups):
-            directions.append(self._joined({p: self._buffer(p) for p in self._params}))
+        going_on = [p for p in self._params if p in grads and self._group[p]["momentum"] and self._group[p]["lr"]]
+        if going_on:
+            directions.append(self._joined({p: self._buffer(p) for p in going_on}))
         D = torch.stack(directions).T  # columns that are contiguous
         c = best_coefficients(*model.along(D))
         self.diagnostics["step length"], self.diagnostics["momentum coefficient"] = [*c.tolist(), 0.0][:2]
@@ -355,8 +365,10 @@ class TwoLevelKFAC(Optimizer):
     def _guarded(self, steps: dict[Tensor, Tensor], model: QuadraticModel) -> float:
         """The change that the captured model predicts, after its own overshoot has been counted or cut."""
         slope, curvature = (float(x) for x in model.along(self._joined(steps)[:, None]))
-        if slope + 0.5 * curvature <= 0:
-            return slope + 0.5 * curvature
+        change = slope + 0.5 * curvature
+        counts = self.overshoot == "shorten" or (self.overshoot == "count" and self.curvature.just_observed)
+        if change <= 0 or not counts:
+            return change
         self.diagnostics["overshoots"] += 1
         if self.overshoot == "count":
             self._tell(
@@ -364,7 +376,7 @@ class TwoLevelKFAC(Optimizer):
                 "By the captured quadratic model this step goes up: it is too long. Lower lr, raise damping, or take "
                 "step_rule='quadratic' or overshoot='shorten'. Counted from now on in diagnostics['overshoots'].",
             )
-            return slope + 0.5 * curvature
+            return change
         scale = max(0.0, -slope / curvature)
         self.diagnostics["shortened"] += 1
         mine = [p for p in self._params if p in steps]

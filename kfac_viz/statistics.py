@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .fisher import Fisher
+from .fisher import Fisher, KroneckerFisher
 from .kronecker import KroneckerFactors
 from .partition import Partition
 
@@ -46,16 +47,20 @@ class RunningFactors:
         self.A: dict[str, Tensor] = {}
         self.G: dict[str, Tensor] = {}
         self.weight: dict[str, float] = {}
+        self.newest: set[str] = set()  # layers that the newest batch has reached
 
     def add(self, F: Fisher, seen: tuple[str, ...], *, same_batch: bool = False) -> None:
         """Take in the layers ``seen`` of F; ``same_batch`` for a further part of the newest batch."""
+        if not same_batch:
+            self.newest = set()
         for name in seen:
             A, G = F.factors(name, name, self.convention)
-            before = self.weight.get(name, 0.0) * (1.0 if same_batch else self.decay)
+            before = self.weight.get(name, 0.0) * (1.0 if name in self.newest else self.decay)
             self.weight[name] = before + F.N
             share = F.N / self.weight[name]
             self.A[name] = torch.lerp(self.A[name], A, share) if before else A
             self.G[name] = torch.lerp(self.G[name], G, share) if before else G
+        self.newest.update(seen)
 
     def factors(self, partition: Partition) -> KroneckerFactors:
         """The factors as K-FAC takes them, once a layer was seen; one that was never seen has zeros."""
@@ -68,49 +73,59 @@ class RunningFactors:
 class Window:
     """The captured vectors of the last ``batches`` observed batches, as one weighted :class:`Fisher`.
 
-    At most ``examples`` in all, evenly spaced within each batch, so that the first batch is kept whole if it
-    fits and later ones share the room. A batch of N examples that is k batches old weighs ``N decay**k``.
+    At most ``examples`` in all, spread over each batch and over the parts that it came in: the first batch is kept
+    whole if it fits, and later ones share the room. A batch of N examples that is k batches old weighs ``N decay**k``.
     """
 
     def __init__(self, batches: int, examples: int, decay: float) -> None:
-        self.batches, self.examples, self.decay = batches, examples, decay
-        self.entries: list[dict] = []  # newest last: {"N": examples it stands for, "a": [...], "g": [...]}
+        self.batches, self.examples, self.decay = min(batches, examples), examples, decay
+        # Parts, newest last: {"batch": its number, "N": examples it stands for, "a": [...], "g": [...]}
+        self.entries: list[dict] = []
 
     def add(self, F: Fisher, *, same_batch: bool = False) -> None:
         """Take in F; ``same_batch`` for a further part of the newest batch."""
         if self.entries and self.entries[-1]["g"][0].shape[0] != F.S:
-            self.entries.clear()  # another number of vectors per example cannot be stacked
-        entry = {"N": F.N, "a": list(F.a), "g": list(F.g)}
-        if same_batch and self.entries:
-            newest = self.entries.pop()
-            entry = {
-                "N": newest["N"] + F.N,
-                "a": _stacked([newest["a"], entry["a"]], 0),
-                "g": _stacked([newest["g"], entry["g"]], 1),
-            }
-        self.entries = [*self.entries, entry][-self.batches :]
-        share = max(1, self.examples // len(self.entries))
+            self.entries = []  # another number of vectors per example cannot be stacked
+        newest = (self.entries[-1]["batch"] if self.entries else 0) + (not same_batch)
+        entries = [*self.entries, {"batch": newest, "N": F.N, "a": list(F.a), "g": list(F.g)}]
+        self.entries = [entry for entry in entries if entry["batch"] > newest - self.batches]
+        sizes = Counter()
         for entry in self.entries:
+            sizes[entry["batch"]] += entry["N"]
+        for entry in self.entries:
+            room = max(1, self.examples * entry["N"] // (len(sizes) * sizes[entry["batch"]]))
             kept = entry["a"][0].shape[0]
-            if kept > share:
-                chosen = torch.arange(share, device=F.device) * kept // share
+            if kept > room:
+                chosen = torch.arange(room, device=F.device) * kept // room
                 entry["a"] = [a[chosen] for a in entry["a"]]
                 entry["g"] = [g[:, chosen] for g in entry["g"]]
 
     def fisher(self, partition: Partition, likelihood: str, flavour: str) -> Fisher:
         """``Σ w F`` over the batches, with weights of sum 1 folded into the output-side vectors."""
-        kept = [entry["a"][0].shape[0] for entry in self.entries]
-        weights = [entry["N"] * self.decay**age for age, entry in enumerate(reversed(self.entries))][::-1]
-        scales = [(w / sum(weights) * sum(kept) / n) ** 0.5 for w, n in zip(weights, kept, strict=True)]
         a = _stacked([entry["a"] for entry in self.entries], 0)
-        g = _stacked(
-            [
-                entry["g"] if scale == 1 else [g * scale for g in entry["g"]]
-                for entry, scale in zip(self.entries, scales, strict=True)
-            ],
-            1,
-        )
-        return Fisher(partition, a, g, likelihood=likelihood, flavour=flavour)
+        return Fisher(partition, a, self._weighted("g"), likelihood=likelihood, flavour=flavour)
+
+    def kronecker(self, partition: Partition, convention: str) -> KroneckerFisher:
+        """All blocks ``G ⊗ A`` of the averaged factors: the weights are on both sides, and positions that a batch
+        does not have do not count."""
+        most = [max(a.shape[1] for a in layer) for layer in zip(*(e["a"] for e in self.entries), strict=True)]
+        power = 0.5 if convention == "expand" else 1.0
+        stretch = [[(T / a.shape[1]) ** power for a, T in zip(e["a"], most, strict=True)] for e in self.entries]
+        F = Fisher(partition, self._weighted("a", stretch), self._weighted("g"))
+        return KroneckerFisher(F, convention)
+
+    def _weighted(self, side: str, stretch: list[list[float]] | None = None) -> list[Tensor]:
+        """Vectors of all batches, each times the root of its weight over its share of the examples kept."""
+        kept = [entry["a"][0].shape[0] for entry in self.entries]
+        ages = [self.entries[-1]["batch"] - entry["batch"] for entry in self.entries]
+        weights = [entry["N"] * self.decay**age for entry, age in zip(self.entries, ages, strict=True)]
+        scales = [(w / sum(weights) * sum(kept) / n) ** 0.5 for w, n in zip(weights, kept, strict=True)]
+        stretch = stretch or [[1.0] * len(entry[side]) for entry in self.entries]
+        batches = [
+            [x if scale * more == 1 else x * (scale * more) for x, more in zip(entry[side], mores, strict=True)]
+            for entry, scale, mores in zip(self.entries, scales, stretch, strict=True)
+        ]
+        return _stacked(batches, 0 if side == "a" else 1)
 
 
 def _stacked(batches: list[list[Tensor]], axis: int) -> list[Tensor]:

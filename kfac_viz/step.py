@@ -44,7 +44,7 @@ def kl_scale(curvature: float, limit: float) -> float:
 def best_coefficients(slopes: Tensor, curvatures: Tensor) -> Tensor:
     """Minimiser c of ``slopesᵀc + ½ cᵀ curvatures c`` (Martens and Grosse 2015, section 7).
 
-    Directions that are zero, or depend on earlier ones, get no share.
+    Directions that are zero get no share, and those that depend on each other the shortest one.
 
     >>> best_coefficients(torch.tensor([-2.0, 0.0]), torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
     tensor([0.5000, 0.0000])

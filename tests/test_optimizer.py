@@ -18,7 +18,7 @@ import kfac_viz as kv
 from kfac_viz.cached import CachedKFAC, LeadingEigenvectors
 from kfac_viz.curvature import COARSE_OPERATORS, SPACES
 from kfac_viz.optimizer import TwoLevelKFAC
-from kfac_viz.statistics import Window
+from kfac_viz.statistics import RunningFactors, Window
 from kfac_viz.two_level import CORRECTIONS
 
 X, Y = normal(20, 4), torch.arange(20) % 3
@@ -181,6 +181,169 @@ def test_the_window_keeps_few_batches_and_few_examples():
     assert F.N == 10
     half = kv.capture(model, X[::4], likelihood="categorical")
     assert_close(F.dense(), half.dense())
+
+
+def numbered(start: int, n: int) -> kv.Fisher:
+    """The Fisher of a batch whose examples carry their number in the first input."""
+    return kv.capture(mlp(), torch.arange(start, start + n).double()[:, None].expand(n, 4), likelihood="categorical")
+
+
+def test_parts_of_a_batch_share_its_room_evenly():
+    window = Window(4, 512, 0.95)
+    for _ in range(4):
+        window.add(numbered(10_000, 128))
+    for part in range(8):
+        window.add(numbered(64 * part, 64), same_batch=part > 0)
+    kept = torch.cat([entry["a"][0][:, 0, 0] for entry in window.entries if entry["batch"] == 5])
+    assert torch.bincount(kept.long() // 64).tolist() == [16] * 8
+    assert sum(len(entry["a"][0]) for entry in window.entries) == 512
+
+
+def test_a_window_with_room_for_few_examples_holds_few_batches():
+    window = Window(4, 2, 0.95)
+    for k in range(5):
+        window.add(numbered(10 * k, 5))
+    assert [float(entry["a"][0][0, 0, 0]) for entry in window.entries] == [30.0, 40.0]
+
+
+def test_a_layer_that_a_later_part_reaches_first_ages_like_the_others():
+    factors, F = RunningFactors(0.5, "expand"), numbered(0, 10)
+    first, second = F.partition.names
+    factors.add(F, (first, second))
+    factors.add(F, (first,))
+    factors.add(F, (second,), same_batch=True)
+    assert factors.weight == {first: 15.0, second: 15.0}
+
+
+def test_the_kronecker_coarse_operator_weighs_batches_as_the_factors_do():
+    model = mlp()
+    options = FIXED | {"lr": 0.0, "fisher": "exact", "decay": 0.5, "coarse_operator": "kronecker", "overshoot": "off"}
+    opt = TwoLevelKFAC(model, **options, coarse="nicolaides", per_layer=1, correction="additive")
+    for x in (3 * normal(8, 4, seed=5), X):
+        train(opt, model, x=x, y=Y[: len(x)])
+    K, M = opt.preconditioner.coarse_operator.operator, opt.preconditioner.M.factors
+    for l in range(2):
+        A, G = K.F.factors(l, l)
+        assert_close(A, M.A[l], 1e-12)
+        assert_close(G, M.G[l], 1e-12)
+    again = TwoLevelKFAC(model, **options, coarse="nicolaides", per_layer=1, correction="additive")
+    again.load_state_dict(opt.state_dict())
+    assert torch.equal(again.preconditioner.Q.E, opt.preconditioner.Q.E)
+
+
+@pytest.mark.parametrize("convention", ["expand", "reduce"])
+def test_the_kronecker_coarse_operator_does_not_count_positions_that_a_batch_lacks(convention):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    factors, window = RunningFactors(1.0, convention), Window(2, 100, 1.0)
+    for positions in (2, 8):
+        F = kv.capture(model, normal(6, positions, 4, seed=positions), likelihood="gaussian", fisher="mc")
+        factors.add(F, F.partition.names)
+        window.add(F)
+    K = window.kronecker(F.partition, convention)
+    for l, name in enumerate(F.partition.names):
+        A, G = K.F.factors(l, l, convention)
+        assert_close(A, factors.A[name], 1e-12)
+        assert_close(G, factors.G[name], 1e-12)
+
+
+@pytest.mark.parametrize("space", ["spectral", "krylov"])
+def test_layers_without_a_gradient_do_not_set_the_length_of_the_step(space):
+    model = mlp((4, 5, 5, 3))
+    opt = TwoLevelKFAC(
+        model, **FIXED | {"step_rule": "kl_clip", "lr": 1.0, "damping": 1e-3}, fisher="exact", coarse=space
+    )
+    closure_of(opt, model)()
+    opt.observe(X)
+    for p in model[2].parameters():
+        p.grad = None
+    before, F = opt.partition.pack(model), kv.capture(model, X, likelihood="categorical").damped(1e-3)
+    opt.step()
+    step = opt.partition.pack(model) - before
+    assert not step[opt.partition.slices[1]].any()
+    assert float(step @ (F @ step)) == pytest.approx(opt.kl_clip, rel=1e-9)
+
+
+def test_the_kl_clip_leaves_weight_decay_out():
+    model = mlp()
+    options = {"step_rule": "kl_clip", "lr": 1.0, "damping": 1e-3, "weight_decay": 0.5}
+    opt = TwoLevelKFAC(model, **FIXED | options, fisher="exact")
+    closure_of(opt, model)()
+    opt.observe(X)
+    before, F = opt.partition.pack(model), kv.capture(model, X, likelihood="categorical").damped(1e-3)
+    opt.step()
+    step = opt.partition.pack(model) - before
+    assert float(step @ (F @ step)) == pytest.approx(opt.kl_clip, rel=1e-9)
+
+
+@pytest.mark.parametrize("overshoot", ["off", "count", "shorten"])
+def test_only_the_guard_that_shortens_shortens(overshoot):
+    lengths = []
+    for judged in (False, True):
+        model = mlp()
+        opt = TwoLevelKFAC(model, **QUADRATIC | {"lr": 3.0, "overshoot": overshoot})
+        closure, before = closure_of(opt, model), weights(model)
+        closure()
+        opt.observe(X)
+        opt._judge = lambda *_: None  # the step itself, before it may be undone
+        opt.step(closure if judged else None)
+        lengths.append(float((weights(model) - before).norm()))
+        assert opt.diagnostics["shortened"] == (overshoot == "shorten")
+        assert opt.diagnostics["overshoots"] == (overshoot != "off")
+    assert lengths[0] == pytest.approx(lengths[1])
+
+
+def test_looking_before_the_step_with_a_krylov_space_and_weight_decay():
+    model = mlp()
+    opt = TwoLevelKFAC(model, **FIXED, coarse="krylov", per_layer=2, weight_decay=1e-2)
+    closure_of(opt, model)()
+    opt.observe(X)
+    assert not opt.preconditioner.Z.dense().requires_grad and opt.diagnostics["refreshes"] == 1
+    opt.step()
+
+
+def test_the_quadratic_rule_moves_no_group_at_lr_zero_and_gives_momentum_where_it_is_wanted():
+    model = mlp()
+    groups = [{"params": list(model[0].parameters()), "momentum": 0.0}, {"params": list(model[2].parameters())}]
+    opt = TwoLevelKFAC(model, groups, **QUADRATIC, momentum=0.9, overshoot="off")
+    first = opt.partition.slices[0]
+    for _ in range(3):
+        closure_of(opt, model)()
+        opt.observe(X)
+        before, v = opt.partition.pack(model), opt.preconditioner @ opt.partition.pack_grad(model)
+        opt.step()
+        step = opt.partition.pack(model) - before
+        assert float(torch.cosine_similarity(step[first], -v[first], dim=0)) == pytest.approx(1)
+    opt.param_groups[1]["lr"] = 0.0
+    before = weights(model[2])
+    train(opt, model)
+    assert torch.equal(weights(model[2]), before)
+
+
+def test_every_part_of_an_observed_batch_is_taken_in_and_the_clock_starts_there():
+    model, seen = mlp((4, 5, 5, 3)), []
+    opt = TwoLevelKFAC(model, **FIXED | {"observe_every": 5})
+    for step in range(14):
+        if step == 7:
+            model[2].requires_grad_(False)
+            opt.add_param_group({"params": [nn.Parameter(torch.zeros(1).double())]})
+        closure_of(opt, model)()
+        before = opt.diagnostics["observations"]
+        opt.observe(X[:8])
+        opt.observe(X[8:])
+        seen += [step] * int(opt.diagnostics["observations"] - before)
+        opt.step()
+    assert seen == [0, 0, 5, 5, 7, 7, 12, 12]
+
+
+def test_a_bad_batch_changes_nothing_even_when_a_layer_was_just_frozen():
+    model = mlp((4, 5, 5, 3))
+    opt = TwoLevelKFAC(model, **FIXED)
+    train(opt, model)
+    model[2].requires_grad_(False)
+    state = str(opt.state_dict())
+    with pytest.raises(ValueError, match="NaN or inf"):
+        opt.observe(X * float("nan"))
+    assert str(opt.state_dict()) == state
 
 
 def test_parts_of_an_accumulated_batch_make_one_batch():
@@ -752,8 +915,9 @@ def test_a_distributed_model_trains_in_one_process_and_is_refused_in_several(tmp
         train(TwoLevelKFAC(twin, **FIXED), twin, 3)
         assert torch.equal(weights(model), weights(twin))
         monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-        with pytest.raises(ValueError, match="replicas would drift apart"):
-            TwoLevelKFAC(wrapped, **FIXED)
+        for hidden in (wrapped, torch.compile(wrapped, backend="eager"), nn.Sequential(wrapped)):
+            with pytest.raises(ValueError, match="replicas would drift apart"):
+                TwoLevelKFAC(hidden, **FIXED)
     finally:
         monkeypatch.undo()
         dist.destroy_process_group()
