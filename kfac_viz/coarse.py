@@ -57,8 +57,7 @@ class CoarseSpace:
         partition.check_finite(columns, "A coarse column")
         kept, _ = _gram_schmidt(columns)
         self.removed = tuple(j for j in range(columns.shape[1]) if j not in kept)
-        if self.removed:
-            warn(f"Removed linearly dependent columns {list(self.removed)} of the coarse space {name!r}.")
+        _tell_removed(self.removed, name)
         self._init(partition, columns.dtype, columns.device, name)
         self._columns = columns[:, kept].clone()
         self.size = len(kept)
@@ -121,8 +120,7 @@ class LocalSpace(CoarseSpace):
     ) -> None:
         self._init(partition, blocks[0].dtype, blocks[0].device, name)
         self.removed = removed
-        if removed:
-            warn(f"Removed linearly dependent columns {list(removed)} of the coarse space {name!r}.")
+        _tell_removed(removed, name)
         self._blocks = tuple(blocks)
         self.per_layer = tuple(block.shape[1] for block in blocks)
         self.size = sum(self.per_layer)
@@ -348,6 +346,11 @@ def _rectangles(layer: Layer, count: int) -> list[tuple[int, int, int, int]]:
         tiles.extend(halves)
         columns.append(halves[0])
     return columns
+
+
+def _tell_removed(removed: tuple[int, ...], name: str) -> None:
+    if removed:
+        warn(f"Removed linearly dependent columns {list(removed)} of the coarse space {name!r}.")
 
 
 def check_size(partition: Partition, per_layer: int, *, whole: bool = False) -> int:

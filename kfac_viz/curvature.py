@@ -168,18 +168,19 @@ class RunningCurvature:
 
     def _coarsen(self, M: CachedKFAC, gradient: Callable[[], Tensor]) -> None:
         A = self.window.fisher(self.partition, self.likelihood, self.fisher).damped(self.damping)
-        self._T = self._two_level(A, M, self._space(A, M, gradient), self.window.kronecker)
+        Z = self._space(A, M, gradient)
+        self._T = self._two_level(A, M, Z, lambda: self.window.kronecker(self.partition, self.convention))
         self._coarse_at, self._coarse_stale = self.step, False
         self.diagnostics["coarse refreshes"] += 1
 
     def _two_level(
-        self, A: Damped, M: CachedKFAC, Z: CoarseSpace, kronecker: Callable[[Partition, str], KroneckerFisher]
+        self, A: Damped, M: CachedKFAC, Z: CoarseSpace, kronecker: Callable[[], KroneckerFisher]
     ) -> TwoLevel:
         """The levels together; where E cannot be made or inverted M alone, told once and counted."""
         try:
             E = None
             if self.coarse_operator == "kronecker" and Z.size:
-                E = kronecker(self.partition, self.convention).damped(A.damping)
+                E = kronecker().damped(A.damping)
             return TwoLevel(A, M, Z, self.correction, coarse_operator=E)
         except ValueError as error:
             if not self.diagnostics["fallbacks to one level"]:
@@ -258,7 +259,7 @@ class RunningCurvature:
             else:
                 Z = RankOneSpace(self.partition, [(W, U) for W, U in columns], name=space)
             K = Fisher(self.partition, level.get("kronecker a", level["a"]), level["g"])
-            self._T = self._two_level(F.damped(level["damping"]), M, Z, lambda _, how: KroneckerFisher(K, how))
+            self._T = self._two_level(F.damped(level["damping"]), M, Z, lambda: KroneckerFisher(K, self.convention))
         self.observed_at, self._built_at, self._coarse_at, self._stale, self._coarse_stale = saved["marks"]
 
     def follow(self, like: Tensor) -> bool:

@@ -282,8 +282,7 @@ class TwoLevelKFAC(Optimizer):
         before = {p: p.clone() for p in grads} if judged else {}
         along = self._quadratic_steps if self.step_rule == "quadratic" else self._steps_along
         steps = along(v, grads, model)
-        looked_at = self.overshoot == "shorten" or (self.overshoot == "count" and self.curvature.just_observed)
-        predicted = self._guarded(steps, model) if judged or looked_at else None
+        predicted = self._guarded(steps, model) if judged or self._on_guard else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p in steps]
             if params and self.decoupled and group["weight_decay"]:
@@ -362,12 +361,16 @@ class TwoLevelKFAC(Optimizer):
             self._buffer(p).copy_(step)
         return steps | self._plain_steps(rest) if rest else steps
 
+    @property
+    def _on_guard(self) -> bool:
+        """Whether this step is looked at for overshoot."""
+        return self.overshoot == "shorten" or (self.overshoot == "count" and self.curvature.just_observed)
+
     def _guarded(self, steps: dict[Tensor, Tensor], model: QuadraticModel) -> float:
         """The change that the captured model predicts, after its own overshoot has been counted or cut."""
         slope, curvature = (float(x) for x in model.along(self._joined(steps)[:, None]))
         change = slope + 0.5 * curvature
-        counts = self.overshoot == "shorten" or (self.overshoot == "count" and self.curvature.just_observed)
-        if change <= 0 or not counts:
+        if change <= 0 or not self._on_guard:
             return change
         self.diagnostics["overshoots"] += 1
         if self.overshoot == "count":

@@ -103,29 +103,29 @@ class Window:
     def fisher(self, partition: Partition, likelihood: str, flavour: str) -> Fisher:
         """``Σ w F`` over the batches, with weights of sum 1 folded into the output-side vectors."""
         a = _stacked([entry["a"] for entry in self.entries], 0)
-        return Fisher(partition, a, self._weighted("g"), likelihood=likelihood, flavour=flavour)
+        return Fisher(partition, a, self._weighted_g(), likelihood=likelihood, flavour=flavour)
 
     def kronecker(self, partition: Partition, convention: str) -> KroneckerFisher:
         """All blocks ``G ⊗ A`` of the averaged factors: the weights are on both sides, and positions that a batch
         does not have do not count."""
         most = [max(a.shape[1] for a in layer) for layer in zip(*(e["a"] for e in self.entries), strict=True)]
         power = 0.5 if convention == "expand" else 1.0
-        stretch = [[(T / a.shape[1]) ** power for a, T in zip(e["a"], most, strict=True)] for e in self.entries]
-        F = Fisher(partition, self._weighted("a", stretch), self._weighted("g"))
-        return KroneckerFisher(F, convention)
+        a = [
+            [x * (scale * (T / x.shape[1]) ** power) for x, T in zip(entry["a"], most, strict=True)]
+            for entry, scale in zip(self.entries, self._scales(), strict=True)
+        ]
+        return KroneckerFisher(Fisher(partition, _stacked(a, 0), self._weighted_g()), convention)
 
-    def _weighted(self, side: str, stretch: list[list[float]] | None = None) -> list[Tensor]:
-        """Vectors of all batches, each times the root of its weight over its share of the examples kept."""
+    def _weighted_g(self) -> list[Tensor]:
+        batches = zip(self.entries, self._scales(), strict=True)
+        return _stacked([e["g"] if scale == 1 else [g * scale for g in e["g"]] for e, scale in batches], 1)
+
+    def _scales(self) -> list[float]:
+        """Root of the weight of every entry over its share of the examples kept."""
         kept = [entry["a"][0].shape[0] for entry in self.entries]
         ages = [self.entries[-1]["batch"] - entry["batch"] for entry in self.entries]
         weights = [entry["N"] * self.decay**age for entry, age in zip(self.entries, ages, strict=True)]
-        scales = [(w / sum(weights) * sum(kept) / n) ** 0.5 for w, n in zip(weights, kept, strict=True)]
-        stretch = stretch or [[1.0] * len(entry[side]) for entry in self.entries]
-        batches = [
-            [x if scale * more == 1 else x * (scale * more) for x, more in zip(entry[side], mores, strict=True)]
-            for entry, scale, mores in zip(self.entries, scales, stretch, strict=True)
-        ]
-        return _stacked(batches, 0 if side == "a" else 1)
+        return [(w / sum(weights) * sum(kept) / n) ** 0.5 for w, n in zip(weights, kept, strict=True)]
 
 
 def _stacked(batches: list[list[Tensor]], axis: int) -> list[Tensor]:

@@ -191,14 +191,17 @@ def needed(widths: tuple[int, ...] = WIDTHS, batch: int = BATCH) -> dict[str, tu
     back = [(batch, o, i) for i, o in layers[1:]]  # nobody needs the gradient of the data
     gradients = [(o, batch, i) for i, o in layers]
     grams = [shape for i, o in layers for shape in ((i, batch, i), (o, batch, o))]
-    with_A = [shape for i, o in layers for shape in ((o, 128, i), (128, i, o))]
+
+    def with_A(n: int) -> Products:
+        return [shape for i, o in layers for shape in ((o, n, i), (n, i, o))]
+
     return {
         "gradient": (1, forward + back + gradients),
         "apply": (1, [shape for i, o in layers for shape in ((o, i, i), (o, o, i))]),
         "observe": (1 / OBSERVE, forward + back + grams),
         "refresh": (0.5 / REFRESH, [(n, n, n) for layer in layers for n in layer]),
-        "A, 128 examples": (1, with_A),
-        "A, 512 examples": (1, [tuple(512 if n == 128 else n for n in shape) for shape in with_A]),
+        "A, 128 examples": (1, with_A(128)),
+        "A, 512 examples": (1, with_A(512)),
     }
 
 
