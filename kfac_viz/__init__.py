@@ -12,17 +12,17 @@ True
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from . import coarse
-from .capture import capture
-from .coarse import CoarseSpace
-from .fisher import Fisher, KroneckerFisher
-from .kronecker import KroneckerFactors
-from .krylov import captured_decrease, condition_number, exact_direction, pcg, spectrum
-from .likelihood import nll
-from .operator import Damped, Dense, Operator
-from .partition import Partition
-from .preconditioner import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Diagonal, Identity, Preconditioner
-from .two_level import CoarseCorrection, TwoLevel
+from .method import coarse
+from .method.capture import capture
+from .method.coarse import CoarseSpace
+from .method.fisher import Fisher, KroneckerFisher
+from .method.kronecker import KroneckerFactors
+from .method.krylov import captured_decrease, condition_number, exact_direction, pcg, spectrum
+from .method.likelihood import nll
+from .method.operator import Damped, Dense, Operator
+from .method.partition import Partition
+from .method.preconditioner import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Diagonal, Identity, Preconditioner
+from .method.two_level import CoarseCorrection, TwoLevel
 
 try:
     __version__ = version("kfac_viz")
@@ -37,8 +37,7 @@ _LAZY = {
     "figures": None,
     "widgets": None,
     "explore": "widgets",
-    "optimizer": None,
-    "TwoLevelKFAC": "optimizer",
+    "TwoLevelKFAC": "train.optimizer",
 }
 
 __all__ = [

@@ -264,8 +264,8 @@ def explore(
     from .experiments.coarse_space import run_on
     from .experiments.setting import Setting, small_enough
     from .figures.coarse_space import CoarseSpacePlot
-    from .likelihood import output_vectors
-    from .partition import Partition
+    from .method.likelihood import output_vectors
+    from .method.partition import Partition
     from .problems import Problem
 
     def double(x: Any) -> Any:

@@ -9,7 +9,7 @@ from helpers import DEVICES, ZOO, Residual, assert_close, batch_norm, exact_fish
 from torch import nn
 
 import kfac_viz as kv
-from kfac_viz.likelihood import output_vectors
+from kfac_viz.method.likelihood import output_vectors
 
 FLAVOURS = ("exact", "mc", "empirical")
 

@@ -6,8 +6,8 @@ from helpers import SPACES, assert_close, captured, mlp, normal, space
 from torch import Tensor
 
 import kfac_viz as kv
-from kfac_viz.coarse import LocalSpace, RankOneSpace
-from kfac_viz.operator import Operator
+from kfac_viz.method.coarse import LocalSpace, RankOneSpace
+from kfac_viz.method.operator import Operator
 
 pytestmark = pytest.mark.filterwarnings("ignore:Outside the Fisher")
 
@@ -103,7 +103,7 @@ def test_nicolaides_is_one_constant_per_layer():
 
 
 def test_nicolaides_splits_the_largest_rectangle_along_its_longer_side():
-    partition = kv.Partition((kv.partition.Layer("0", 2, 3),))
+    partition = kv.Partition((kv.method.partition.Layer("0", 2, 3),))
     Z = kv.coarse.nicolaides(kv.Dense(torch.eye(6), partition), per_layer=3).dense().T.view(3, 2, 3)
     expected = torch.tensor(
         [
@@ -117,7 +117,7 @@ def test_nicolaides_splits_the_largest_rectangle_along_its_longer_side():
 
 def test_nicolaides_aggregates_are_disjoint_halves():
     """All columns are indicators, and every cut halves one aggregate: its span holds both halves."""
-    partition = kv.Partition((kv.partition.Layer("0", 4, 4),))
+    partition = kv.Partition((kv.method.partition.Layer("0", 4, 4),))
     Z = kv.coarse.nicolaides(kv.Dense(torch.eye(16), partition), per_layer=16)
     assert set(Z.dense().unique().tolist()) == {0.0, 1.0}
     assert torch.linalg.matrix_rank(Z.dense()) == 16

@@ -21,8 +21,8 @@ from helpers import (
 from torch import nn
 
 import kfac_viz as kv
-from kfac_viz import fisher as fisher_module
-from kfac_viz.likelihood import output_vectors
+from kfac_viz.method import fisher as fisher_module
+from kfac_viz.method.likelihood import output_vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Outside the Fisher")
 

@@ -18,7 +18,7 @@ from helpers import (
 )
 
 import kfac_viz as kv
-from kfac_viz.kronecker import KroneckerFactors
+from kfac_viz.method.kronecker import KroneckerFactors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Outside the Fisher")
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kfac_viz as kv
-from kfac_viz.cached import CachedKFAC, LeadingEigenvectors
-from kfac_viz.curvature import COARSE_OPERATORS, SPACES
-from kfac_viz.optimizer import TwoLevelKFAC
-from kfac_viz.statistics import RunningFactors, Window
-from kfac_viz.two_level import CORRECTIONS
+from kfac_viz.method.cached import CachedKFAC, LeadingEigenvectors
+from kfac_viz.method.two_level import CORRECTIONS
+from kfac_viz.train.curvature import COARSE_OPERATORS, SPACES
+from kfac_viz.train.optimizer import TwoLevelKFAC
+from kfac_viz.train.statistics import RunningFactors, Window
 
 X, Y = normal(20, 4), torch.arange(20) % 3
 EVERY = {"observe_every": 1, "refresh_every": 1}

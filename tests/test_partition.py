@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import kfac_viz as kv
-from kfac_viz.partition import Layer
+from kfac_viz.method.partition import Layer
 
 
 @pytest.mark.parametrize("name", ZOO)

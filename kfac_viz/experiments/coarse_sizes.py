@@ -10,12 +10,12 @@ from typing import Annotated
 from torch import Tensor
 
 from .. import coarse as spaces
-from ..coarse import CoarseSpace, cholesky
-from ..krylov import pcg
-from ..operator import Dense
+from ..method.coarse import CoarseSpace, cholesky
+from ..method.krylov import pcg
+from ..method.operator import Dense
+from ..method.preconditioner import KFAC
+from ..method.two_level import TwoLevel
 from ..parameters import Device, Range, Seed, check
-from ..preconditioner import KFAC
-from ..two_level import TwoLevel
 from .coarse_space import Damping, Rule
 from .curves import Study, captured, curve
 from .depth import largest_eigenvalue

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import coarse as spaces
+from ..method.partition import Partition
+from ..method.preconditioner import KFAC, Diagonal
+from ..method.two_level import CORRECTIONS, TwoLevel
 from ..parameters import Device, Range, Seed, check
-from ..partition import Partition
-from ..preconditioner import KFAC, Diagonal
-from ..two_level import CORRECTIONS, TwoLevel
 from .curves import rounded
 from .setting import Data, Flavour, Setting, Widths, setting, small_enough
 from .threads import one_thread

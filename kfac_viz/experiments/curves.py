@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..operator import Damped
+from ..method.operator import Damped
 
 if TYPE_CHECKING:
     import pandas

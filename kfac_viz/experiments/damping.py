@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..method.preconditioner import KFAC
 from ..parameters import Device, Range, Seed, check
-from ..preconditioner import KFAC
 from ..problems import Problem
 from .curves import Curve, Study, by_key, captured, curve
 from .setting import DAMPINGS, Data, Setting, Widths, setting

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import coarse, problems
-from ..coarse import cholesky
-from ..krylov import pcg
-from ..operator import Dense
+from ..method.coarse import cholesky
+from ..method.krylov import pcg
+from ..method.operator import Dense
+from ..method.preconditioner import KFAC
+from ..method.two_level import TwoLevel
 from ..parameters import Device, Range, Seed, check
-from ..preconditioner import KFAC
-from ..two_level import TwoLevel
 from .curves import Study, curve
 from .setting import Setting
 from .threads import one_thread

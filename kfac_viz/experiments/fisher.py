@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..fisher import Fisher
-from ..likelihood import nll
+from ..method.fisher import Fisher
+from ..method.likelihood import nll
+from ..method.partition import Partition
+from ..method.preconditioner import Diagonal, Identity
 from ..parameters import Device, Range, Seed, check
-from ..partition import Partition
-from ..preconditioner import Diagonal, Identity
 from ..problems import Problem
 from .curves import Curve, Study, captured, curve, frobenius, rounded
 from .setting import DAMPINGS, Widths, setting

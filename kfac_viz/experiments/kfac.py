@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fisher import Fisher
+from ..method.fisher import Fisher
+from ..method.partition import Partition
+from ..method.preconditioner import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal
 from ..parameters import Device, Range, Seed, check
-from ..partition import Partition
-from ..preconditioner import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal
 from .curves import Study, by_key, captured, curve, frobenius, rounded
 from .setting import DAMPINGS, Data, Setting, Widths, setting
 from .threads import one_thread

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..coarse import nicolaides
-from ..krylov import pcg
-from ..operator import Damped, Dense, Operator
+from ..method.coarse import nicolaides
+from ..method.krylov import pcg
+from ..method.operator import Damped, Dense, Operator
+from ..method.partition import Partition
+from ..method.preconditioner import BlockDiagonal, Identity
+from ..method.two_level import TwoLevel
 from ..parameters import Device, Range, Seed, check
-from ..partition import Partition
-from ..preconditioner import BlockDiagonal, Identity
-from ..two_level import TwoLevel
 from .curves import Study, curve, rounded
 from .threads import one_thread
 

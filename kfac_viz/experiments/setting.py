@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import problems
-from ..fisher import Fisher, KroneckerFisher
-from ..operator import Dense
+from ..method.fisher import Fisher, KroneckerFisher
+from ..method.operator import Dense
 from ..parameters import Range
 from ..problems import Problem
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
     from numpy.typing import ArrayLike, NDArray
 
-    from ..partition import Partition
+    from ..method.partition import Partition
 
 
 class MatrixView:

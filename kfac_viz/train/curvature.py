@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import coarse as spaces
-from .cached import CachedKFAC, LeadingEigenvectors
-from .capture import observed
-from .checks import check_choice, check_count, check_damping, check_number, warn
-from .coarse import CoarseSpace, LocalSpace, RankOneSpace
-from .fisher import Fisher, KroneckerFisher
-from .kronecker import CONVENTIONS, KroneckerFactors
-from .likelihood import FLAVOURS, LIKELIHOODS
-from .operator import Damped, replace
-from .partition import Partition
-from .preconditioner import RULES
+from ..method import coarse as spaces
+from ..method.cached import CachedKFAC, LeadingEigenvectors
+from ..method.capture import observed
+from ..method.checks import check_choice, check_count, check_damping, check_number, warn
+from ..method.coarse import CoarseSpace, LocalSpace, RankOneSpace
+from ..method.fisher import Fisher, KroneckerFisher
+from ..method.kronecker import CONVENTIONS, KroneckerFactors
+from ..method.likelihood import FLAVOURS, LIKELIHOODS
+from ..method.operator import Damped, replace
+from ..method.partition import Partition
+from ..method.preconditioner import RULES
+from ..method.two_level import CORRECTIONS, TwoLevel
 from .statistics import RunningFactors, Window, untouched
-from .two_level import CORRECTIONS, TwoLevel
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
 COARSE_OPERATORS = ("captured", "kronecker")

@@ -10,7 +10,8 @@ from numbers import Integral
 
 import torch
 
-_INSIDE = tuple(os.path.join(os.path.dirname(path), "") for path in (__file__, torch.__file__))
+_HOME = os.path.dirname(os.path.dirname(__file__))  # the package, all rooms of it
+_INSIDE = tuple(os.path.join(path, "") for path in (_HOME, os.path.dirname(torch.__file__)))
 
 
 def check_damping(damping: float) -> float:

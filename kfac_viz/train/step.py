@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fisher import Fisher
+from ..method.fisher import Fisher
 
 STEP_RULES = ("fixed", "kl_clip", "quadratic")
 

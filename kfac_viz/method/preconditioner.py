@@ -54,8 +54,8 @@ class Identity(Preconditioner):
 class Diagonal(Preconditioner):
     """``M = (diag F + λ)^-power``: Jacobi for power 1; Adam and Adagrad take ½ of the empirical Fisher.
 
-    >>> from kfac_viz.operator import Dense
-    >>> from kfac_viz.partition import Partition
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
     >>> F = Dense(torch.tensor([[3., 1.], [1., 0.]]), Partition.from_sizes([1, 1]))
     >>> Diagonal(F, damping=1.0) @ torch.ones(2)
     tensor([0.2500, 1.0000])

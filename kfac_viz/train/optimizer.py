@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .capture import check_inputs
-from .checks import check_choice, check_damping, check_number, warn
+from ..method.capture import check_inputs
+from ..method.checks import check_choice, check_damping, check_number, warn
+from ..method.partition import Partition, all_finite, is_kronecker_layer
+from ..method.two_level import TwoLevel
 from .curvature import RunningCurvature, converted
-from .partition import Partition, all_finite, is_kronecker_layer
 from .step import STEP_RULES, QuadraticModel, adapted_damping, best_coefficients, kl_scale
-from .two_level import TwoLevel
 
 GUARDS = ("off", "count", "shorten")
 LENGTHS = {"fixed": 0.1, "kl_clip": 0.3, "quadratic": 1.0}  # the lr that goes with each step rule

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .fisher import Fisher, KroneckerFisher
-from .kronecker import KroneckerFactors
-from .partition import Partition
+from ..method.fisher import Fisher, KroneckerFisher
+from ..method.kronecker import KroneckerFactors
+from ..method.partition import Partition
 
 
 @contextmanager
