@@ -297,7 +297,7 @@ def explore(
         elif values["coarse"] == "krylov":  # the mean of the scores at the labels, given or drawn, is the gradient
             space = space.replace("(F, ", "(A, M, g, ")
             scores = captured("empirical" if given else "mc")
-            gradient = f"E = {scores}; g = E.pull(E.a[0].new_ones(1, E.N, 1))[:, 0] / E.N; "
+            gradient = f"E = {scores}; g = E.pull(E.a[0].new_ones(1, E.N)) / E.N; "
         return (
             f"F = {captured(fisher)}; A = F.damped({values['damping']}); "
             f"M = kv.KFAC(F, {values['damping']}, {values['rule']!r}); {gradient}"

@@ -6,8 +6,8 @@ from helpers import SPACES, assert_close, captured, mlp, normal, space
 from torch import Tensor
 
 import kfac_viz as kv
-from kfac_viz.method.coarse import LocalSpace, RankOneSpace
-from kfac_viz.method.operator import Operator
+from kfac_viz.method.columns import LocalSpace, RankOneSpace
+from kfac_viz.method.operator import DampedImage, Operator
 
 pytestmark = pytest.mark.filterwarnings("ignore:Outside the Fisher")
 
@@ -39,15 +39,17 @@ def test_every_form_of_a_space_is_the_same_matrix(name, per_layer, case):
     assert dense.shape == (F.shape[0], Z.size) and Z.size == per_layer * len(F.partition)
     assert torch.linalg.matrix_rank(dense) == Z.size if Z.size else dense.numel() == 0
     eye = torch.eye(Z.size, dtype=torch.float64)
-    assert_close(Z.prolong(eye), dense, 1e-14)
-    assert_close(Z.restrict(F.eye()), dense.T, 1e-14)
+    assert_close(Z.prolong(eye), dense.T, 1e-14)
+    assert_close(Z.restrict(F.eye()), dense, 1e-14)
     assert_close(Z.gram(), dense.T @ dense)
-    assert_close(Z.scores(F), F.scores(dense), 1e-11)
+    assert_close(F.image(Z).U, F.scores(dense.T).flatten(1), 1e-11)
     c, r = normal(Z.size), normal(F.shape[0])
     assert_close(Z.prolong(c), dense @ c)
     assert_close(Z.restrict(r), dense.T @ r)
-    assert Z.restrict(r[:, None][:, :0]).shape == (Z.size, 0)
-    assert Z.prolong(c[:, None][:, :0]).shape == (F.shape[0], 0)
+    assert_close(Z.restrict(torch.stack([r, -2 * r])), torch.stack([dense.T @ r, -2 * dense.T @ r]))
+    assert_close(Z.add_(r.clone(), c, alpha=-0.5), r - 0.5 * dense @ c)
+    assert Z.restrict(r[None][:0]).shape == (0, Z.size)
+    assert Z.prolong(c[None][:0]).shape == (0, F.shape[0])
 
 
 @pytest.mark.parametrize("case", ["residual", "sigmoid, some bias", "conv"])
@@ -248,12 +250,17 @@ def test_both_coarse_operators_equal_z_a_z(name, case):
     K = kv.KroneckerFisher(F, convention="reduce").damped(0.1)
     Z = space(name, A, M, g, 2)
     dense = Z.dense()
-    assert_close(kv.CoarseCorrection(A, Z).E, dense.T @ A.dense() @ dense, 1e-11)
-    assert_close(kv.CoarseCorrection(K, Z).E, dense.T @ K.dense() @ dense, 1e-11)
+    assert_close(kv.CoarseCorrection(A, Z).E.dense(), dense.T @ A.dense() @ dense, 1e-11)
+    assert_close(kv.CoarseCorrection(K, Z).E.dense(), dense.T @ K.dense() @ dense, 1e-11)
     for B in (F, K.operator):
-        image, c = B.image(Z), normal(Z.size, 2)
-        assert_close(image.prolong(c), B.dense() @ dense @ c, 1e-11)
-        assert_close(image.restrict(normal(F.shape[0], 2)), dense.T @ B.dense() @ normal(F.shape[0], 2), 1e-11)
+        image, columns = B.image(Z), B.dense() @ dense
+        for shape in ((), (2,)):  # one vector, and vectors as rows
+            c, r = normal(*shape, Z.size), normal(*shape, F.shape[0])
+            assert_close(image.add_(r.clone(), c, alpha=-0.5), r - 0.5 * c @ columns.T, 1e-11)
+            assert_close(image.restrict(r), r @ columns, 1e-11)
+        AZ = DampedImage(image, 0.1)
+        assert_close(AZ.residual(r, c), r - c @ (columns + 0.1 * dense).T, 1e-11)
+        assert_close(AZ.restrict(r), r @ (columns + 0.1 * dense), 1e-11)
 
 
 @pytest.mark.parametrize("coarse", ["itself", "kronecker"])
@@ -282,8 +289,8 @@ def test_no_large_matrix_is_formed_for_rank_one_columns(name, monkeypatch):
         monkeypatch.setattr(kind, "dense", refuse)
     monkeypatch.setattr(kv.Fisher, "factors", _diagonal_only(kv.Fisher.factors, refuse))
     Z = space(name, A, M, g, 3)
-    assert kv.CoarseCorrection(A, Z).E.shape == (9, 9)
-    assert kv.CoarseCorrection(K, Z).E.shape == (9, 9)
+    assert kv.CoarseCorrection(A, Z).E.galerkin.shape == (9, 9)
+    assert kv.CoarseCorrection(K, Z).E.galerkin.shape == (9, 9)
     assert torch.isfinite(kv.TwoLevel(A, M, Z, "balanced") @ g).all()
 
 
@@ -311,16 +318,18 @@ def test_counts_that_are_none_are_refused(name, per_layer, words):
 
 
 @pytest.mark.parametrize("name", ["nicolaides", "spectral", "smooth", "krylov", "random"])
-def test_more_columns_than_the_smallest_layer_has_parameters(name):
-    _, A, M, g = setting("sigmoid, some bias")
-    with pytest.raises(ValueError, match="per_layer=7 exceeds layer '2', which has 6 parameters; choose at most 6"):
-        space(name, A, M, g, 7)
-
-
-def test_more_optimal_columns_than_parameters():
-    _, A, M, _ = setting("sigmoid, some bias")
-    with pytest.raises(ValueError, match="per_layer=11 asks for 33 columns in a space of 30"):
-        kv.coarse.optimal(A, M, 11)
+def test_a_small_layer_gives_what_it_has(name, recwarn):
+    """``per_layer`` means at most so many; more columns than any layer has parameters are the whole space."""
+    F, A, M, g = setting("sigmoid, some bias")
+    sizes = [layer.size for layer in F.partition.layers]
+    Z = space(name, A, M, g, 7)
+    assert min(sizes) == 6 and Z.size == sum(min(size, 7) for size in sizes) - len(Z.removed)
+    if hasattr(Z, "per_layer") and not Z.removed:
+        assert Z.per_layer == tuple(min(size, 7) for size in sizes)
+    everything = space(name, A, M, g, 10**6)
+    assert everything.size <= F.shape[0]
+    if name in ("spectral", "smooth", "optimal"):
+        assert_close(kv.TwoLevel(A, M, everything, "balanced").dense(), torch.linalg.inv(A.dense()), 1e-8)
 
 
 @pytest.mark.parametrize("name", SPACES)

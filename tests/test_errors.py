@@ -283,9 +283,9 @@ CALLS = {
     "nan in a column": (
         lambda: kv.CoarseSpace(F.partition, with_value(G[:, None], torch.nan, 0)), ValueError, "layer 'body.one'",
     ),
-    "restrict": (lambda: Z.restrict(G[:4]), ValueError, r"\(51,\) or \(51, k\).*got \(4,\)"),
+    "restrict": (lambda: Z.restrict(G[:4]), ValueError, r"\(…, 51\).*got \(4,\)"),
     "restrict another dtype": (lambda: Z.restrict(G.float()), ValueError, "holds torch.float64.*is torch.float32"),
-    "prolong": (lambda: Z.prolong(G), ValueError, r"\(6,\) or \(6, k\).*got \(51,\)"),
+    "prolong": (lambda: Z.prolong(G), ValueError, r"\(…, 6\).*got \(51,\)"),
     "krylov of a matrix": (lambda: kv.coarse.krylov(A, M, A.dense(), 2), ValueError, r"\(51,\).*got \(51, 51\)"),
     "krylov of nan": (lambda: kv.coarse.krylov(A, M, G * torch.nan, 2), ValueError, "NaN or inf"),
     "optimal of a non-symmetric M": (

@@ -36,10 +36,11 @@ def assert_all_forms_agree(F, expected, tol=1e-12):
     assert_close(F.diagonal(), expected.diagonal(), tol)
     names = F.partition.names
     assert_close(torch.cat([torch.cat([F.block(l, m) for m in names], 1) for l in names]), expected, tol)
-    J = F.scores(F.eye()).flatten(0, 1)
+    J = F.scores(F.eye()).flatten(1).T
     assert_close(J.T @ J / F.N, expected, tol)
-    s = normal(F.S, F.N, 2).to(F.device, F.dtype)
-    assert_close(F.pull(s), J.T @ s.flatten(0, 1), tol)
+    s = normal(2, F.S, F.N).to(F.device, F.dtype)
+    assert_close(F.pull(s), s.flatten(1) @ J, tol)
+    assert_close(F.pull(s[0]), s[0].flatten() @ J, tol)
     v = normal(F.shape[0]).to(F.device, F.dtype)
     assert_close(F @ v, expected @ v, tol)
     assert (F @ v[:, None][:, :0]).shape == (F.shape[0], 0)
@@ -299,7 +300,7 @@ def test_gradient_of_a_gaussian_problem_lies_in_the_range_of_its_fisher():
     problem = kv.problems.planted(depth=2, width=3, n=30)
     F = problem.capture()
     residual = (problem.model(problem.inputs) - problem.targets).detach()
-    assert_close(F.pull(residual.T[:, :, None])[:, 0] / F.N, problem.gradient(), 1e-12)
+    assert_close(F.pull(residual.T) / F.N, problem.gradient(), 1e-12)
 
 
 def test_one_exact_natural_gradient_step_solves_linear_regression():

@@ -10,10 +10,10 @@ from typing import Annotated
 from torch import Tensor
 
 from .. import coarse as spaces
-from ..method.coarse import CoarseSpace, cholesky
+from ..method.columns import CoarseSpace
+from ..method.kfac import KFAC
 from ..method.krylov import pcg
-from ..method.operator import Dense
-from ..method.preconditioner import KFAC
+from ..method.operator import Dense, cholesky
 from ..method.two_level import TwoLevel
 from ..parameters import Device, Range, Seed, check
 from .coarse_space import Damping, Rule

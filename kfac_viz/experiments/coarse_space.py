@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import coarse as spaces
+from ..method.kfac import KFAC
 from ..method.partition import Partition
-from ..method.preconditioner import KFAC, Diagonal
+from ..method.preconditioner import Diagonal
 from ..method.two_level import CORRECTIONS, TwoLevel
 from ..parameters import Device, Range, Seed, check
 from .curves import rounded
@@ -221,7 +222,7 @@ class _Levels:
         ``M^½ (A − A Q A) M^½``; ``additive`` is similar to ``R S R`` with ``R² = I + M^-½ Q M^-½``.
         """
         S, half = _whitened(where, T.M)
-        root = T.Q._weights.sqrt()
+        root = T.Q.E.weights.sqrt()
         if T.correction != "additive":
             B = half[:, None] * (self.image + T.damping * self.columns) * root
             values = _eigenvalues(S - B @ B.T)
@@ -279,7 +280,7 @@ def _norms(partition: Partition, matrix: Tensor) -> list[list[float]]:
 
 def _whitened(where: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
     """``S = M^½ A M^½`` in K-FAC's eigenbasis, (P, P), and the diagonal of ``M^½`` there, (P,)."""
-    half = torch.cat([weights.flatten() for weights in M._weights]).sqrt()
+    half = torch.cat([weights.flatten() for weights in M.eigenvalues()]).sqrt()
     S = where.rotated * half * half[:, None]
     S.diagonal().add_(M.damping * half.square())
     return S, half

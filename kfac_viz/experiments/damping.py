@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..method.preconditioner import KFAC
+from ..method.kfac import KFAC
 from ..parameters import Device, Range, Seed, check
 from ..problems import Problem
 from .curves import Curve, Study, by_key, captured, curve

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import coarse, problems
-from ..method.coarse import cholesky
+from ..method.kfac import KFAC
 from ..method.krylov import pcg
-from ..method.operator import Dense
-from ..method.preconditioner import KFAC
+from ..method.operator import Dense, cholesky
 from ..method.two_level import TwoLevel
 from ..parameters import Device, Range, Seed, check
 from .curves import Study, curve

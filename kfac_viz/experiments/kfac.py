@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..method.fisher import Fisher
+from ..method.kfac import EKFAC, KFAC
 from ..method.partition import Partition
-from ..method.preconditioner import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal
+from ..method.preconditioner import BlockDiagonal
+from ..method.tridiagonal import BlockTridiagonal
 from ..parameters import Device, Range, Seed, check
 from .curves import Study, by_key, captured, curve, frobenius, rounded
 from .setting import DAMPINGS, Data, Setting, Widths, setting

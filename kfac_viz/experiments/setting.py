@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import problems
-from ..method.fisher import Fisher, KroneckerFisher
+from ..method.fisher import Fisher
+from ..method.kronecker_fisher import KroneckerFisher
 from ..method.operator import Dense
 from ..parameters import Range
 from ..problems import Problem

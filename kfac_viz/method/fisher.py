@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from .checks import check_choice
-from .coarse import CoarseSpace, RankOneSpace
-from .kronecker import CONVENTIONS, KroneckerFactors, directional, sandwich, upper_pairs
+from .columns import CoarseSpace, LocalSpace, RankOneSpace
+from .kronecker import CONVENTIONS, KroneckerFactors
 from .operator import Image, Operator
 from .partition import Partition
+from .stacks import Stacks
 
 _CHUNK = 2**24  # numbers in a temporary: 128 MiB of float64
 
@@ -21,7 +22,8 @@ class Fisher(Operator):
     """``F = (1/N) Σ_{s,n} score scoreᵀ``, with the score ``Σ_t g[s,n,t] a[n,t]ᵀ`` in each layer.
 
     Positive semi-definite; equal to the generalised Gauss–Newton matrix when exact. Made by
-    :func:`kfac_viz.capture`; the captured vectors are never changed afterwards.
+    :func:`kfac_viz.capture`; the captured vectors are never changed afterwards. ``J``, of S·N rows, has the scores
+    in its rows, so that ``F = JᵀJ / N``.
 
     Attributes:
         a: layer inputs, one (N, T, features) per layer.
@@ -45,31 +47,41 @@ class Fisher(Operator):
         self.dtype, self.device = self.a[0].dtype, self.a[0].device
         self._factors: dict[str, KroneckerFactors] = {}
 
+    @cached_property
+    def _stacks(self) -> Stacks:
+        return Stacks([layer.shape for layer in self.partition.layers], [a.shape[1] for a in self.a])
+
+    @cached_property
+    def _stacked(self) -> list[tuple[Tensor, Tensor]]:
+        """(a, g) with layers of one shape and one number of positions together."""
+        return list(zip(self._stacks.gather(self.a), self._stacks.gather(self.g), strict=True))
+
     def _apply(self, v: Tensor) -> Tensor:
         width = max(layer.out for layer in self.partition.layers) * max(a.shape[1] for a in self.a)
-        columns = max(1, _CHUNK // (self.N * max(width, self.S)))
-        pieces = [self.pull(self.scores(piece)) for piece in v.split(columns, dim=1)]
-        return torch.cat(pieces, dim=1) / self.N if pieces else v.clone()
+        rows = max(1, _CHUNK // (self.N * max(width, self.S)))
+        if v.ndim > 1 and len(v) > rows:
+            return torch.cat([self._apply(part) for part in v.split(rows)])
+        return self.pull(self.scores(v) / self.N)
 
     def scores(self, v: Tensor) -> Tensor:
-        """``J v``: every score times every column of v (P, k), shape (S, N, k); two matrix products a layer."""
-        return sum(directional(a, g, V) for a, g, V in zip(self.a, self.g, self.partition.split(v), strict=True))
+        """``J v``: every score times v (..., P), shape (..., S, N)."""
+        total = 0.0
+        for (a, g), V in zip(self._stacked, self._stacks.split(v), strict=True):
+            s = _directional(a, g, V)
+            total = total + (s.sum(-3) if a.ndim == 4 else s)
+        return total
 
     def pull(self, s: Tensor) -> Tensor:
-        """``Jᵀ s``: the scores summed with weights s (S, N, k), shape (P, k)."""
-        if s.shape[2] == 1:
-            return self.add_pulled_(s.new_zeros(self.partition.size, 1), s, alpha=1.0)
-        pieces = []
-        for a, g in zip(self.a, self.g, strict=True):
-            w = torch.einsum("snto,snk->ntok", g, s)
-            pieces.append(torch.einsum("ntok,nti->oik", w, a))
-        return self.partition.join(pieces)
+        """``Jᵀ s``: the scores summed with weights s (..., S, N), shape (..., P)."""
+        return self.add_pulled_(s.new_zeros(*s.shape[:-2], self.partition.size), s)
 
-    def add_pulled_(self, v: Tensor, s: Tensor, alpha: float) -> Tensor:
-        """``v + alpha Jᵀ s`` in place, for v (P, 1) and s (S, N, 1): one product a layer and no temporary."""
-        for a, g, V in zip(self.a, self.g, self.partition.split(v[:, 0]), strict=True):
-            V.addmm_((g * s[..., None]).sum(0).flatten(0, 1).mT, a.flatten(0, 1), alpha=alpha)
-        return v
+    def add_pulled_(self, v: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
+        """``v + alpha Jᵀ s``, in place."""
+        pairs = []
+        for a, g in self._stacked:
+            weighted = torch.einsum("...snto,...sn->...nto", g, s[..., None, :, :] if a.ndim == 4 else s)
+            pairs.append((weighted.flatten(-3, -2).mT, a.flatten(-3, -2)))
+        return self._stacks.add_products_(v, pairs, alpha)
 
     def dense(self) -> Tensor:
         """The matrix (P, P), from the blocks on and above the diagonal: N P² products, not S N P²."""
@@ -112,7 +124,7 @@ class Fisher(Operator):
             block.copy_(product)
         else:
             if factors is _one_layer:
-                (_, _, where_o), (_, _, where_i) = (upper_pairs(n, self.device) for n in (o, i))
+                (_, _, where_o), (_, _, where_i) = (_upper_pairs(n, self.device) for n in (o, i))
                 product = product.index_select(1, where_i).index_select(0, where_o)
             block.view(o, i, p, j).copy_(product.view(o, p, i, j).transpose(1, 2))
         if l == m and factors is not _one_layer:
@@ -146,32 +158,24 @@ class Fisher(Operator):
         ``reduce`` averages a and sums g over them first.
         """
         l, m = self.partition.index(l), self.partition.index(m)
-        (a, g), (b, h) = self._examples(l, convention), self._examples(m, convention)
+        (a, g), (b, h) = (independent(self.a[i], self.g[i], convention) for i in (l, m))
         if a.shape[0] != b.shape[0]:
             raise ValueError(
                 f"Layers {self.partition.names[l]!r} and {self.partition.names[m]!r} are used at different numbers "
                 "of positions; their cross factors need convention='reduce'."
             )
-        return a.T @ b / self.N, g.flatten(0, 1).T @ h.flatten(0, 1) / self.N
+        return a.mT @ b / self.N, g.mT @ h / self.N
 
     def kronecker(self, convention: str = "expand") -> KroneckerFactors:
         """The factors of every diagonal block, computed once and shared by all that is built from them."""
         if convention not in self._factors:
-            pairs = [self.factors(l, l, convention) for l in range(len(self.partition))]
-            A, G = zip(*pairs, strict=True)
-            self._factors[convention] = KroneckerFactors(self.partition, A, G)
+            pairs = [independent(a, g, convention) for a, g in self._stacked]
+            A, G = (self._stacks.scatter([x.mT @ x / self.N for x in side], 2) for side in zip(*pairs, strict=True))
+            self._factors[convention] = KroneckerFactors(self.partition, tuple(A), tuple(G))
         return self._factors[convention]
 
     def image(self, Z: CoarseSpace) -> ScoreImage:
         return ScoreImage(self, Z)
-
-    def _examples(self, l: int, convention: str) -> tuple[Tensor, Tensor]:
-        """Inputs (N', features) and vectors (S, N', out) that K-FAC takes for independent examples."""
-        check_choice("convention", convention, CONVENTIONS)
-        a, g = self.a[l], self.g[l]
-        if convention == "reduce":
-            return a.mean(1), g.sum(2)
-        return (a[:, 0] if a.shape[1] == 1 else a.flatten(0, 1) / a.shape[1] ** 0.5), g.flatten(1, 2)
 
     def _chunks(self, tensors: tuple[Tensor, ...], per_example: int) -> Iterator[list[Tensor]]:
         """The examples of inputs (N, T, …) and vectors (S, N, T, …), a bounded number at a time."""
@@ -182,6 +186,49 @@ class Fisher(Operator):
     def __repr__(self) -> str:
         what = " ".join(filter(None, (self.flavour, self.likelihood)))
         return self._describe(what, f"{self.N} examples × {self.S} vectors")
+
+
+class ScoreImage(Image):
+    """``F Z`` through ``U = J Z``, kept as rows (k, S·N): no P×k matrix, and ``Zᵀ F Z = UᵀU/N``.
+
+    A rank-one column ``w uᵀ`` meets the data through two numbers per example, ``α = a u`` and ``β = g w``.
+    """
+
+    def __init__(self, F: Fisher, Z: CoarseSpace) -> None:
+        self.F, self.Z = F, Z
+        layers = list(zip(F.a, F.g, strict=True))
+        if isinstance(Z, RankOneSpace):
+            both = zip(layers, Z.factors, strict=True)
+            rows = [((a @ U) * (g @ W)).sum(2).movedim(-1, 0) for (a, g), (W, U) in both]
+        elif isinstance(Z, LocalSpace):
+            blocks = zip(layers, Z.blocks, F.partition.layers, strict=True)
+            rows = [_directional(a, g, block.mT.unflatten(1, layer.shape)) for (a, g), block, layer in blocks]
+        else:
+            rows = [F.scores(Z.rows)]
+        self.U = torch.cat(rows).flatten(1)
+
+    def add_(self, v: Tensor, c: Tensor, alpha: float = 1.0) -> Tensor:
+        return self.F.add_pulled_(v, (c @ self.U).unflatten(-1, (self.F.S, self.F.N)), alpha / self.F.N)
+
+    def restrict(self, r: Tensor) -> Tensor:
+        return self.F.scores(r).flatten(-2) @ self.U.mT / self.F.N
+
+    def galerkin(self) -> Tensor:
+        return self.U @ self.U.mT / self.F.N
+
+
+def independent(a: Tensor, g: Tensor, convention: str) -> tuple[Tensor, Tensor]:
+    """What K-FAC takes for independent examples: inputs (…, N', features) and vectors (…, N″, out)."""
+    check_choice("convention", convention, CONVENTIONS)
+    if convention == "reduce":
+        return a.mean(-2), g.sum(-2).flatten(-3, -2)
+    positions = a.shape[-2]
+    return a.flatten(-3, -2) / positions**0.5 if positions > 1 else a[..., 0, :], g.flatten(-4, -2)
+
+
+def _directional(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
+    """``Σ_t g[s,n,t]ᵀ V a[n,t]`` for one layer or a stack, and V (…, out, features): (…, S, N)."""
+    return torch.einsum("...snto,...nto->...sn", g, (a.flatten(-3, -2) @ V.mT).unflatten(-2, a.shape[-3:-1]))
 
 
 def _layer_scores(a: Tensor, g: Tensor) -> Tensor:
@@ -205,90 +252,16 @@ def _two_layers(a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor, Ten
 def _one_layer(a: Tensor, _b: Tensor, g: Tensor, _h: Tensor) -> tuple[Tensor, Tensor]:
     """As before for a layer with itself: each pair of rows and each pair of columns once, a quarter of the work."""
     g, a = g[:, :, 0], a[:, 0].T.contiguous()
-    first, second, _ = upper_pairs(g.shape[2], g.device)
+    first, second, _ = _upper_pairs(g.shape[2], g.device)
     left = torch.bmm(g.permute(1, 2, 0), g.transpose(0, 1)).flatten(1).T.index_select(0, first * g.shape[2] + second)
-    first, second, _ = upper_pairs(len(a), a.device)
+    first, second, _ = _upper_pairs(len(a), a.device)
     return left.T, a.index_select(0, first).mul_(a.index_select(0, second)).T
 
 
-class ScoreImage(Image):
-    """``F Z`` through ``U = J Z`` (S·N, k): no P×k matrix, and ``Zᵀ F Z = UᵀU/N``."""
-
-    def __init__(self, F: Fisher, Z: CoarseSpace) -> None:
-        self.F, self.Z = F, Z
-        self.U = Z.scores(F)
-
-    def prolong(self, c: Tensor) -> Tensor:
-        return self.F.pull(self.U @ c) / self.F.N
-
-    def add_(self, v: Tensor, c: Tensor) -> Tensor:
-        if c.shape[1] != 1 or not v.is_contiguous():
-            return super().add_(v, c)
-        return self.F.add_pulled_(v, self.U @ c, 1 / self.F.N)
-
-    def restrict(self, r: Tensor) -> Tensor:
-        return self.U.flatten(0, 1).T @ self.F.scores(r).flatten(0, 1) / self.F.N
-
-    def galerkin(self) -> Tensor:
-        U = self.U.flatten(0, 1)
-        return U.T @ U / self.F.N
-
-
-class KroneckerFisher(Operator):
-    """All blocks ``G_lm ⊗ A_lm``, cross-layer ones included: the model that the 2020 paper coarsens.
-
-    Positive semi-definite, as a principal part of a Kronecker product of two Gram matrices.
-    """
-
-    semidefinite = True
-
-    def __init__(self, F: Fisher, convention: str = "expand") -> None:
-        self.F, self.convention = F, check_choice("convention", convention, CONVENTIONS)
-        self.partition, self.dtype, self.device = F.partition, F.dtype, F.device
-        if convention == "expand" and len({a.shape[1] for a in F.a}) > 1:
-            raise ValueError("The layers are used at different numbers of positions; use convention='reduce'.")
-
-    @cached_property
-    def _pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
-        layers = range(len(self.partition))
-        return [[self.F.factors(l, m, self.convention) for m in layers] for l in layers]
-
-    def _apply(self, v: Tensor) -> Tensor:
-        V = self.partition.split(v)
-        return self.partition.join([sum(sandwich(G, V[m], A) for m, (A, G) in enumerate(row)) for row in self._pairs])
-
-    def block(self, l: int | str, m: int | str) -> Tensor:
-        A, G = self._pairs[self.partition.index(l)][self.partition.index(m)]
-        return torch.kron(G, A)
-
-    def dense(self) -> Tensor:
-        layers = range(len(self.partition))
-        return torch.cat([torch.cat([self.block(l, m) for m in layers], dim=1) for l in layers])
-
-    def image(self, Z: CoarseSpace) -> Image:
-        return KroneckerImage(self, Z) if isinstance(Z, RankOneSpace) else super().image(Z)
-
-    def __repr__(self) -> str:
-        return self._describe("all blocks G ⊗ A", f"{self.F.N} examples × {self.F.S} vectors")
-
-
-class KroneckerImage(Image):
-    """``K Z`` for columns ``w uᵀ``: ``Zᵀ K Z = (αᵀα/N) ∘ (βᵀβ/N)`` with ``α = a u`` and ``β = g w``."""
-
-    def __init__(self, K: KroneckerFisher, Z: RankOneSpace) -> None:
-        self.K, self.Z = K, Z
-
-    def prolong(self, c: Tensor) -> Tensor:
-        return self.K._apply(self.Z.prolong(c))
-
-    def restrict(self, r: Tensor) -> Tensor:
-        return self.Z.restrict(self.K._apply(r))
-
-    def galerkin(self) -> Tensor:
-        F, alphas, betas = self.K.F, [], []
-        for l, (W, U) in enumerate(self.Z.factors):
-            a, g = F._examples(l, self.K.convention)
-            alphas.append(a @ U)
-            betas.append(g.flatten(0, 1) @ W)
-        alpha, beta = torch.cat(alphas, dim=1), torch.cat(betas, dim=1)
-        return (alpha.T @ alpha / F.N) * (beta.T @ beta / F.N)
+@lru_cache(maxsize=64)
+def _upper_pairs(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of the upper triangle of an n×n matrix, and for each of its n² entries the number in there."""
+    rows, cols = torch.triu_indices(n, n, device=device)
+    where = torch.empty(n, n, dtype=torch.long, device=device)
+    where[rows, cols] = where[cols, rows] = torch.arange(len(rows), device=device)
+    return rows, cols, where.flatten()

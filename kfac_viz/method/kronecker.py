@@ -1,15 +1,14 @@
-"""Kronecker factors: what K-FAC keeps of every layer, and the small products that they are made of."""
+"""Kronecker factors: what K-FAC keeps of every layer, and their eigenvectors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from math import inf
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .operator import Eigen, psd_eigen
+from .operator import Eigen, psd_eigens
 from .partition import Partition
 
 CONVENTIONS = ("expand", "reduce")
@@ -41,49 +40,70 @@ class KroneckerFactors:
         return self.A[0].device
 
     @cached_property
-    def eigen_A(self) -> tuple[Eigen, ...]:
-        return self._eigen("A")
+    def stacked(self) -> list[tuple[Tensor, Tensor]]:
+        """(G, A) with layers of one shape together, as ``partition.stacks`` has them."""
+        gather = self.partition.stacks.gather
+        return list(zip(gather(self.G), gather(self.A), strict=True))
 
     @cached_property
-    def eigen_G(self) -> tuple[Eigen, ...]:
-        return self._eigen("G")
+    def stacked_pi(self) -> list[Tensor]:
+        """``π = √((tr A / dim A) / (tr G / dim G))``, 1 where a trace is 0 (Martens and Grosse 2015, section 6.3)."""
+        ratios = [A.diagonal(0, -2, -1).mean(-1) / G.diagonal(0, -2, -1).mean(-1) for G, A in self.stacked]
+        return [torch.where((x > 0) & x.isfinite(), x, 1.0).sqrt() for x in ratios]
 
-    def _eigen(self, which: str) -> tuple[Eigen, ...]:
-        factors = zip(getattr(self, which), self.partition.names, strict=True)
-        return tuple(psd_eigen(X, f"Factor {which} of layer {name!r}") for X, name in factors)
+    @property
+    def pi(self) -> list[Tensor]:
+        """π of every layer."""
+        return self.partition.stacks.scatter(self.stacked_pi, 0)
 
     @cached_property
-    def pi(self) -> tuple[float, ...]:
-        """``π = √((tr A / dim A) / (tr G / dim G))`` per layer, 1 where a trace is 0 (Martens and Grosse, 6.3)."""
-        means = torch.stack(
-            [torch.stack([A.trace() / len(A), G.trace() / len(G)]) for A, G in zip(self.A, self.G, strict=True)]
-        )
-        return tuple((a / g) ** 0.5 if a > 0 and g > 0 and 0 < a / g < inf else 1.0 for a, g in means.tolist())
+    def eigen(self) -> list[tuple[Eigen, Eigen]]:
+        """Eigendecompositions of (G, A), stacked; refuses NaN, inf and what is not semi-definite, by name."""
+        order = [self.partition.names[i] for members in self.partition.stacks.groups for i in members]
+        names = [f"Factor {which} of layer {name!r}" for which in "GA" for name in order]
+        G, A = zip(*self.stacked, strict=True)
+        both = psd_eigens([*G, *A], names)
+        return list(zip(both[: len(G)], both[len(G) :], strict=True))
+
+    @property
+    def eigen_A(self) -> list[Eigen]:
+        """Eigendecompositions of A, one per layer."""
+        return self._per_layer(1)
+
+    @property
+    def eigen_G(self) -> list[Eigen]:
+        """Eigendecompositions of G, one per layer."""
+        return self._per_layer(0)
+
+    def _per_layer(self, side: int) -> list[Eigen]:
+        scatter = self.partition.stacks.scatter
+        d, U = zip(*(pair[side] for pair in self.eigen), strict=True)
+        return [Eigen(*both) for both in zip(scatter(d, 1), scatter(U, 2), strict=True)]
 
 
-def kron_block(left: Tensor, right: Tensor) -> Tensor:
-    """Rearrange ``left`` (o·p, n) and ``right`` (n, i·j), contracted over n, into a block (o·i, p·j)."""
-    (o, p), (i, j) = left.shape[1:], right.shape[1:]
-    product = left.flatten(1).T @ right.flatten(1)
-    return product.view(o, p, i, j).transpose(1, 2).reshape(o * i, p * j)
+class LeadingEigenvectors:
+    """The leading eigenpairs of every factor, all that a ``spectral`` space of ``count`` columns per layer can use.
+
+    Factors up to ``full`` rows are decomposed; larger ones go through block power iteration with Rayleigh–Ritz
+    (Halko, Martinsson and Tropp 2011), from a fixed start. A coarse space needs good directions, not exact ones:
+    its coarse operator is built from what comes out.
+    """
+
+    def __init__(self, factors: KroneckerFactors, count: int, *, full: int = 200, iterations: int = 8) -> None:
+        self.partition, matrices = factors.partition, [*factors.A, *factors.G]
+        small = [i for i, X in enumerate(matrices) if len(X) <= max(full, 4 * count)]
+        exact = iter(psd_eigens([matrices[i] for i in small], ["A factor"] * len(small)))
+        pairs = [next(exact) if i in small else _leading(X, count, iterations) for i, X in enumerate(matrices)]
+        self.eigen_A, self.eigen_G = pairs[: len(factors.A)], pairs[len(factors.A) :]
+
+    def kronecker(self) -> LeadingEigenvectors:
+        return self
 
 
-@lru_cache(maxsize=64)
-def upper_pairs(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and columns of the upper triangle of an n×n matrix, and for each of its n² entries the number in there."""
-    rows, cols = torch.triu_indices(n, n, device=device)
-    where = torch.empty(n, n, dtype=torch.long, device=device)
-    where[rows, cols] = where[cols, rows] = torch.arange(len(rows), device=device)
-    return rows, cols, where.flatten()
-
-
-def sandwich(left: Tensor, V: Tensor, right: Tensor) -> Tensor:
-    """``left V rightᵀ = (left ⊗ right) vec V`` for V (out, features, k), column by column."""
-    return (left @ V.permute(2, 0, 1) @ right.mT).permute(1, 2, 0)
-
-
-def directional(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
-    """``Σ_t g[s,n,t]ᵀ V a[n,t]`` for one layer's captured vectors and V (out, features, k): (S, N, k)."""
-    if V.shape[2] == 1:  # without the batched products that einsum needs
-        return (g * (a @ V[..., 0].mT)).sum((2, 3))[..., None]
-    return torch.einsum("snto,ntok->snk", g, torch.einsum("nti,oik->ntok", a, V))
+def _leading(X: Tensor, count: int, iterations: int) -> Eigen:
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.randn(len(X), count + 8, generator=generator, dtype=torch.float64).to(X)
+    for _ in range(iterations):
+        Q = torch.linalg.qr(X @ Q).Q
+    d, V = torch.linalg.eigh(Q.T @ X @ Q)
+    return Eigen(d.clamp_min(0), Q @ V)

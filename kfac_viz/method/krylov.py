@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_count, check_type
-from .coarse import cholesky
-from .operator import Damped, Operator, check_same_space, check_symmetric, flushed, inverse
+from .operator import Damped, Operator, check_same_space, check_symmetric, cholesky, flushed, inverse
 from .two_level import TwoLevel
 
 
@@ -79,10 +78,10 @@ def pcg(
     kept = min(limit, len(g)) if reorthogonalize else 0
     R, Z = g.new_empty(kept, len(g)), g.new_empty(kept, len(g))  # earlier residuals r / √rᵀMr, and M times them
     while residuals[-1] > rtol and len(residuals) <= limit:
-        z = r if M is None else M._apply(r[:, None])[:, 0]
+        z = r if M is None else M._apply(r)
         rho, before = float(r @ z), rho
         p = z.clone() if p is None else z + (rho / before) * p
-        Ap = A._apply(p[:, None])[:, 0]
+        Ap = A._apply(p)
         curvature = float(p @ Ap)
         if not (rho > 0 and curvature > 0):
             raise ValueError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from .checks import check_damping, check_type
+from .columns import CoarseSpace
 from .partition import Partition
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
-
-    from .coarse import CoarseSpace
 
 
 T = TypeVar("T")
@@ -37,28 +36,43 @@ def flushed(matrix: Tensor) -> Tensor:
     return hardshrink(matrix, info.tiny / info.eps)
 
 
-def psd_eigen(matrix: Tensor, what: str) -> Eigen:
-    """Eigendecomposition of a positive semi-definite matrix; round-off below zero becomes zero.
+def psd_eigens(matrices: Sequence[Tensor], names: Sequence[str]) -> list[Eigen]:
+    """Eigendecompositions of positive semi-definite matrices (n, n) or stacks of them (m, n, n), checked in one look
+    at the device; round-off below zero becomes zero.
 
     Raises:
-        ValueError: NaN, inf, or an eigenvalue below zero by more than round-off; ``what`` names the matrix.
+        ValueError: NaN, inf, or an eigenvalue below zero by more than round-off. ``names`` has one for each matrix,
+            those of a stack in turn.
     """
-    if not torch.isfinite(matrix).all():
-        raise ValueError(f"{what} holds NaN or inf.")
-    d, U = torch.linalg.eigh(flushed(matrix))
-    smallest, largest = float(d[0]), float(d[-1])
-    if smallest < -100 * len(d) * torch.finfo(d.dtype).eps * max(-smallest, largest):
-        raise ValueError(
-            f"{what} is not positive semi-definite: its eigenvalues run from {smallest:.3g} to {largest:.3g}."
-        )
-    return Eigen(d.clamp_min(0), U)
+    pairs, facts = [], []
+    for X in matrices:
+        finite = X.isfinite().all(-1).all(-1)
+        d, U = torch.linalg.eigh(flushed(torch.where(finite[..., None, None], X, 0.0)))  # LAPACK fails on NaN
+        pairs.append(Eigen(d.clamp_min(0), U))
+        round_off = torch.full_like(d[..., 0], 100 * d.shape[-1] * torch.finfo(d.dtype).eps)
+        facts.append(torch.stack([finite.to(d), d[..., 0], d[..., -1], round_off], dim=-1).view(-1, 4))
+    read = torch.cat(facts).tolist() if facts else []
+    for name, (finite, smallest, largest, round_off) in zip(names, read, strict=True):
+        if not finite:
+            raise ValueError(f"{name} holds NaN or inf.")
+        if smallest < -round_off * max(-smallest, largest):
+            raise ValueError(
+                f"{name} is not positive semi-definite: its eigenvalues run from {smallest:.3g} to {largest:.3g}."
+            )
+    return pairs
+
+
+def psd_eigen(matrix: Tensor, what: str) -> Eigen:
+    """As :func:`psd_eigens`, for one matrix."""
+    return psd_eigens([matrix], [what])[0]
 
 
 class Operator(ABC):
     """A P×P matrix over a :class:`Partition`, with one dtype and one device.
 
     ``op @ v`` takes ``v`` of shape (P,) or (P, k) and the operator's dtype and device, and returns the
-    same shape. A ValueError or TypeError says what came instead.
+    same shape. A ValueError or TypeError says what came instead. Inside, several vectors are rows, (..., P), so
+    that every product broadcasts and one vector is no special case.
     """
 
     partition: Partition
@@ -69,7 +83,7 @@ class Operator(ABC):
 
     @abstractmethod
     def _apply(self, v: Tensor) -> Tensor:
-        """The product with unchecked ``v`` of shape (P, k)."""
+        """The product with unchecked vectors ``v`` of shape (..., P)."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,7 +91,7 @@ class Operator(ABC):
 
     def __matmul__(self, v: Tensor) -> Tensor:
         self.check(v)
-        return self._apply(v) if v.ndim == 2 else self._apply(v[:, None])[:, 0]
+        return self._apply(v.mT).mT if v.ndim == 2 else self._apply(v)
 
     def check(self, v: Tensor) -> None:
         """Refuse a vector that this operator cannot take, in words."""
@@ -94,12 +108,12 @@ class Operator(ABC):
 
     def dense(self) -> Tensor:
         """The matrix itself, (P, P)."""
-        return self._apply(self.eye())
+        return self._apply(self.eye()).mT
 
     def block(self, l: int | str, m: int | str) -> Tensor:
         """The block of layers l and m, (P_l, P_m)."""
         rows, cols = (self.partition.slices[self.partition.index(i)] for i in (l, m))
-        return self._apply(self.eye()[:, cols])[rows]
+        return self._apply(self.eye()[cols])[:, rows].mT
 
     def diagonal(self) -> Tensor:
         """The diagonal, (P,)."""
@@ -117,8 +131,8 @@ class Operator(ABC):
         return psd_eigen((matrix + matrix.T) / 2, f"The matrix of {type(self).__name__}")
 
     def image(self, Z: CoarseSpace) -> Image:
-        """The columns of this operator times Z, kept in the cheapest form that can be applied."""
-        return Image(Z, self._apply(Z.dense()))
+        """This operator times Z, kept in the cheapest form that can be applied."""
+        return Image(Z, self._apply(Z.dense().mT))
 
     def damped(self, damping: float) -> Damped:
         """``self + λI``."""
@@ -168,7 +182,7 @@ class Dense(Operator):
         self._matrix = matrix.detach().clone()
 
     def _apply(self, v: Tensor) -> Tensor:
-        return self._matrix @ v
+        return v @ self._matrix
 
     def dense(self) -> Tensor:
         return self._matrix.clone()
@@ -223,24 +237,38 @@ class Damped(Operator):
 
 
 class Image:
-    """``B Z`` for an operator B and a coarse space Z: prolong ``B Z c``, restrict ``(B Z)ᵀ r``."""
+    """``B Z`` for an operator B and a coarse space Z, in whatever form it can be applied."""
 
-    def __init__(self, Z: CoarseSpace, columns: Tensor) -> None:
-        self.Z, self._columns = Z, columns
+    def __init__(self, Z: CoarseSpace, rows: Tensor) -> None:
+        self.Z, self._rows = Z, rows
 
-    def prolong(self, c: Tensor) -> Tensor:
-        return self._columns @ c
-
-    def add_(self, v: Tensor, c: Tensor) -> Tensor:
-        """``v + B Z c``, in place."""
-        return v.add_(self.prolong(c))
+    def add_(self, v: Tensor, c: Tensor, alpha: float = 1.0) -> Tensor:
+        """``v + alpha B Z c``, in place, for v (..., P) and c (..., k)."""
+        return v.add_(c @ self._rows, alpha=alpha)
 
     def restrict(self, r: Tensor) -> Tensor:
-        return self._columns.T @ r
+        """``(B Z)ᵀ r`` for r (..., P): (..., k)."""
+        return r @ self._rows.mT
 
     def galerkin(self) -> Tensor:
         """``Zᵀ B Z``, (k, k)."""
-        return self.Z.restrict(self._columns)
+        return self.Z.restrict(self._rows)
+
+
+class DampedImage:
+    """``A Z = B Z + λ Z``, the columns of the system ``A = B + λI`` that a coarse level needs."""
+
+    def __init__(self, image: Image, damping: float) -> None:
+        self.image, self.damping = image, damping
+
+    def residual(self, r: Tensor, c: Tensor) -> Tensor:
+        """``r − A Z c`` for r (..., P) and c (..., k)."""
+        left = self.image.add_(r.clone(), c, alpha=-1.0)
+        return self.image.Z.add_(left, c, alpha=-self.damping)
+
+    def restrict(self, r: Tensor) -> Tensor:
+        """``(A Z)ᵀ r`` for r (..., P): (..., k)."""
+        return self.image.restrict(r).add_(self.image.Z.restrict(r), alpha=self.damping)
 
 
 def check_symmetric(operator: Operator, what: str) -> None:
@@ -261,22 +289,53 @@ def check_same_space(first: Operator, other: Operator | CoarseSpace) -> None:
             )
 
 
-def inverse(d: Tensor, damping: float, what: str) -> Tensor:
-    """``1 / (d + λ)`` for eigenvalues d ≥ 0; refuses λ = 0 where the matrix is singular to precision."""
-    total = d + damping
-    if not total.numel():
-        return total
-    smallest, largest = (float(x) for x in total.aminmax())
-    info = torch.finfo(d.dtype)
-    if not smallest > (largest * d.numel() * info.eps if damping == 0 else info.tiny):
+def check_invertible(ends: tuple[float, float], count: int, damping: float, dtype: torch.dtype, what: str) -> None:
+    """Refuse λ where the ``count`` eigenvalues between these ends, plus λ, cannot be inverted to precision."""
+    smallest, largest = (end + damping for end in ends)
+    info = torch.finfo(dtype)
+    if not smallest > (largest * count * info.eps if damping == 0 else info.tiny):
         raise ValueError(
-            f"{what} is {'singular' if smallest >= 0 else 'indefinite'} in {d.dtype} (smallest eigenvalue "
-            f"{float(d.min()):.2g}, largest {float(d.max()):.2g}) and the damping {damping:g} does not mend it; choose "
+            f"{what} is {'singular' if smallest >= 0 else 'indefinite'} in {dtype} (smallest eigenvalue "
+            f"{ends[0]:.2g}, largest {ends[1]:.2g}) and the damping {damping:g} does not mend it; choose "
             "a larger damping."
         )
-    if not math.isfinite(largest):
-        raise ValueError(f"{what} with damping {damping:g} overflows {d.dtype}; choose a smaller damping.")
-    return total.reciprocal()
+    if not largest <= info.max:
+        raise ValueError(f"{what} with damping {damping:g} overflows {dtype}; choose a smaller damping.")
+
+
+def inverse(d: Tensor, damping: float, what: str) -> Tensor:
+    """``1 / (d + λ)`` for eigenvalues d ≥ 0; refuses λ = 0 where the matrix is singular to precision."""
+    return Eigenvalues([d], [what], dims=d.ndim).inverse(damping)[0]
+
+
+class Eigenvalues:
+    """Eigenvalues of named matrices. Their ends are read once, so that any λ can be judged without the device.
+
+    Args:
+        stacks: tensors whose last ``dims`` axes belong to one matrix; axes before them count matrices.
+        names: one for each matrix, in their order.
+    """
+
+    def __init__(self, stacks: Sequence[Tensor], names: Sequence[str], dims: int = 2) -> None:
+        self._stacks = [d for d in stacks]
+        flat = [d.flatten(-dims) for d in stacks if d.numel()]
+        ends = [torch.stack([d.amin(-1), d.amax(-1)], -1).view(-1, 2) for d in flat]
+        counts = [d.shape[-1] for d in flat for _ in range(d[..., 0].numel())]
+        self._facts = list(zip(torch.cat(ends).tolist() if ends else [], counts, names, strict=False))
+
+    def inverse(self, damping: float) -> list[Tensor]:
+        """``1 / (d + λ)``; a sentence names the matrix that is singular, indefinite or too large for that."""
+        for ends, count, name in self._facts:
+            check_invertible(ends, count, damping, self._stacks[0].dtype, name)
+        return [(d + damping).reciprocal() for d in self._stacks]
+
+
+def cholesky(matrix: Tensor, what: str) -> Tensor:
+    """Lower Cholesky factor, or a sentence where ``matrix`` is not positive definite."""
+    L, info = torch.linalg.cholesky_ex((matrix + matrix.T) / 2)
+    if int(info) != 0:
+        raise ValueError(f"{what} is not positive definite to working precision; choose a larger damping.")
+    return L
 
 
 def replace(obj: T, **changes: object) -> T:

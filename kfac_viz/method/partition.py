@@ -12,6 +12,8 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
+from .stacks import Stacks
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -132,6 +134,11 @@ class Partition:
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(a, b) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True))
 
+    @cached_property
+    def stacks(self) -> Stacks:
+        """How vectors become one tensor per shape of layer."""
+        return Stacks([layer.shape for layer in self.layers])
+
     @property
     def size(self) -> int:
         """P, the number of parameters."""
@@ -160,6 +167,10 @@ class Partition:
         """Views of ``v`` (P,) or (P, k) as one matrix per layer: (out, features) or (out, features, k)."""
         self.check(v)
         return [v[s].unflatten(0, layer.shape) for s, layer in zip(self.slices, self.layers, strict=True)]
+
+    def matrices(self, v: Tensor) -> list[Tensor]:
+        """Views of ``v`` (..., P), whose vectors are rows, as one matrix (..., out, features) per layer."""
+        return [v[..., s].unflatten(-1, layer.shape) for s, layer in zip(self.slices, self.layers, strict=True)]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`split`."""

@@ -8,74 +8,103 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_damping, check_type
-from .coarse import CoarseSpace
-from .operator import Damped, Image, Operator, check_same_space, check_symmetric, flushed, inverse, replace
+from .columns import CoarseSpace
+from .operator import (
+    Damped,
+    DampedImage,
+    Eigenvalues,
+    Image,
+    Operator,
+    check_same_space,
+    check_symmetric,
+    flushed,
+    replace,
+)
 from .preconditioner import Preconditioner
 
 CORRECTIONS = ("additive", "a-def1", "a-def2", "balanced")
 
 
-class CoarseCorrection(Operator):
-    """``Q = Z E⁻¹ Zᵀ`` with the Galerkin operator ``E = Zᵀ A Z``.
+class CoarseOperator:
+    """``E = Zᵀ A Z``, the system as the coarse space sees it (k, k), and its inverse.
 
-    With ``A = B + λI``, ``E = ZᵀBZ + λ ZᵀZ``: the coarse damping is consistent, so Q does not change when columns
-    are rescaled or mixed. A basis C of the coarse space that is orthonormal and in which ZᵀBZ is diagonal
-    lets λ enter last: ``Q = Z C (σ + λ)⁻¹ Cᵀ Zᵀ``. Attributes: ``galerkin`` is ZᵀBZ and ``gram`` ZᵀZ, both (k, k).
+    With ``A = B + λI``, ``E = ZᵀBZ + λ ZᵀZ``: the coarse damping is consistent, so that nothing changes when columns
+    are rescaled or mixed. In a basis C of the coarse space that is orthonormal and in which ZᵀBZ is diagonal λ
+    enters last: ``E⁻¹ = C (σ + λ)⁻¹ Cᵀ``.
+
+    Attributes:
+        galerkin, gram: ZᵀBZ and ZᵀZ, both (k, k).
+        basis, weights: C, (k, k), and ``(σ + λ)⁻¹``, (k,).
     """
 
-    def __init__(self, A: Operator, Z: CoarseSpace, image: Image | None = None) -> None:
-        check_type("A", A, Operator)
-        check_type("Z", Z, CoarseSpace)
-        check_same_space(A, Z)
-        check_symmetric(A, "The coarse operator")
-        self.partition, self.dtype, self.device = A.partition, A.dtype, A.device
-        base, self.damping = (A.operator, A.damping) if isinstance(A, Damped) else (A, 0.0)
-        self.Z, self.image = Z, image if image is not None else base.image(Z)
-        self.gram, self.galerkin = Z.gram(), self.image.galerkin()
-        if not torch.isfinite(self.galerkin).all():
-            raise ValueError("The coarse operator holds NaN or inf.")
+    def __init__(self, image: Image, damping: float, *, semidefinite: bool) -> None:
+        Z = image.Z
+        self.gram, self.galerkin = Z.gram(), image.galerkin()
         L, info = torch.linalg.cholesky_ex(self.gram)
-        if int(info):
+        dependent, finite = torch.stack([info, self.galerkin.isfinite().all().to(info)]).tolist()
+        if not finite:
+            raise ValueError("The coarse operator holds NaN or inf.")
+        if dependent:
             raise ValueError(
                 f"The {Z.size} columns of the coarse space {Z.name!r} are linearly dependent in {Z.dtype}; take fewer."
             )
         half = torch.linalg.solve_triangular(L, self.galerkin, upper=False)
         reduced = torch.linalg.solve_triangular(L, half.T, upper=False)
-        sigma, V = torch.linalg.eigh(flushed((reduced + reduced.T) / 2))
-        self._sigma = sigma.clamp_min(0) if base.semidefinite else sigma
-        self._basis = torch.linalg.solve_triangular(L.T, V, upper=True)  # C, (k, k)
-        self._damp(self.damping)
+        σ, V = torch.linalg.eigh(flushed((reduced + reduced.T) / 2))
+        self._eigenvalues = Eigenvalues([σ.clamp_min(0) if semidefinite else σ], ["The coarse operator"], dims=1)
+        self.basis = torch.linalg.solve_triangular(L.T, V, upper=True)
+        self._damp(damping)
 
     def _damp(self, damping: float) -> None:
         self.damping = check_damping(damping)
-        self._weights = inverse(self._sigma, self.damping, "The coarse operator")
+        (self.weights,) = self._eigenvalues.inverse(self.damping)
 
-    def with_damping(self, damping: float) -> CoarseCorrection:
-        """The same coarse space at another λ: neither Z nor its factorisation changes."""
+    def with_damping(self, damping: float) -> CoarseOperator:
+        """At another λ; what was factorised is shared."""
         twin = replace(self)
         twin._damp(damping)
         return twin
 
-    @property
-    def E(self) -> Tensor:
-        """``Zᵀ A Z``, (k, k)."""
+    def dense(self) -> Tensor:
+        """E itself, (k, k)."""
         return self.galerkin + self.damping * self.gram
 
     def solve(self, c: Tensor) -> Tensor:
-        """``E⁻¹ c`` for c (k,) or (k, k')."""
-        weights = self._weights if c.ndim == 1 else self._weights[:, None]
-        return self._basis @ (weights * (self._basis.T @ c))
+        """``E⁻¹ c`` for c (..., k)."""
+        return ((c @ self.basis) * self.weights) @ self.basis.mT
+
+
+class CoarseCorrection(Operator):
+    """``Q = Z E⁻¹ Zᵀ``. Attributes: ``E``, the :class:`CoarseOperator`; ``image``, the columns of B Z."""
+
+    def __init__(self, A: Operator, Z: CoarseSpace) -> None:
+        check_type("A", A, Operator)
+        check_type("Z", Z, CoarseSpace)
+        check_same_space(A, Z)
+        check_symmetric(A, "The coarse operator")
+        self.partition, self.dtype, self.device = A.partition, A.dtype, A.device
+        base, damping = (A.operator, A.damping) if isinstance(A, Damped) else (A, 0.0)
+        self.Z, self.image = Z, base.image(Z)
+        self.E = CoarseOperator(self.image, damping, semidefinite=base.semidefinite)
+
+    @property
+    def damping(self) -> float:
+        return self.E.damping
+
+    def with_damping(self, damping: float) -> CoarseCorrection:
+        """The same coarse space at another λ: neither Z nor its factorisation changes."""
+        return replace(self, E=self.E.with_damping(damping))
 
     def _apply(self, v: Tensor) -> Tensor:
-        return self.Z.prolong(self.solve(self.Z.restrict(v)))
+        return self.Z.prolong(self.E.solve(self.Z.restrict(v)))
 
     @cached_property
     def columns(self) -> Tensor:
         """``Z C``, an orthonormal basis of the coarse space, dense (P, k); the same for every λ."""
-        return self.Z.prolong(self._basis)
+        return self.Z.prolong(self.E.basis.mT).mT
 
     def dense(self) -> Tensor:
-        return (self.columns * self._weights) @ self.columns.T
+        return (self.columns * self.E.weights) @ self.columns.T
 
     def __repr__(self) -> str:
         return self._describe(f"{self.Z.name}, {self.Z.size} columns", f"λ = {self.damping:.3g}")
@@ -125,14 +154,12 @@ class TwoLevel(Operator):
         self.galerkin = coarse_operator is None  # whether E is built from A itself
         self.coarse_operator = A if coarse_operator is None else coarse_operator
         self.Q = CoarseCorrection(self.coarse_operator, Z)
-        if self.galerkin:
-            self.image = self.Q.image
 
     @cached_property
-    def image(self) -> Image:
-        """The columns of A Z, undamped."""
-        base = self.A.operator if isinstance(self.A, Damped) else self.A
-        return base.image(self.Z)
+    def AZ(self) -> DampedImage:
+        """The columns of A Z."""
+        base, damping = (self.A.operator, self.A.damping) if isinstance(self.A, Damped) else (self.A, 0.0)
+        return DampedImage(self.Q.image if self.galerkin else base.image(self.Z), damping)
 
     @property
     def symmetric(self) -> bool:
@@ -149,35 +176,27 @@ class TwoLevel(Operator):
             if not isinstance(operator, Damped):
                 raise ValueError(f"{what} ({type(operator).__name__}) has no damping to move; build it as F.damped(λ).")
         A, M, Q = (part.with_damping(damping) for part in (self.A, self.M, self.Q))
-        return replace(self, A=A, M=M, Q=Q, coarse_operator=self.coarse_operator.with_damping(damping))
+        AZ = DampedImage(self.AZ.image, A.damping)
+        return replace(self, A=A, M=M, Q=Q, AZ=AZ, coarse_operator=self.coarse_operator.with_damping(damping))
 
     def with_correction(self, correction: str) -> TwoLevel:
         """The same levels, combined in another way."""
         return replace(self, correction=check_choice("correction", correction, CORRECTIONS))
 
     def _apply(self, r: Tensor) -> Tensor:
-        M, Q, Z = self.M, self.Q, self.Z
+        M, Z, AZ, E = self.M._apply, self.Z, self.AZ, self.Q.E
         if Z.size == 0:
-            return M._apply(r)
-        if self.correction == "additive":
-            return Z.add_(M._apply(r), Q.solve(Z.restrict(r)))
+            return M(r)
         if self.correction == "a-def2":
-            v = M._apply(r)
-            return Z.add_(v, Q.solve(Z.restrict(r) - self._restrict_A(v)))
-        c = Q.solve(Z.restrict(r))
-        v = M._apply(self._add_AZ_(r.clone(), -c))
+            v = M(r)
+            return Z.add_(v, E.solve(Z.restrict(r) - AZ.restrict(v)))  # v + Q (r − A v)
+        c = E.solve(Z.restrict(r))  # Z c = Q r
+        if self.correction == "additive":
+            return Z.add_(M(r), c)
+        v = M(AZ.residual(r, c))  # the fine level on what the coarse one has left, r − A Z c
         if self.correction == "balanced":
-            c = c - Q.solve(self._restrict_A(v))
+            c = c - E.solve(AZ.restrict(v))  # Pᵀ v = v − Q A v
         return Z.add_(v, c)
-
-    def _add_AZ_(self, v: Tensor, c: Tensor) -> Tensor:
-        """``v + A Z c``, in place."""
-        return self.Z.add_(self.image.add_(v, c), c, alpha=getattr(self.A, "damping", 0.0))
-
-    def _restrict_A(self, v: Tensor) -> Tensor:
-        """``Zᵀ A v``."""
-        damping = getattr(self.A, "damping", 0.0)
-        return self.image.restrict(v) + damping * self.Z.restrict(v)
 
     def dense(self) -> Tensor:
         """The matrix (P, P): M plus a product of rank at most twice the coarse dimension."""
@@ -185,25 +204,26 @@ class TwoLevel(Operator):
 
     def contribution(self) -> Tensor:
         """What the coarse level adds to M, dense (P, P)."""
-        C, w = self.Q.columns, self.Q._weights
+        C, w = self.Q.columns, self.Q.E.weights
         if self.correction == "additive" or self.Z.size == 0:
             return (C * w) @ C.T
-        AC = self.image_columns + getattr(self.A, "damping", 0.0) * C
-        Y = self.M @ AC
+        AC = self.image_columns + self.AZ.damping * C
+        Y = self.M._apply(AC.mT).mT
         if self.correction == "a-def1":
             return ((C - Y) * w) @ C.T
         if self.correction == "a-def2":
             return (C * w) @ (C - Y).T
-        w, middle = w[:, None], AC.T @ Y * self.Q._weights  # Q − (C w Yᵀ + its transpose) + C w (ACᵀ Y) w Cᵀ
+        w, middle = w[:, None], AC.T @ Y * w  # Q − (C w Yᵀ + its transpose) + C w (ACᵀ Y) w Cᵀ
         return torch.cat([C, Y], 1) @ torch.cat([w * (C.T + middle @ C.T - Y.T), -w * C.T])
 
     @cached_property
     def image_columns(self) -> Tensor:
-        """``F Z C``, the same for every λ."""
-        return self.image.prolong(self.Q._basis)
+        """``F Z C``, dense (P, k), the same for every λ."""
+        C = self.Q.E.basis
+        return self.AZ.image.add_(C.new_zeros(C.shape[1], self.partition.size), C.mT).mT
 
     def __repr__(self) -> str:
-        dampings = {"A": getattr(self.A, "damping", 0.0), "M": self.M.damping, "E": self.Q.damping}
+        dampings = {"A": self.AZ.damping, "M": self.M.damping, "E": self.Q.damping}
         one = len(set(dampings.values())) == 1
         return self._describe(
             f"{type(self.M).__name__} + {self.Z.name}",

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..method import coarse as spaces
-from ..method.cached import CachedKFAC, LeadingEigenvectors
 from ..method.capture import observed
 from ..method.checks import check_choice, check_count, check_damping, check_number, warn
-from ..method.coarse import CoarseSpace, LocalSpace, RankOneSpace
-from ..method.fisher import Fisher, KroneckerFisher
-from ..method.kronecker import CONVENTIONS, KroneckerFactors
+from ..method.columns import CoarseSpace, LocalSpace, RankOneSpace
+from ..method.fisher import Fisher
+from ..method.kfac import KFAC, RULES
+from ..method.kronecker import CONVENTIONS, KroneckerFactors, LeadingEigenvectors
+from ..method.kronecker_fisher import KroneckerFisher
 from ..method.likelihood import FLAVOURS, LIKELIHOODS
 from ..method.operator import Damped, replace
 from ..method.partition import Partition
-from ..method.preconditioner import RULES
 from ..method.two_level import CORRECTIONS, TwoLevel
 from .statistics import RunningFactors, Window, untouched
 
@@ -103,7 +103,6 @@ class RunningCurvature:
 
     def lay_out(self, partition: Partition) -> None:
         """Take up other layers; factors are kept by name, captured vectors are not."""
-        spaces.check_size(partition, self.per_layer)  # now, not at the first step
         self.partition = partition
         self.window.entries = []
         self._forget()
@@ -148,7 +147,7 @@ class RunningCurvature:
             raise ValueError("No curvature yet: call observe(inputs) after loss.backward() and before step().")
         T = self._T
         if T is None or (self._stale and self._rebuild(self._built_at, self.refresh_every)):
-            M = CachedKFAC(self.factors.factors(self.partition), self.damping, self.rule)
+            M = KFAC(self.factors.factors(self.partition), self.damping, self.rule)
             if T is None or self.coarse_every is None:
                 self._coarsen(M, gradient)
             else:
@@ -166,7 +165,7 @@ class RunningCurvature:
         """Whether so many steps have gone by, or something more was observed in the step of the last rebuild."""
         return self.step == last or self.step - last >= every
 
-    def _coarsen(self, M: CachedKFAC, gradient: Callable[[], Tensor]) -> None:
+    def _coarsen(self, M: KFAC, gradient: Callable[[], Tensor]) -> None:
         A = self.window.fisher(self.partition, self.likelihood, self.fisher).damped(self.damping)
         Z = self._space(A, M, gradient)
         self._T = self._two_level(A, M, Z, lambda: self.window.kronecker(self.partition, self.convention))
@@ -174,7 +173,7 @@ class RunningCurvature:
         self.diagnostics["coarse refreshes"] += 1
 
     def _two_level(
-        self, A: Damped, M: CachedKFAC, Z: CoarseSpace, kronecker: Callable[[], KroneckerFisher]
+        self, A: Damped, M: KFAC, Z: CoarseSpace, kronecker: Callable[[], KroneckerFisher]
     ) -> TwoLevel:
         """The levels together; where E cannot be made or inverted M alone, told once and counted."""
         try:
@@ -188,7 +187,7 @@ class RunningCurvature:
             self.diagnostics["fallbacks to one level"] += 1
             return TwoLevel(A, M, spaces.nicolaides(A, 0), self.correction)
 
-    def _space(self, A: Damped, M: CachedKFAC, gradient: Callable[[], Tensor]) -> CoarseSpace:
+    def _space(self, A: Damped, M: KFAC, gradient: Callable[[], Tensor]) -> CoarseSpace:
         if self.coarse == "krylov" and self.per_layer:
             return spaces.krylov(A, M, gradient(), self.per_layer)
         if self.coarse == "spectral" and self.per_layer and self.rule == "factored":
@@ -205,7 +204,7 @@ class RunningCurvature:
         if T is not None:
             F = T.A.operator
             level = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), "a": list(F.a), "g": list(F.g)}
-            columns = list(T.Z._blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
+            columns = list(T.Z.blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
             level |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
             if not T.galerkin:  # g is the same
                 level["kronecker a"] = list(T.coarse_operator.operator.F.a)
@@ -251,7 +250,7 @@ class RunningCurvature:
         level = saved["level"]
         if level is not None:
             factors = KroneckerFactors(self.partition, tuple(level["A"]), tuple(level["G"]))
-            M = CachedKFAC(factors, level["damping"], self.rule)
+            M = KFAC(factors, level["damping"], self.rule)
             F = Fisher(self.partition, level["a"], level["g"], likelihood=self.likelihood, flavour=self.fisher)
             space, columns = level["space"], level["columns"]
             if space == "krylov":

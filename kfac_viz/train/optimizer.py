@@ -268,7 +268,7 @@ class TwoLevelKFAC(Optimizer):
         self._follow()
         g, grads = self._gradient()
         T = self.preconditioner
-        v = T._apply(g[:, None])[:, 0]
+        v = T._apply(g)
         for name, s in zip(self.partition.names, self.partition.slices, strict=True):
             if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
                 v[s] = 0
@@ -320,7 +320,7 @@ class TwoLevelKFAC(Optimizer):
         """Steps of a given length along v, clipped or not, and along the gradient of other parameters."""
         if self.step_rule == "kl_clip":
             moved = self._scaled(v, {p: self._group[p]["lr"] for p in self._params})
-            form = dataclasses.replace(model, ridge=self.damping).along(moved[:, None])[1]
+            form = dataclasses.replace(model, ridge=self.damping).along(moved[None])[1]
             self.diagnostics["clip"] = scale = kl_scale(float(form), self.kl_clip)
             v = v * scale
         directions = {p: grad for p, grad in grads.items() if p not in self._index}
@@ -351,10 +351,10 @@ class TwoLevelKFAC(Optimizer):
         going_on = [p for p in self._params if p in grads and self._group[p]["momentum"] and self._group[p]["lr"]]
         if going_on:
             directions.append(self._joined({p: self._buffer(p) for p in going_on}))
-        D = torch.stack(directions).T  # columns that are contiguous
+        D = torch.stack(directions)
         c = best_coefficients(*model.along(D))
         self.diagnostics["step length"], self.diagnostics["momentum coefficient"] = [*c.tolist(), 0.0][:2]
-        best = D @ (top * c)
+        best = (top * c) @ D
         rest = {p: grad for p, grad in grads.items() if p not in self._index}
         steps = {p: x.to(p.dtype) for p, x in zip(self._params, self._split(best), strict=True) if p in grads}
         for p, step in steps.items():
@@ -368,7 +368,7 @@ class TwoLevelKFAC(Optimizer):
 
     def _guarded(self, steps: dict[Tensor, Tensor], model: QuadraticModel) -> float:
         """The change that the captured model predicts, after its own overshoot has been counted or cut."""
-        slope, curvature = (float(x) for x in model.along(self._joined(steps)[:, None]))
+        slope, curvature = (float(x) for x in model.along(self._joined(steps)[None]))
         change = slope + 0.5 * curvature
         if change <= 0 or not self._on_guard:
             return change

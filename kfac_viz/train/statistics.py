@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..method.fisher import Fisher, KroneckerFisher
+from ..method.fisher import Fisher
 from ..method.kronecker import KroneckerFactors
+from ..method.kronecker_fisher import KroneckerFisher
 from ..method.partition import Partition
 
 

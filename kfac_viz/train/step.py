@@ -24,15 +24,13 @@ class QuadraticModel:
     ridge: float | Tensor
 
     def along(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes ``Dᵀg`` (k,) and curvatures ``Dᵀ(F + diag ridge)D`` (k, k) of directions D (P, k)."""
-        s = self.F.scores(directions).flatten(0, 1)
-        columns = directions.unbind(1)  # dot products, because a product of a row and a column is far slower
-        damped = [torch.stack([d.dot(self.ridge * e) for e in columns]) for d in columns]
-        return torch.stack([d.dot(self.g) for d in columns]), s.T @ s / self.F.N + torch.stack(damped)
+        """Slopes ``D g`` (k,) and curvatures ``D (F + diag ridge) Dᵀ`` (k, k) of directions D, the rows of (k, P)."""
+        s = self.F.scores(directions).flatten(1)
+        return directions @ self.g, s @ s.mT / self.F.N + directions @ (self.ridge * directions).mT
 
     def change(self, step: Tensor) -> float:
         """m(δ) for δ (P,); negative where the model goes down."""
-        slope, curvature = self.along(step[:, None])
+        slope, curvature = self.along(step[None])
         return float(slope + 0.5 * curvature[0])
 
 

@@ -1,0 +1,75 @@
+"""The Kronecker model of the whole Fisher, cross-layer blocks included: what the 2020 paper coarsens."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .checks import check_choice
+from .columns import CoarseSpace, RankOneSpace
+from .fisher import Fisher, independent
+from .kronecker import CONVENTIONS
+from .operator import Image, Operator
+
+
+class KroneckerFisher(Operator):
+    """All blocks ``G_lm ⊗ A_lm``, cross-layer ones included.
+
+    Positive semi-definite, as a principal part of a Kronecker product of two Gram matrices.
+    """
+
+    semidefinite = True
+
+    def __init__(self, F: Fisher, convention: str = "expand") -> None:
+        self.F, self.convention = F, check_choice("convention", convention, CONVENTIONS)
+        self.partition, self.dtype, self.device = F.partition, F.dtype, F.device
+        if convention == "expand" and len({a.shape[1] for a in F.a}) > 1:
+            raise ValueError("The layers are used at different numbers of positions; use convention='reduce'.")
+
+    @cached_property
+    def _pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
+        layers = range(len(self.partition))
+        return [[self.F.factors(l, m, self.convention) for m in layers] for l in layers]
+
+    def _apply(self, v: Tensor) -> Tensor:
+        V = self.partition.matrices(v)
+        rows = [sum(G @ V[m] @ A.mT for m, (A, G) in enumerate(pairs)) for pairs in self._pairs]
+        return torch.cat([X.flatten(-2) for X in rows], dim=-1)
+
+    def block(self, l: int | str, m: int | str) -> Tensor:
+        A, G = self._pairs[self.partition.index(l)][self.partition.index(m)]
+        return torch.kron(G, A)
+
+    def dense(self) -> Tensor:
+        layers = range(len(self.partition))
+        return torch.cat([torch.cat([self.block(l, m) for m in layers], dim=1) for l in layers])
+
+    def image(self, Z: CoarseSpace) -> Image:
+        return KroneckerImage(self, Z) if isinstance(Z, RankOneSpace) else super().image(Z)
+
+    def __repr__(self) -> str:
+        return self._describe("all blocks G ⊗ A", f"{self.F.N} examples × {self.F.S} vectors")
+
+
+class KroneckerImage(Image):
+    """``K Z`` for columns ``w uᵀ``: ``Zᵀ K Z = (αᵀα/N) ∘ (βᵀβ/N)`` with ``α = a u`` and ``β = g w``."""
+
+    def __init__(self, K: KroneckerFisher, Z: RankOneSpace) -> None:
+        self.K, self.Z = K, Z
+
+    def add_(self, v: Tensor, c: Tensor, alpha: float = 1.0) -> Tensor:
+        return v.add_(self.K._apply(self.Z.prolong(c)), alpha=alpha)
+
+    def restrict(self, r: Tensor) -> Tensor:
+        return self.Z.restrict(self.K._apply(r))
+
+    def galerkin(self) -> Tensor:
+        F, alphas, betas = self.K.F, [], []
+        for a, g, (W, U) in zip(F.a, F.g, self.Z.factors, strict=True):
+            a, g = independent(a, g, self.K.convention)
+            alphas.append(a @ U)
+            betas.append(g @ W)
+        alpha, beta = torch.cat(alphas, dim=1), torch.cat(betas, dim=1)
+        return (alpha.T @ alpha / F.N) * (beta.T @ beta / F.N)
