@@ -79,7 +79,10 @@ class Fisher(Operator):
         """``v + alpha Jᵀ s``, in place."""
         pairs = []
         for a, g in self._stacked:
-            weighted = torch.einsum("...snto,...sn->...nto", g, s[..., None, :, :] if a.ndim == 4 else s)
+            if s.ndim == 2:  # einsum would take twice as long for one vector
+                weighted = (g * s[:, :, None, None]).sum(-4)
+            else:
+                weighted = torch.einsum("...snto,...sn->...nto", g, s.unsqueeze(-3) if a.ndim == 4 else s)
             pairs.append((weighted.flatten(-3, -2).mT, a.flatten(-3, -2)))
         return self._stacks.add_products_(v, pairs, alpha)
 
@@ -228,7 +231,7 @@ def independent(a: Tensor, g: Tensor, convention: str) -> tuple[Tensor, Tensor]:
 
 def _directional(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
     """``Σ_t g[s,n,t]ᵀ V a[n,t]`` for one layer or a stack, and V (…, out, features): (…, S, N)."""
-    return torch.einsum("...snto,...nto->...sn", g, (a.flatten(-3, -2) @ V.mT).unflatten(-2, a.shape[-3:-1]))
+    return torch.einsum("...snto,...nto->...sn", g, torch.einsum("...nti,...oi->...nto", a, V))
 
 
 def _layer_scores(a: Tensor, g: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Stacks:
             if left.ndim == right.ndim == 2:  # a single layer, and mostly the large one: no temporary
                 mine[0].addmm_(left, right, alpha=alpha)
             else:
-                product = left @ right
+                product = torch.einsum("...ij,...jk->...ik", left, right)  # @ would repeat right for every row of v
                 views += mine
                 added += [product] if len(members) == 1 else product.unbind(-3)
         if views:

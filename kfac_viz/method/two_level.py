@@ -176,8 +176,8 @@ class TwoLevel(Operator):
             if not isinstance(operator, Damped):
                 raise ValueError(f"{what} ({type(operator).__name__}) has no damping to move; build it as F.damped(λ).")
         A, M, Q = (part.with_damping(damping) for part in (self.A, self.M, self.Q))
-        AZ = DampedImage(self.AZ.image, A.damping)
-        return replace(self, A=A, M=M, Q=Q, AZ=AZ, coarse_operator=self.coarse_operator.with_damping(damping))
+        coarse_operator = A if self.galerkin else self.coarse_operator.with_damping(damping)
+        return replace(self, A=A, M=M, Q=Q, coarse_operator=coarse_operator, AZ=DampedImage(self.AZ.image, A.damping))
 
     def with_correction(self, correction: str) -> TwoLevel:
         """The same levels, combined in another way."""
