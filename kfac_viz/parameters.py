@@ -53,6 +53,7 @@ class Range:
 Seed = Annotated[int, Range(0, 2**31 - 1)]
 Device = Literal["cpu", "cuda", "mps"]
 
+DEEPEST = 20  # lists in lists, on a command line
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _ABSTRACT = {bool: bool, int: Integral, float: Real, str: str}  # numpy's scalars are welcome
 
@@ -108,7 +109,7 @@ class Parameter:
         return element
 
     def _wrong(self, error: type[Exception], value: Any) -> Exception:
-        return error(f"{self.name} must be {self.allowed}; {to_text(value)} came.")
+        return error(f"{self.name} must be {self.allowed}; {_shown(value)} came.")
 
 
 def read(run: Callable) -> dict[str, Parameter]:
@@ -180,15 +181,24 @@ def parse(text: str) -> list[Any]:
     pieces, depth = [""], 0
     for letter in text:
         depth += (letter == "[") - (letter == "]")
-        if depth < 0:
+        if not 0 <= depth <= DEEPEST:
             break
         if letter == "," and not depth:
             pieces.append("")
         else:
             pieces[-1] += letter
     if depth or not all(piece.strip() for piece in pieces):
-        raise ValueError(f"{text!r} cannot be read: write 0.1, or 0.1,1 for a grid, or [12,12] for a list.")
+        raise ValueError(f"{_shown(repr(text))} cannot be read: write 0.1, or 0.1,1 for a grid, or [12,12] for a list.")
     return [_value(piece.strip()) for piece in pieces]
+
+
+def _shown(value: Any) -> str:
+    """The value in an error message: not all of it where it is long."""
+    try:
+        text = to_text(value)
+    except (ValueError, RecursionError):  # Python does not print whole numbers of more than 4,300 digits
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _value(text: str) -> Any:

@@ -256,6 +256,7 @@ def voila(tmp_path_factory):
     url = f"http://127.0.0.1:{port}"
     with server(command, home, f"{url}/nothing"):
         yield url
+        assert not list(home.rglob("00_playground.[!i]*")), "a visitor has written figures"
 
 
 def test_jupyterlab(chromium, lab, capsys):
@@ -290,7 +291,6 @@ def test_voila(chromium, voila, capsys):
         ready = time.perf_counter() - started
         screenshot(page, "voila")
         damping = latencies(page, PICTURE)
-    assert not list(home.rglob("00_playground.[!i]*")), "a visitor has written figures"
     with capsys.disabled():
         print(f"\nVoila: page ready and driven after {ready:.1f} s")
         report("Voila, damping", damping)

@@ -78,6 +78,7 @@ def test_values_are_coerced(name, value, expected):
         ({"damping": 10**400}, ValueError, "damping must be"),
         ({"scale": 10**400}, ValueError, "scale must be a number"),
         ({"scale": math.inf}, ValueError, "inf came"),
+        ({"seed": 10**5000}, ValueError, "seed must be a whole number from 0 to 2147483647; a very long int came"),
         ({"widths": 12}, TypeError, "a list like [12,12], each a whole number from 1 to 64; 12 came"),
         ({"widths": [12, 65]}, ValueError, "[12,65] came"),
         ({"widths": [12.0]}, TypeError, "[12.0] came"),
