@@ -123,14 +123,15 @@ class Panel(widgets.VBox):
             return
         with self._lock:
             self._busy = True  # a move that arrives late changes nothing
-            self._other_core.shutdown(wait=False, cancel_futures=True)
-            ahead, self._ahead = self._ahead[1], ((), Future())
+            self._ahead[1].cancel()
+            self._other_core.submit(_forget)  # once what is being computed there has come to its end
+            self._other_core.shutdown(wait=False)
+            self._ahead = (), Future()
             for widget in _parts(self):
                 widget.unobserve_all()
                 (super() if widget is self else widget).close()
             self.run, self._reproduce, self.result, self._live = None, None, None, None
         _forget()
-        ahead.add_done_callback(lambda _: _forget())  # once the thread has finished
 
     def _moved(self, change: dict[str, Any]) -> None:
         with self._lock:
@@ -182,6 +183,7 @@ class Panel(widgets.VBox):
         there = 2 * here - before
         if abs(here - before) == 1 and 0 <= there < len(positions):  # a drag jumps, and is not foreseen
             values = self._values | {name: positions[there]}
+            self._ahead[1].cancel()
             self._ahead = tuple(values.items()), self._other_core.submit(self._compute, values)
 
     def _bound(self, values: dict[str, Any]) -> None:
