@@ -72,6 +72,10 @@ class Job:
     def stamp(self) -> str:
         return f".made/{self.name}.json"
 
+    @property
+    def copy(self) -> str:
+        return f".made/{self.name}.ipynb"
+
     def why(self, out: Path) -> str:
         """Why the files in ``out`` have to be made anew; empty where they need not."""
         try:
@@ -149,12 +153,12 @@ def select(names: list[str]) -> list[str]:
     chosen = []
     for name in names:
         asked = Path(name).name.removesuffix(".ipynb")
-        found = [asked] if asked in notebooks() else [stem for stem in notebooks() if asked in stem]
+        found = [asked] if asked in notebooks() else [stem for stem in notebooks() if asked and asked in stem]
         if asked.isdigit():
             found = [stem for stem in notebooks() if stem.split("_")[0] == asked.zfill(2)]
         if len(found) != 1:
             which = f"may be any of {', '.join(found)}" if found else f"is none of {', '.join(notebooks())}"
-            raise ValueError(f"{name} {which}.")
+            raise ValueError(f"{name or 'An empty name'} {which}.")
         chosen += found
     return list(dict.fromkeys(chosen)) or list(notebooks())
 
@@ -264,9 +268,10 @@ def write_index(out: Path) -> None:
     """A page of thumbnails over all grid folders in ``out``."""
     figures = ""
     for picture in sorted(out.glob("*=*/*.png")):
-        link, words = picture.relative_to(out).as_posix(), f"{picture.stem}, {picture.parent.name}"
-        figures += (f'<figure><a href="{html.escape(link)}"><img src="{html.escape(link)}" '
-                    f'alt="{html.escape(words)}"></a><figcaption>{html.escape(words)}</figcaption></figure>\n')
+        link = html.escape(picture.relative_to(out).as_posix())
+        words = html.escape(f"{picture.stem}, {picture.parent.name}")
+        figures += (f'<figure><a href="{link}"><img src="{link}" alt="{words}"></a>'
+                    f"<figcaption>{words}</figcaption></figure>\n")
     page = (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Figures over a grid of parameters</title>\n'
         "<style>body { display: flex; flex-wrap: wrap; gap: 1rem; font: 14px sans-serif; }\n"
@@ -283,11 +288,11 @@ def write_index(out: Path) -> None:
 def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
     """Run the jobs; returns a paragraph for each that failed."""
     made = [Path(tempfile.mkdtemp(prefix="making-", dir=out / ".made")) for _ in jobs]
+    copies = [out / job.copy for job in jobs]
     orders = []
-    for job, folder in zip(jobs, made, strict=True):
-        (folder / job.folder).mkdir(exist_ok=True)
-        copy = out / ".made" / f"{job.name}.ipynb"
-        copy.parent.mkdir(exist_ok=True)
+    for job, folder, copy in zip(jobs, made, copies, strict=True):
+        for needed in (folder / job.folder, copy.parent):
+            needed.mkdir(exist_ok=True)
         orders.append({
             "input_path": str(job.notebook.path),
             "output_path": str(copy),
@@ -296,7 +301,7 @@ def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
             "start_timeout": START_SECONDS,
             "execution_timeout": CELL_SECONDS,
         })  # fmt: skip
-    started, terminal, failures = time.monotonic(), bool(sys.stdout and sys.stdout.isatty()), []
+    started, terminal, failures = time.monotonic(), sys.stdout.isatty(), []
     cells, running = [0] * len(jobs), {}
 
     def say(line: str) -> None:
@@ -309,18 +314,15 @@ def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
                 job, error = jobs[index], event["error"]
                 running.pop(index, None)
                 cells[index] = job.notebook.cells
-                if error is None:
-                    try:
+                try:
+                    if error is None:
                         publish(job, made[index], out)
-                    except (ValueError, TypeError, OSError) as mistake:
-                        error = str(mistake)
-                if error is None:
-                    say(f"{job.name}: done")
-                else:
+                except (ValueError, TypeError, OSError) as mistake:
+                    error = mistake
+                say(f"{job.name}: {'done' if error is None else 'failed'}")
+                if error is not None:
                     where = f"cell {event['cell']}: " if event.get("cell") else ""
-                    failures.append(f"{job.name} failed: {where}{error}\n    executed copy: "
-                                    f"{out / '.made' / job.name}.ipynb")
-                    say(f"{job.name}: failed")
+                    failures.append(f"{job.name} failed: {where}{error}\n    executed copy: {copies[index]}")
             elif event:
                 if index not in running and not terminal:
                     say(f"{jobs[index].name}: started")
@@ -339,7 +341,7 @@ def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
 
 def figures(arguments: argparse.Namespace) -> int:
     """Make what is missing or changed; 0 if all went well, 1 if a notebook failed."""
-    if strays := [word for word in arguments.p if "=" not in word]:  # may look like a part of a notebook's name
+    if strays := [word for word in arguments.p if "=" not in word[1:]]:  # may look like a part of a notebook's name
         raise ValueError(f"-p needs KEY=VALUE; {strays[0]!r} came. Names of notebooks stand before -p.")
     words = arguments.names + arguments.p
     jobs = plan([w for w in words if "=" not in w], [w for w in words if "=" in w])
@@ -347,8 +349,8 @@ def figures(arguments: argparse.Namespace) -> int:
         raise ValueError("--out needs the name of a folder; an empty one came.")
     out = Path(os.path.realpath(arguments.out))  # does not mind a loop of links: making the folder tells
     for job in jobs:
-        refuse_folders([*(out / job.folder).glob(f"{job.notebook.path.stem}*"), out / job.stamp, out / "index.html",
-                        out / ".made" / f"{job.name}.ipynb"])  # fmt: skip
+        hidden = (out / name for name in (job.stamp, job.copy, "index.html"))
+        refuse_folders([*(out / job.folder).glob(f"{job.notebook.path.stem}*"), *hidden])
     with only_run_in(out):
         todo = []
         for job in jobs:
@@ -411,8 +413,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        if stream:  # None where it was closed
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no mistake
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: >&-
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no mistake
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up on kill, too
     sys.exit(main())

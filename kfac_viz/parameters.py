@@ -50,8 +50,11 @@ class Range:
         return [float(f"{back(low + (high - low) * i / n):.6g}") for i in range(self.steps)]
 
 
-Seed = Annotated[int, Range(0, 2**31 - 1)]
-Device = Literal["cpu", "cuda", "mps"]
+# What most experiments have; a text is the help where the docstring's Args say nothing else.
+Seed = Annotated[int, Range(0, 2**31 - 1), "of data and weights."]
+Repeats = Annotated[int, Range(1, 20), "seeds, from ``seed`` upwards; a band shows the lowest and the highest."]
+Widths = Annotated[tuple[int, ...], Range(1, 64), "of the hidden layers."]
+Device = Annotated[Literal["cpu", "cuda", "mps"], "where to compute."]
 
 DEEPEST = 20  # lists in lists, on a command line
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -113,7 +116,7 @@ class Parameter:
 
 
 def read(run: Callable) -> dict[str, Parameter]:
-    """The parameters of an experiment, in the order of its signature; helps come from the docstring's Args.
+    """The parameters of an experiment, in the order of its signature; the docstring's Args help, or the annotation.
 
     Raises:
         TypeError: where an annotation is none of those that the module's docstring lists, or a default is missing.
@@ -125,8 +128,8 @@ def read(run: Callable) -> dict[str, Parameter]:
         if name not in hints or argument.default is argument.empty:
             raise TypeError(f"Parameter {name} of {run.__name__} needs an annotation and a default.")
         found = re.search(rf"^\s+{name}: *(.+)", doc, re.MULTILINE)
-        parameters[name] = Parameter(name, default=argument.default, help=found[1] if found else "",
-                                     **_understand(hints[name], f"{run.__name__}({name})"))
+        about = _understand(hints[name], f"{run.__name__}({name})") | ({"help": found[1]} if found else {})
+        parameters[name] = Parameter(name, default=argument.default, **about)
     return parameters
 
 
@@ -135,8 +138,8 @@ def _understand(hint: Any, where: str) -> dict[str, Any]:
     while hint not in _NOUNS:
         origin, arguments = get_origin(hint), get_args(hint)
         if origin is Annotated:
-            about["range"] = next((extra for extra in arguments[1:] if isinstance(extra, Range)), None)
-            hint = arguments[0]
+            hint, *extras = arguments
+            about |= {"help" if isinstance(extra, str) else "range": extra for extra in extras}
         elif origin is Literal:
             about["choices"], hint = arguments, type(arguments[0])
         elif origin is tuple and len(arguments) == 2 and arguments[1] is ...:
@@ -163,7 +166,7 @@ def check(run: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"There is no parameter {name}{f' (did you mean {close[0]}?)' if close else ''}; "
                              f"there are {', '.join(parameters)}.")
     checked = {name: parameters[name].check(value) for name, value in values.items()}
-    if (device := checked.get("device", "cpu")) != "cpu" and parameters["device"].choices == get_args(Device):
+    if (device := checked.get("device", "cpu")) in ("cuda", "mps"):
         import torch  # here, as the command line must not wait for it
 
         backend = {"cuda": torch.cuda, "mps": torch.backends.mps}[device]
