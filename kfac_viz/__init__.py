@@ -44,33 +44,11 @@ _LAZY = {
 }
 
 __all__ = [
-    "BlockDiagonal",
-    "BlockTridiagonal",
-    "CoarseCorrection",
-    "CoarseSpace",
-    "Damped",
-    "Dense",
-    "Diagonal",
-    "EKFAC",
-    "Fisher",
-    "Identity",
-    "KFAC",
-    "KroneckerFactors",
-    "KroneckerFisher",
-    "Operator",
-    "Partition",
-    "Preconditioner",
-    "TwoLevel",
-    "captured_decrease",
-    "capture",
-    "coarse",
-    "condition_number",
-    "exact_direction",
-    "nll",
-    "pcg",
-    "spectrum",
-    *_LAZY,
-]
+    "BlockDiagonal", "BlockTridiagonal", "CoarseCorrection", "CoarseSpace", "Damped", "Dense", "Diagonal", "EKFAC",
+    "Fisher", "Identity", "KFAC", "KroneckerFactors", "KroneckerFisher", "Operator", "Partition", "Preconditioner",
+    "TwoLevel", "captured_decrease", "capture", "coarse", "condition_number", "exact_direction", "nll", "pcg",
+    "spectrum", *_LAZY,
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -72,17 +72,21 @@ class Job:
     def stamp(self) -> str:
         return f".made/{self.name}.json"
 
+    @property
+    def copy(self) -> str:
+        return f".made/{self.name}.ipynb"
+
     def why(self, out: Path) -> str:
         """Why the files in ``out`` have to be made anew; empty where they need not."""
         try:
             stamp = json.loads((out / self.stamp).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            changed = [key for key in self.inputs if self.inputs[key] != stamp["inputs"].get(key)]
+            for name, digest in stamp["files"].items():
+                file = out / self.folder / name
+                if not file.is_file() or _hash(file.read_bytes()) != digest:
+                    changed.append(name)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return "not made here before"
-        changed = [key for key in self.inputs if self.inputs[key] != stamp["inputs"].get(key)]
-        for name, digest in stamp["files"].items():
-            file = out / self.folder / name
-            if not file.is_file() or _hash(file.read_bytes()) != digest:
-                changed.append(name)
         return f"{', '.join(changed)} changed" if changed else ""
 
 
@@ -116,11 +120,11 @@ def load(path: Path, run: Callable) -> Notebook:
     """Read a notebook and check its own parameters against the signature of ``run``."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError) as error:
+        text = ["".join(cell["source"]) for cell in cells]
+        code = [source for cell, source in zip(cells, text, strict=True) if cell["cell_type"] == "code"]
+        tagged = [s for c, s in zip(cells, text, strict=True) if "parameters" in c["metadata"].get("tags", ())]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a notebook: {error!r}") from None
-    text = ["".join(cell["source"]) for cell in cells]
-    code = [source for cell, source in zip(cells, text, strict=True) if cell["cell_type"] == "code"]
-    tagged = [s for c, s in zip(cells, text, strict=True) if "parameters" in c["metadata"].get("tags", ())]
     if len(tagged) != 1:
         raise ValueError(f"{path.name} must have exactly one cell tagged parameters; it has {len(tagged)}.")
     defaults = {}
@@ -149,12 +153,12 @@ def select(names: list[str]) -> list[str]:
     chosen = []
     for name in names:
         asked = Path(name).name.removesuffix(".ipynb")
-        found = [asked] if asked in notebooks() else [stem for stem in notebooks() if asked in stem]
+        found = [asked] if asked in notebooks() else [stem for stem in notebooks() if asked and asked in stem]
         if asked.isdigit():
             found = [stem for stem in notebooks() if stem.split("_")[0] == asked.zfill(2)]
         if len(found) != 1:
             which = f"may be any of {', '.join(found)}" if found else f"is none of {', '.join(notebooks())}"
-            raise ValueError(f"{name} {which}.")
+            raise ValueError(f"{name or 'An empty name'} {which}.")
         chosen += found
     return list(dict.fromkeys(chosen)) or list(notebooks())
 
@@ -182,6 +186,8 @@ def plan(names: list[str], given: list[str]) -> list[Job]:
                 varied = [f"{name}={parameters.to_text(checked[name])}" for name in grid if len(grid[name]) > 1]
                 folder = re.sub(r"[^\w.,=+-]", "", ",".join(varied)) or "."
                 values = notebook.defaults | checked
+                if (stem, folder) in jobs and jobs[stem, folder].values != values:
+                    raise ValueError(f"Two points of the grid would share the folder {folder}; make one at a time.")
                 jobs[stem, folder] = Job(notebook, values, folder, inputs(notebook, values))
         except (TypeError, ValueError) as mistake:
             mistakes.append(f"{stem}: {mistake}")
@@ -234,21 +240,38 @@ def publish(job: Job, made: Path, out: Path) -> None:
 
 
 def move(ready: Path, out: Path) -> None:
-    """Replace the files in ``out`` by those of a complete tree, each at once, stamps last."""
+    """Replace the files in ``out`` by those of a complete tree.
+
+    Records, the JSON files, are taken away first and come last, stamps after all others: whatever stops this in
+    between, a record stands only beside the files that it was made with.
+    """
     files = [file.relative_to(ready) for file in ready.rglob("*") if file.is_file()]
-    for file in sorted(files, key=lambda file: (file.parts[0] == ".made", file)):
+    refuse_folders(out / file for file in files)
+    for file in files:
         (out / file).parent.mkdir(parents=True, exist_ok=True)
+    records = {file for file in files if file.suffix == ".json"}
+    for record in records:
+        (out / record).unlink(missing_ok=True)
+    for file in sorted(files, key=lambda file: (file.parts[0] == ".made", file in records, file)):
         os.replace(ready / file, out / file)
     shutil.rmtree(ready)
+
+
+def refuse_folders(files: Iterable[Path]) -> None:
+    """ValueError if a folder stands where a file is to be written."""
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder, and a file of that name is to be written. Move it away.")
 
 
 def write_index(out: Path) -> None:
     """A page of thumbnails over all grid folders in ``out``."""
     figures = ""
     for picture in sorted(out.glob("*=*/*.png")):
-        link, words = picture.relative_to(out).as_posix(), f"{picture.stem}, {picture.parent.name}"
-        figures += (f'<figure><a href="{html.escape(link)}"><img src="{html.escape(link)}" '
-                    f'alt="{html.escape(words)}"></a><figcaption>{html.escape(words)}</figcaption></figure>\n')
+        link = html.escape(picture.relative_to(out).as_posix())
+        words = html.escape(f"{picture.stem}, {picture.parent.name}")
+        figures += (f'<figure><a href="{link}"><img src="{link}" alt="{words}"></a>'
+                    f"<figcaption>{words}</figcaption></figure>\n")
     page = (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Figures over a grid of parameters</title>\n'
         "<style>body { display: flex; flex-wrap: wrap; gap: 1rem; font: 14px sans-serif; }\n"
@@ -265,11 +288,11 @@ def write_index(out: Path) -> None:
 def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
     """Run the jobs; returns a paragraph for each that failed."""
     made = [Path(tempfile.mkdtemp(prefix="making-", dir=out / ".made")) for _ in jobs]
+    copies = [out / job.copy for job in jobs]
     orders = []
-    for job, folder in zip(jobs, made, strict=True):
-        (folder / job.folder).mkdir(exist_ok=True)
-        copy = out / ".made" / f"{job.name}.ipynb"
-        copy.parent.mkdir(exist_ok=True)
+    for job, folder, copy in zip(jobs, made, copies, strict=True):
+        for needed in (folder / job.folder, copy.parent):
+            needed.mkdir(exist_ok=True)
         orders.append({
             "input_path": str(job.notebook.path),
             "output_path": str(copy),
@@ -291,18 +314,15 @@ def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
                 job, error = jobs[index], event["error"]
                 running.pop(index, None)
                 cells[index] = job.notebook.cells
-                if error is None:
-                    try:
+                try:
+                    if error is None:
                         publish(job, made[index], out)
-                    except (ValueError, OSError) as mistake:
-                        error = str(mistake)
-                if error is None:
-                    say(f"{job.name}: done")
-                else:
+                except (ValueError, TypeError, OSError) as mistake:
+                    error = mistake
+                say(f"{job.name}: {'done' if error is None else 'failed'}")
+                if error is not None:
                     where = f"cell {event['cell']}: " if event.get("cell") else ""
-                    failures.append(f"{job.name} failed: {where}{error}\n    executed copy: "
-                                    f"{out / '.made' / job.name}.ipynb")
-                    say(f"{job.name}: failed")
+                    failures.append(f"{job.name} failed: {where}{error}\n    executed copy: {copies[index]}")
             elif event:
                 if index not in running and not terminal:
                     say(f"{jobs[index].name}: started")
@@ -321,11 +341,16 @@ def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
 
 def figures(arguments: argparse.Namespace) -> int:
     """Make what is missing or changed; 0 if all went well, 1 if a notebook failed."""
-    if strays := [word for word in arguments.p if "=" not in word]:  # may look like a part of a notebook's name
+    if strays := [word for word in arguments.p if "=" not in word[1:]]:  # may look like a part of a notebook's name
         raise ValueError(f"-p needs KEY=VALUE; {strays[0]!r} came. Names of notebooks stand before -p.")
     words = arguments.names + arguments.p
     jobs = plan([w for w in words if "=" not in w], [w for w in words if "=" in w])
-    out = Path(arguments.out).resolve()
+    if not str(arguments.out).strip():
+        raise ValueError("--out needs the name of a folder; an empty one came.")
+    out = Path(os.path.realpath(arguments.out))  # does not mind a loop of links: making the folder tells
+    for job in jobs:
+        hidden = (out / name for name in (job.stamp, job.copy, "index.html"))
+        refuse_folders([*(out / job.folder).glob(f"{job.notebook.path.stem}*"), *hidden])
     with only_run_in(out):
         todo = []
         for job in jobs:
@@ -368,11 +393,13 @@ def main(argv: list[str] | None = None) -> int:
     make_them.add_argument("--force", action="store_true", help="also what is up to date")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "list":
-            return list_notebooks()
-        if arguments.jobs < 1:
+        if arguments.command == "figures" and arguments.jobs < 1:
             raise ValueError(f"--jobs must be 1 or more; {arguments.jobs} came.")
-        return figures(arguments)
+        status = list_notebooks() if arguments.command == "list" else figures(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return status
+    except BrokenPipeError:  # as `| head -1` leaves it: the status of a program that SIGPIPE ends, and no words
+        os._exit(128 + 13)
     except ValueError as mistake:
         print(mistake, file=sys.stderr)
         return 2
@@ -386,5 +413,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: >&-
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no mistake
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up on kill, too
     sys.exit(main())

@@ -50,9 +50,13 @@ class Range:
         return [float(f"{back(low + (high - low) * i / n):.6g}") for i in range(self.steps)]
 
 
-Seed = Annotated[int, Range(0, 2**31 - 1)]
-Device = Literal["cpu", "cuda", "mps"]
+# What most experiments have; a text is the help where the docstring's Args say nothing else.
+Seed = Annotated[int, Range(0, 2**31 - 1), "of data and weights."]
+Repeats = Annotated[int, Range(1, 20), "seeds, from ``seed`` upwards; a band shows the lowest and the highest."]
+Widths = Annotated[tuple[int, ...], Range(1, 64), "of the hidden layers."]
+Device = Annotated[Literal["cpu", "cuda", "mps"], "where to compute."]
 
+DEEPEST = 20  # lists in lists, on a command line
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _ABSTRACT = {bool: bool, int: Integral, float: Real, str: str}  # numpy's scalars are welcome
 
@@ -108,11 +112,11 @@ class Parameter:
         return element
 
     def _wrong(self, error: type[Exception], value: Any) -> Exception:
-        return error(f"{self.name} must be {self.allowed}; {to_text(value)} came.")
+        return error(f"{self.name} must be {self.allowed}; {_shown(value)} came.")
 
 
 def read(run: Callable) -> dict[str, Parameter]:
-    """The parameters of an experiment, in the order of its signature; helps come from the docstring's Args.
+    """The parameters of an experiment, in the order of its signature; the docstring's Args help, or the annotation.
 
     Raises:
         TypeError: where an annotation is none of those that the module's docstring lists, or a default is missing.
@@ -124,8 +128,8 @@ def read(run: Callable) -> dict[str, Parameter]:
         if name not in hints or argument.default is argument.empty:
             raise TypeError(f"Parameter {name} of {run.__name__} needs an annotation and a default.")
         found = re.search(rf"^\s+{name}: *(.+)", doc, re.MULTILINE)
-        parameters[name] = Parameter(name, default=argument.default, help=found[1] if found else "",
-                                     **_understand(hints[name], f"{run.__name__}({name})"))
+        about = _understand(hints[name], f"{run.__name__}({name})") | ({"help": found[1]} if found else {})
+        parameters[name] = Parameter(name, default=argument.default, **about)
     return parameters
 
 
@@ -134,8 +138,8 @@ def _understand(hint: Any, where: str) -> dict[str, Any]:
     while hint not in _NOUNS:
         origin, arguments = get_origin(hint), get_args(hint)
         if origin is Annotated:
-            about["range"] = next((extra for extra in arguments[1:] if isinstance(extra, Range)), None)
-            hint = arguments[0]
+            hint, *extras = arguments
+            about |= {"help" if isinstance(extra, str) else "range": extra for extra in extras}
         elif origin is Literal:
             about["choices"], hint = arguments, type(arguments[0])
         elif origin is tuple and len(arguments) == 2 and arguments[1] is ...:
@@ -162,7 +166,7 @@ def check(run: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"There is no parameter {name}{f' (did you mean {close[0]}?)' if close else ''}; "
                              f"there are {', '.join(parameters)}.")
     checked = {name: parameters[name].check(value) for name, value in values.items()}
-    if (device := checked.get("device", "cpu")) != "cpu" and parameters["device"].choices == get_args(Device):
+    if (device := checked.get("device", "cpu")) in ("cuda", "mps"):
         import torch  # here, as the command line must not wait for it
 
         backend = {"cuda": torch.cuda, "mps": torch.backends.mps}[device]
@@ -180,15 +184,24 @@ def parse(text: str) -> list[Any]:
     pieces, depth = [""], 0
     for letter in text:
         depth += (letter == "[") - (letter == "]")
-        if depth < 0:
+        if not 0 <= depth <= DEEPEST:
             break
         if letter == "," and not depth:
             pieces.append("")
         else:
             pieces[-1] += letter
     if depth or not all(piece.strip() for piece in pieces):
-        raise ValueError(f"{text!r} cannot be read: write 0.1, or 0.1,1 for a grid, or [12,12] for a list.")
+        raise ValueError(f"{_shown(repr(text))} cannot be read: write 0.1, or 0.1,1 for a grid, or [12,12] for a list.")
     return [_value(piece.strip()) for piece in pieces]
+
+
+def _shown(value: Any) -> str:
+    """The value in an error message: not all of it where it is long."""
+    try:
+        text = to_text(value)
+    except (ValueError, RecursionError):  # Python does not print whole numbers of more than 4,300 digits
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _value(text: str) -> Any:

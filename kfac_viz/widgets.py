@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,10 +86,11 @@ class Panel(widgets.VBox):
         self._reproduce = reproduce or (
             lambda values: parameters.command(notebook or _notebook(run), self._changed(values))
         )
-        self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._bound(self._values)
         self.result = self._compute(self._values)
         self._live = Live(plot(self.result))
+        self.controls = {name: _control(known[name], self._values[name]) for name in names}
+        self._bound(self._values)
         self._picture = widgets.Image(format="jpeg")
         self._below, self._alert = widgets.HTML(), widgets.HTML()
         self.scale = widgets.Dropdown(options=["lin–log", "linear"], description="colours", style=_WIDE)
@@ -114,6 +116,22 @@ class Panel(widgets.VBox):
             ]
         )
         self.add_class("kfac-panel")
+
+    def close(self) -> None:
+        """Free all that the panel holds, widgets, figure, result and thread, and what experiments keep for speed."""
+        if self.comm is None:  # closed before, or never opened
+            return
+        with self._lock:
+            self._busy = True  # a move that arrives late changes nothing
+            self._ahead[1].cancel()
+            self._other_core.submit(_forget)  # once what is being computed there has come to its end
+            self._other_core.shutdown(wait=False)
+            self._ahead = (), Future()
+            for widget in _parts(self):
+                widget.unobserve_all()
+                (super() if widget is self else widget).close()
+            self.run, self._reproduce, self.result, self._live = None, None, None, None
+        _forget()
 
     def _moved(self, change: dict[str, Any]) -> None:
         with self._lock:
@@ -165,6 +183,7 @@ class Panel(widgets.VBox):
         there = 2 * here - before
         if abs(here - before) == 1 and 0 <= there < len(positions):  # a drag jumps, and is not foreseen
             values = self._values | {name: positions[there]}
+            self._ahead[1].cancel()
             self._ahead = tuple(values.items()), self._other_core.submit(self._compute, values)
 
     def _bound(self, values: dict[str, Any]) -> None:
@@ -346,6 +365,20 @@ def _read(parameter: Parameter, value: Any) -> Any:
         single = len(alternatives) == 1 and not (parameter.many and isinstance(alternatives[0], (int, float)))
         value = alternatives[0] if single else alternatives
     return parameter.check(value)
+
+
+def _parts(widget: widgets.Widget) -> list[widgets.Widget]:
+    """The widget and all that is made for it; closing a box leaves its children, layouts and styles open."""
+    parts = [widget, widget.layout, *([widget.style] if hasattr(widget, "style") else [])]
+    return parts + [part for child in getattr(widget, "children", ()) for part in _parts(child)]
+
+
+def _forget() -> None:
+    """Empty the caches of the package, which hold networks and their matrices; they fill again where needed."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{__package__}."):
+            for thing in list(vars(module).values()):
+                getattr(thing, "cache_clear", lambda: None)()
 
 
 def _notebook(run: Callable) -> str:

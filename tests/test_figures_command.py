@@ -89,6 +89,7 @@ def visible(folder: Path) -> set[str]:
 
 
 FILES = {"01_twice.csv", "01_twice.json", "01_twice.png"}
+HIDDEN = {"lock", "01_twice.json", "01_twice.ipynb"}
 
 
 def test_makes_what_is_missing_or_changed_and_nothing_else(shelf, monkeypatch, capsys):
@@ -96,7 +97,7 @@ def test_makes_what_is_missing_or_changed_and_nothing_else(shelf, monkeypatch, c
     assert cli.main(["figures", "--jobs", "1"]) == 0
     assert "01_twice: started\n01_twice: done\n1 made, 0 up to date, 0 failed" in capsys.readouterr().out
     assert visible(out) == FILES
-    assert {file.name for file in (out / ".made").iterdir()} == {"lock", "01_twice.json", "01_twice.ipynb"}
+    assert {file.name for file in (out / ".made").iterdir()} == HIDDEN
     record = json.loads((out / "01_twice.json").read_text())
     assert record["x"] == 1.0 and record["words"] == ["a", "b"]
     assert record["notebook"]["name"] == "01_twice" and len(record["notebook"]["sha256_of_code"]) == 64
@@ -167,6 +168,8 @@ def test_a_grid_makes_a_folder_each_and_a_failure_stops_nothing(shelf, tmp_path,
         (["-p", "x=1", "-p", "x=2"], "for a grid write x=first,second"),
         (["-p", "out_dir=here"], "--out"),
         (["01", "-p", "twice"], "-p needs KEY=VALUE; 'twice' came."),
+        (["-p", "=1"], "-p needs KEY=VALUE; '=1' came."),
+        ([""], "An empty name "),
         (["-p", "x=1", "01"], "'01' came. Names of notebooks stand before -p."),
         (["02_thrice"], "02_thrice is none of 01_twice."),
         (["2"], "2 is none of 01_twice."),
@@ -288,7 +291,7 @@ def test_a_kernel_that_fails_to_start_gets_a_second_try(shelf, tmp_path, monkeyp
     assert failed_once.exists() and visible(shelf / "figures") == FILES
 
 
-def start(shelf: Path, *arguments: str) -> subprocess.Popen:
+def start(shelf: Path, *arguments: str, command: str = "figures", **streams: int) -> subprocess.Popen:
     """The command as a process of its own."""
     program = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -296,7 +299,8 @@ def start(shelf: Path, *arguments: str) -> subprocess.Popen:
         f"cli.ROOT = Path({str(shelf)!r}); cli.notebooks = lambda: {{'01_twice': here.run_twice}}\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
-    return subprocess.Popen([sys.executable, "-c", program, "figures", *arguments], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", program, command, *arguments]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **streams)
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -389,3 +393,99 @@ def test_a_kernel_that_never_starts_is_told(shelf, monkeypatch, capsys):
     monkeypatch.setattr(cli, "run_notebooks", lambda orders, workers: iter([(0, {"error": "RuntimeError: no kernel"})]))
     assert cli.main(["figures"]) == 1
     assert "01_twice failed: RuntimeError: no kernel" in capsys.readouterr().err
+
+
+STAMPS = ["{}", "[]", "null", "3", '"x"', '{"inputs": []}', '{"inputs": {}, "files": [1]}', "[" * 10**5,
+          '{"inputs": null, "files": {}}', '{"inputs": {}, "files": {"a": 1}}']  # fmt: skip
+
+
+@pytest.mark.parametrize("stamp", STAMPS, ids=lambda text: text[:30])
+def test_a_stamp_of_another_shape_means_not_made_before(shelf, stamp):
+    (job,) = cli.plan([], [])
+    file = shelf / "figures" / job.stamp
+    file.parent.mkdir(parents=True)
+    file.write_text(stamp)
+    assert job.why(shelf / "figures")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 3000 + "1" + "]" * 3000, "[" * 10**5, "9" * 5000, f"[{'9' * 5000}]", "-" * 10**5], ids=len
+)
+def test_texts_that_are_too_long_or_too_deep(shelf, no_kernel, text, capsys):
+    assert cli.main(["figures", "-p", f"x={text}"]) == 2
+    said = capsys.readouterr().err
+    assert "x" in said and len(said) < 400 and not (shelf / "figures").exists()
+
+
+@pytest.mark.parametrize("out", ["", " "])
+def test_an_empty_name_of_a_folder(shelf, no_kernel, monkeypatch, out, capsys):
+    monkeypatch.chdir(shelf)
+    before = sorted(shelf.rglob("*"))
+    assert cli.main(["figures", "--out", out]) == 2
+    assert "--out needs the name of a folder" in capsys.readouterr().err and sorted(shelf.rglob("*")) == before
+
+
+def test_a_loop_of_links(shelf, no_kernel, capsys):
+    for here, there in (("a", "b"), ("b", "a")):
+        (shelf / here).symlink_to(there)
+    for out in ("a", "a/below"):
+        assert cli.main(["figures", "--out", str(shelf / out)]) == 2
+        assert "Files are written into the folder of --out." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["01_twice.png", "01_twice.json", *(f".made/{x}" for x in sorted(HIDDEN))])
+def test_an_output_replaced_by_a_folder_is_told_before_a_kernel_starts(shelf, no_kernel, name, capsys):
+    (shelf / "figures" / name).mkdir(parents=True)
+    assert cli.main(["figures"]) == 2
+    said = capsys.readouterr().err
+    assert str(shelf / "figures" / name) in said and ("is a folder" in said or "Is a directory" in said)
+
+
+def test_a_reader_that_has_gone_hears_nothing(shelf):
+    run = start(shelf, command="list", stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait(60) == 141
+
+
+def test_two_points_of_a_grid_do_not_share_a_folder(shelf, no_kernel, capsys):
+    assert cli.main(["figures", "-p", "words=[a/b],[ab]"]) == 2
+    assert "would share the folder words=ab" in capsys.readouterr().err
+    assert [job.folder for job in cli.plan([], ["x=1,1.0,2"])] == ["x=1.0", "x=2.0"]
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_record_stands_only_beside_its_own_files(shelf, monkeypatch, step):
+    """Wherever a publication is stopped, nobody takes a mixed old and new set for a whole one."""
+    out = shelf / "figures"
+    (job,) = cli.plan([], [])
+
+    def publish(text):
+        with cli.only_run_in(out):
+            made = out / ".made" / f"making-{text}"
+            made.mkdir()
+            for name in FILES:
+                (made / name).write_text(json.dumps({"set": text}))
+            cli.publish(job, made, out)
+
+    def sets():
+        return [json.loads((out / file).read_text())["set"] for file in FILES if (out / file).exists()]
+
+    publish("old")
+    changes = []
+
+    def until(change):
+        def changed(*arguments, **options):
+            if len(changes) == step:
+                raise KeyboardInterrupt
+            changes.append(change(*arguments, **options))
+
+        return changed
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cli.os, "replace", until(os.replace))
+        patch.setattr(cli.Path, "unlink", until(Path.unlink))
+        publish("new")
+    assert (out / "01_twice.json").exists() <= (len(sets()) == 3 and len(set(sets())) == 1)
+    assert bool(job.why(out)) == (0 < step)
+    with cli.only_run_in(out):  # the next run finishes it
+        assert sets() == ["new"] * 3 and not job.why(out)

@@ -56,7 +56,7 @@ def test_parameters_are_those_of_the_experiment(stem):
     tagged = [cell.source for cell in read(stem).cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
     given = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(tagged[0]).body}
-    assert given.pop("out_dir") == "../figures"
+    assert given.pop("out_dir") == ""  # who reads a notebook, or is served it, writes nothing
     defaults = {name: p.default for name, p in inspect.signature(NOTEBOOKS[stem]).parameters.items()}
     assert list(given) == list(defaults)
     assert parameters.check(NOTEBOOKS[stem], given) == parameters.check(NOTEBOOKS[stem], defaults)
@@ -90,3 +90,18 @@ def test_runs_from_top_to_bottom(stem, tmp_path, monkeypatch):
     assert not any(output.get("name") == "stderr" for output in outputs), "a warning that a reader would meet"
     shown = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(shown) >= len(records)  # each figure stands in the notebook, too
+
+
+def test_a_notebook_that_is_run_by_hand_writes_nothing(tmp_path, monkeypatch):
+    import papermill
+
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    here = tmp_path / "checkout" / "notebooks"
+    here.mkdir(parents=True)
+    executed = papermill.execute_notebook(
+        FOLDER / "00_playground.ipynb", tmp_path / "executed.ipynb", SMALL["00_playground"], kernel_name="python3",
+        progress_bar=False, store_widget_state=False, cwd=here, start_timeout=120, execution_timeout=300,
+    )  # fmt: skip
+    assert list((tmp_path / "checkout").rglob("*")) == [here]
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2  # the panel's picture and the figure

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_viz.parameters import Device, Range, Seed, check, command, parse, read, to_text
+from kfac_viz.parameters import Device, Range, Repeats, Seed, Widths, check, command, parse, read, to_text
 
 
 def run_example(
@@ -40,6 +40,21 @@ def test_read_understands_every_kind_of_annotation():
     assert (found["spaces"].choices, found["spaces"].many) == (("nicolaides", "spectral"), True)
     assert found["clip"].optional and found["clip"].kind is float
     assert {name: parameter.default for name, parameter in found.items()} == run_example.__kwdefaults__
+
+
+def test_what_most_experiments_have_is_said_once():
+    def run_common(*, widths: Widths = (12,), repeats: Repeats = 5, seed: Seed = 0, device: Device = "cpu"):
+        """Common.
+
+        Args:
+            seed: of the first network.
+        """
+
+    found = read(run_common)
+    assert found["widths"].help == "of the hidden layers." and found["widths"].many
+    assert found["repeats"].range == Range(1, 20) and "seeds, from" in found["repeats"].help
+    assert found["seed"].help == "of the first network." and found["seed"].range.low == 0
+    assert found["device"].choices == ("cpu", "cuda", "mps") and found["device"].help == "where to compute."
 
 
 def test_own_defaults_pass_their_own_check():
@@ -78,6 +93,7 @@ def test_values_are_coerced(name, value, expected):
         ({"damping": 10**400}, ValueError, "damping must be"),
         ({"scale": 10**400}, ValueError, "scale must be a number"),
         ({"scale": math.inf}, ValueError, "inf came"),
+        ({"seed": 10**5000}, ValueError, "seed must be a whole number from 0 to 2147483647; a very long int came"),
         ({"widths": 12}, TypeError, "a list like [12,12], each a whole number from 1 to 64; 12 came"),
         ({"widths": [12, 65]}, ValueError, "[12,65] came"),
         ({"widths": [12.0]}, TypeError, "[12.0] came"),

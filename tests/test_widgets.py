@@ -1,11 +1,17 @@
 """Panels without a browser: every control, in any order, gives a new picture or a sentence."""
 
 import base64
+import gc
 import re
 import shlex
+import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Annotated, Literal
 
+import ipywidgets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +23,7 @@ from kfac_viz.experiments.coarse_space import run_coarse_space
 from kfac_viz.figures import CoarseSpacePlot
 from kfac_viz.parameters import Range, read
 
+save = sys.modules["kfac_viz.figures.save"]  # the module; the package has a function of that name
 SMALL = dict(widths=(5,), n=40, per_layer=2)
 CONTROLS = [name for name in read(run_coarse_space) if name not in ("seed", "device")]
 
@@ -259,3 +266,66 @@ def test_the_page_is_whole_small_and_needs_nothing(tmp_path):
     assert text.count('type="range"') == 2 and 'lang="en"' in text
     published = Path(kv.__file__).parents[1] / "figures" / "00_playground.html"
     assert not published.exists() or published.stat().st_size < 3e6
+
+
+def test_closing_frees_figure_result_widgets_and_thread():
+    """Also of a reader's own network, whose matrices the caches of the experiment would keep."""
+    panels, gone = [], []
+    registry, threads = ipywidgets.widgets.widget._instances, threading.active_count()
+    before = len(registry)
+    for _ in range(3):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        panel = kv.explore(model, torch.randn(20, 3), likelihood="categorical", per_layer=2)
+        panel.controls["damping"].index += 1  # the next position is computed ahead, in a thread
+        panel.controls["damping"].index += 1
+        gone += map(weakref.ref, (panel.result, panel.result.missed, panel._live, panel._live.plot.figure))
+        panels.append(panel)
+    assert threading.active_count() > threads
+    for panel in panels:
+        panel.close()
+        panel.close()
+    deadline = time.monotonic() + 30
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.05)  # what was being computed ahead comes to its end
+    assert threading.active_count() == threads
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)  # although `panels` still holds the panels
+    assert len(registry) == before
+    panel.controls["damping"].index += 1  # a move on its way
+    assert panel.error == ""
+
+
+def test_a_panel_that_cannot_be_made_leaves_no_widgets():
+    before = len(ipywidgets.widgets.widget._instances)
+    with pytest.raises(ValueError, match="narrower layers"):
+        kv.widgets.panel(run_coarse_space, CoarseSpacePlot, widths=(64, 64, 64))
+    assert len(ipywidgets.widgets.widget._instances) == before
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run_coarse_space(**SMALL)
+    saved = kv.figures.save(CoarseSpacePlot.draw(result), result, "shown", "")
+    assert saved.paths == () and saved.png[:4] == b"\x89PNG" and saved.alt
+    assert kv.figures.save_page(run_coarse_space, "page", "", **result.parameters) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_record_of_a_figure_is_taken_away_first_and_comes_last(tmp_path, monkeypatch):
+    result, write = run_coarse_space(**SMALL), save.write
+    figure = CoarseSpacePlot.draw(result)
+    paths = kv.figures.save(figure, result, "x", tmp_path).paths
+    for kept in range(4):
+        done = []
+
+        def stop(path, data):
+            if len(done) == kept:  # noqa: B023
+                raise KeyboardInterrupt
+            done.append(write(path, data))  # noqa: B023
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(save, "write", stop)
+            kv.figures.save(figure, result, "x", tmp_path)
+        assert not (tmp_path / "x.json").exists()
+    assert kv.figures.save(figure, result, "x", tmp_path).paths == paths
+    assert all(path.exists() for path in paths)

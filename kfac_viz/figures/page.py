@@ -30,13 +30,16 @@ LEVELS = 16  # of red, and as many of blue
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | Path, **choices: Any) -> Path:
+def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | Path, **choices: Any) -> Path | None:
     """Write NAME.html, a page that a browser opens without Python: sliders for λ and the size of the coarse space.
 
     Args:
         run: ``run_coarse_space``.
+        out_dir: folder, made if it is missing; empty to compute and write nothing.
         choices: parameters of ``run``; ``damping`` and ``per_layer`` say where the sliders start.
     """
+    if not out_dir:
+        return None
     dampings = read(run)["damping"].range.positions[10::3]
     room = run.limits(choices)["per_layer"]
     sizes = [size for size in SIZES if size <= room]

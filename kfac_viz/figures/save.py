@@ -31,7 +31,7 @@ class Result(Protocol):
 
 
 class Saved(NamedTuple):
-    """The files of one figure; a notebook shows the picture."""
+    """The files of one figure, none where nothing was to be written; a notebook shows the picture."""
 
     paths: tuple[Path, ...]
     png: bytes
@@ -46,13 +46,14 @@ class Saved(NamedTuple):
 def save(figure: Figure, result: Result, name: str, out_dir: str | Path) -> Saved:
     """Write NAME.svg, NAME.png, NAME.csv and NAME.json into ``out_dir``; each appears whole or not at all.
 
+    The record, NAME.json, is taken away first and comes last: where it stands, all four belong together.
     No date, path or duration enters the files, so the same numbers give the same bytes.
 
     Args:
         figure: drawn from ``result``; its label says in words what it shows, and becomes the alternative text.
         result: has ``parameters`` (plain values) and ``table()``.
         name: stem of the files.
-        out_dir: folder, made if it is missing.
+        out_dir: folder, made if it is missing; empty to write nothing, as when a notebook is only read.
 
     Raises:
         ValueError: the figure has no label.
@@ -62,8 +63,6 @@ def save(figure: Figure, result: Result, name: str, out_dir: str | Path) -> Save
     alt = str(figure.get_label()).strip()
     if not alt:
         raise ValueError("Every figure needs an alternative text: figure.set_label('what it shows').")
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     # Without build tags such as +cpu.
     versions = {"kfac_viz": __version__} | {library: version(library).partition("+")[0] for library in LIBRARIES}
     description = {"name": name, "alt": alt, "parameters": result.parameters, "versions": versions}
@@ -72,6 +71,11 @@ def save(figure: Figure, result: Result, name: str, out_dir: str | Path) -> Save
     with matplotlib.rc_context(rc()):
         png = _render(figure, "png", {"Title": name, "Description": alt, "Software": None})
         svg = _render(figure, "svg", {"Title": name, "Description": alt, "Creator": None, "Date": None})
+    if not out_dir:
+        return Saved((), png, alt)
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").unlink(missing_ok=True)
     contents = {"svg": svg, "png": png, "csv": table.encode(), "json": text.encode()}
     return Saved(tuple(write(folder / f"{name}.{suffix}", data) for suffix, data in contents.items()), png, alt)
 
