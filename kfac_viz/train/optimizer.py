@@ -80,7 +80,8 @@ class TwoLevelKFAC(Optimizer):
             ``step_rule="quadratic"`` 1, the rule's own length.
         damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
         rule: ``"factored"`` (two products per layer) or ``"eigen"`` (four).
-        coarse, per_layer: coarse space and its columns per layer; ``per_layer=0`` is one-level K-FAC.
+        coarse, per_layer: coarse space and its columns per layer, at most so many (a small layer gives what it
+            has); ``per_layer=0`` is one-level K-FAC.
         correction: ``"additive"``, ``"a-def1"``, ``"a-def2"`` or ``"balanced"``.
         coarse_operator: ``"captured"`` coarsens A itself; ``"kronecker"`` the Kronecker model, as the 2020 paper.
         fisher, samples: ``"mc"`` with so many labels drawn per example, ``"exact"`` or ``"empirical"``.
@@ -463,8 +464,7 @@ class TwoLevelKFAC(Optimizer):
         """Add parameters; layers that they complete join the curvature at the next :meth:`observe`.
 
         Raises:
-            ValueError, TypeError: an option out of range, or a layer with fewer than ``per_layer`` parameters; the
-                groups are as before then.
+            ValueError, TypeError: an option out of range; the groups are as before then.
         """
         group = self.defaults | param_group
         check_number("lr", group["lr"], 0.0, math.inf)
