@@ -83,7 +83,9 @@ def finite(tensors: Sequence[Tensor]) -> list[bool]:
     Both survive a sum. Only where a sum is not finite is a second look needed: it may have overflowed by itself.
     """
     sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).double() for x in tensors]
-    read = torch.stack(sums).tolist() if sums else []
+    if not sums or sums[0].is_meta:  # which has shapes and no numbers
+        return [True] * len(sums)
+    read = torch.stack(sums).tolist()
     return [math.isfinite(s) or bool(x.isfinite().all()) for s, x in zip(read, tensors, strict=True)]
 
 

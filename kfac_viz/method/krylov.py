@@ -74,6 +74,8 @@ def pcg(
         check_same_space(A, M)
         check_symmetric(M, "pcg")
     check_symmetric(A, "pcg")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of (x, relative residual); got {type(callback).__name__}.")
     check_number("rtol", rtol, 0.0, inf, open_low=True)
     limit = 10 * len(g) if max_iterations is None else check_count("max_iterations", max_iterations, least=0)
     power = _power_of_two(g)
@@ -150,8 +152,13 @@ def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
         if not float(d[0]) > 0:
             raise ValueError("The matrix is not positive definite to working precision; choose a larger damping.")
         L = U * d.sqrt()
-    inner = L.T @ M.dense() @ L
-    return eigvalsh((inner + inner.T) / 2, "The preconditioned matrix")
+    matrix = M.dense()
+    inner = L.T @ matrix @ L
+    values = eigvalsh((inner + inner.T) / 2, "The preconditioned matrix")
+    round_off = torch.finfo(A.dtype).eps * torch.linalg.matrix_norm(matrix) * torch.linalg.matrix_norm(L) ** 2
+    if not float(round_off) < 0.1 * float(values[-1]):
+        raise ValueError("Round-off hides the spectrum, since A hardly feels this damping; choose a larger damping.")
+    return values
 
 
 def condition_number(A: Operator, M: Operator | None = None) -> float:

@@ -134,6 +134,7 @@ class Operator(ABC):
         self.partition.check(v)
         if v.requires_grad and torch.is_grad_enabled():
             raise ValueError("The vector requires grad, and products here are not differentiated; pass v.detach().")
+        self._check_precision()
         if v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
                 f"{type(self).__name__} holds {self.dtype} on {self.device}; the vector is {v.dtype} on "
@@ -146,8 +147,17 @@ class Operator(ABC):
         self.check_dense()
         return torch.eye(self.partition.size, dtype=self.dtype, device=self.device)
 
+    def _check_precision(self) -> None:
+        """Refuse to compute in another precision than the operator's own."""
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError(
+                f"{type(self).__name__} computes in {self.dtype}, and an autocast around this call would lower that; "
+                f"leave it, or write torch.autocast({self.device.type!r}, enabled=False) around the call."
+            )
+
     def check_dense(self) -> None:
         """Refuse to write down P² numbers where there is no room for them."""
+        self._check_precision()
         P, like = self.partition.size, torch.empty(0, dtype=self.dtype, device=self.device)
         check_room(f"A dense matrix of {P} parameters", 2 * P * P, like, "apply it with @, or take fewer parameters")
 
@@ -216,15 +226,18 @@ class Dense(Operator):
     def __init__(self, matrix: Tensor, partition: Partition) -> None:
         check_type("matrix", matrix, Tensor)
         check_type("partition", partition, Partition)
+        if matrix.layout != torch.strided:
+            raise TypeError(f"Expected a dense tensor; got one of layout {matrix.layout}. Call .to_dense() first.")
         if matrix.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"Expected a float32 or float64 matrix; got {matrix.dtype}.")
         if tuple(matrix.shape) != (partition.size, partition.size):
             raise ValueError(f"Expected shape {(partition.size,) * 2} for {partition}; got {tuple(matrix.shape)}.")
         partition.check_finite(matrix, "The matrix")
+        matrix = matrix.detach()
         if not torch.allclose(matrix, matrix.T):
             raise ValueError("The matrix is not symmetric; the methods of this package assume that it is.")
         self.partition, self.dtype, self.device = partition, matrix.dtype, matrix.device
-        self._matrix = matrix.detach().clone()
+        self._matrix = matrix.clone()
 
     def _apply(self, v: Tensor) -> Tensor:
         return v @ self._matrix

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from math import inf
 from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_number, finite
+from .checks import check_count, check_number, finite
 from .stacks import Stacks
 
 
@@ -24,6 +23,12 @@ class Layer:
     out: int
     features: int
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"The name of a layer is text; got {self.name!r}.")
+        check_count(f"out of layer {self.name!r}", self.out, 0)
+        check_count(f"features of layer {self.name!r}", self.features, 0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,7 +61,10 @@ class Partition:
     layers: tuple[Layer, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        layers = tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,)
+        if not all(isinstance(layer, Layer) for layer in layers):
+            raise TypeError(f"A Partition is made of Layers; got {', '.join({type(x).__name__ for x in layers})}.")
+        object.__setattr__(self, "layers", layers)
         if not self.layers:
             raise ValueError("A Partition needs at least one layer; none came.")
         empty = [layer.name for layer in self.layers if layer.size < 1]
@@ -69,6 +77,8 @@ class Partition:
     @classmethod
     def from_sizes(cls, sizes: Iterable[int], names: Sequence[str] | None = None) -> Partition:
         """Subdomains of given sizes without a network behind them, each a column ``(size, 1)``."""
+        if not isinstance(sizes, Iterable) or not (names is None or isinstance(names, Iterable)):
+            raise TypeError(f"Expected a list of sizes, and of names or None; got {sizes!r} and {names!r}.")
         sizes = list(sizes)
         if not all(isinstance(size, Integral) and size > 0 for size in sizes):
             raise ValueError(f"Subdomain sizes must be positive whole numbers; got {sizes}.")
@@ -101,7 +111,7 @@ class Partition:
             )
         found = {name: module for name, module in modules.items() if is_kronecker_layer(module)}
         if layers is not None and found:
-            if isinstance(layers, str) or not layers:
+            if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
                 raise ValueError(f"layers must be a list of names out of {list(found)}; got {layers!r}.")
             unknown = [name for name in layers if name not in found]
             if unknown:
@@ -183,6 +193,8 @@ class Partition:
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`split`."""
+        if not isinstance(pieces, Sequence) or not all(isinstance(piece, Tensor) for piece in pieces):
+            raise TypeError(f"Expected a list of {len(self)} tensors, one per layer; got {type(pieces).__name__}.")
         if len(pieces) != len(self):
             raise ValueError(f"Expected {len(self)} pieces, one per layer; got {len(pieces)}.")
         for layer, piece in zip(self.layers, pieces, strict=True):
@@ -212,7 +224,6 @@ class Partition:
             ValueError: NaN or inf, naming the layer; another dtype or device than the model's; another model.
         """
         self.check(v, vector=True)
-        alpha = check_number("alpha", alpha, -inf, inf, open_low=True)
         modules = self._modules(model)
         for layer, module in zip(self.layers, modules, strict=True):
             if (v.dtype, v.device) != (module.weight.dtype, module.weight.device):
@@ -221,6 +232,7 @@ class Partition:
                     f"on {v.device}. Convert one of them."
                 )
         self.check_finite(v, "The update")
+        alpha = check_number("alpha", alpha, -torch.finfo(v.dtype).max, torch.finfo(v.dtype).max)
         sums = []
         for layer, module, piece in zip(self.layers, modules, self.split(v), strict=True):
             weight = piece[:, : layer.features - layer.bias].reshape(module.weight.shape)

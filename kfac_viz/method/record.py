@@ -81,7 +81,10 @@ class Record:
                 ) from error
             grads = lone
         pieces = iter(
-            _positions_out(vectors.new_zeros(len(vectors), *call.shape) if grad is None else grad, call.conv)
+            _positions_out(
+                vectors.new_zeros(len(vectors), *call.shape) if grad is None else grad.reshape(-1, *call.shape),
+                call.conv,
+            )
             for grad, call in zip(lone, flat, strict=False)
         )
         g = [
@@ -109,9 +112,8 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -
         def after(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             if not output.requires_grad:
                 raise ValueError(f"Layer {name!r} runs without gradients (torch.no_grad); no score can be had there.")
-            edge = torch.autograd.graph.get_gradient_edge(output)
             x = args[0] if args else kwargs["input"]
-            call = Call(_positions_in(module, x.detach()), edge, output.shape, isinstance(module, nn.Conv2d))
+            call = Call(_positions_in(module, x.detach()), _edge(output), output.shape, isinstance(module, nn.Conv2d))
             calls[name].append(call)
 
         return before, after
@@ -132,6 +134,17 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -
                     "the examples on the first axis (batch_first=True), so that scores can be told apart."
                 )
     return Record(partition, outputs, list(calls.values()))
+
+
+def _edge(output: Tensor) -> GradientEdge:
+    """Where the gradient of a layer's output arrives, whatever is done to the output in place later.
+
+    For inputs with extra axes the output is a view; an in-place function makes a new history for it, and only that of
+    the tensor that it views goes on being part of the graph.
+    """
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return torch.autograd.graph.get_gradient_edge(base if whole else output)
 
 
 def _joined(pieces: list[Tensor], axis: int) -> Tensor:
