@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import inf
 from numbers import Integral
 
 import torch
@@ -232,7 +233,8 @@ class Partition:
                     f"on {v.device}. Convert one of them."
                 )
         self.check_finite(v, "The update")
-        alpha = check_number("alpha", alpha, -torch.finfo(v.dtype).max, torch.finfo(v.dtype).max)
+        alpha = check_number("alpha", alpha, -inf, inf)
+        check_number("alpha", alpha, -torch.finfo(v.dtype).max, torch.finfo(v.dtype).max)
         sums = []
         for layer, module, piece in zip(self.layers, modules, self.split(v), strict=True):
             weight = piece[:, : layer.features - layer.bias].reshape(module.weight.shape)
