@@ -143,7 +143,7 @@ def load(path: Path, run: Callable) -> Notebook:
 
 
 def notebooks() -> dict[str, Callable]:
-    from kfac_viz.experiments import NOTEBOOKS
+    from kfac_viz.studies import NOTEBOOKS
 
     return NOTEBOOKS
 
