@@ -34,13 +34,17 @@ except PackageNotFoundError:  # a source tree that was not installed
 
 # Loaded at first use, so that importing the package costs little more than importing torch.
 _LAZY = {
-    "problems": None,
-    "experiments": None,
-    "exercises": None,
-    "figures": None,
-    "widgets": None,
-    "explore": "widgets",
-    "TwoLevelKFAC": "train.optimizer",
+    "TwoLevelKFAC": "train.optimizer:TwoLevelKFAC",
+    "exercises": "studies.exercises",
+    "explore": "studies.explore:explore",
+    "panel": "show.panel:panel",
+    "problems": "studies.problems",
+    "save": "show.save:save",
+    "studies": "studies",
+    # other names of these
+    "experiments": "studies",
+    "figures": "studies",
+    "widgets": "show.panel",
 }
 
 __all__ = [
@@ -54,9 +58,9 @@ __all__ = [
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module 'kfac_viz' has no attribute {name!r}")
-    home = _LAZY[name]
-    module = import_module(f".{home or name}", __name__)
-    return module if home is None else getattr(module, name)
+    module, _, attribute = _LAZY[name].partition(":")
+    found = import_module(f".{module}", __name__)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

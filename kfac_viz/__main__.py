@@ -1,16 +1,11 @@
 """``python -m kfac_viz``: list the notebooks, and regenerate their figures from parameters.
 
-A notebook ``notebooks/NAME.ipynb`` has one cell tagged ``parameters`` that assigns literals, ``out_dir``
-among them, and writes files whose names begin with NAME into ``out_dir``. It never writes into the output
-folder itself: what it wrote is moved there when it has finished. Hidden in ``DIR/.made`` lie the executed
-copies, a lock, and a stamp for each notebook that says what its files were made from.
+A notebook ``notebooks/NAME.ipynb`` has one cell tagged ``parameters`` that assigns literals, ``out_dir`` among them,
+and writes files whose names begin with NAME into ``out_dir``. How they reach the output folder: :mod:`.show.publish`.
 """
 
 import argparse
 import ast
-import contextlib
-import hashlib
-import html
 import itertools
 import json
 import os
@@ -20,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -29,11 +24,7 @@ from typing import Any
 
 from kfac_viz import parameters
 from kfac_viz.executor import run_notebooks
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock there
-    fcntl = None
+from kfac_viz.show.publish import Output, only_run_in, publish, refuse_folders, sha256, write_index
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("matplotlib", "numpy", "pandas", "pillow", "scikit-learn", "scipy", "seaborn", "torch")
@@ -56,38 +47,11 @@ class Notebook:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One notebook with one choice of values; ``folder`` is relative to the output folder."""
+class Job(Output):
+    """One notebook with one choice of values."""
 
     notebook: Notebook
     values: dict[str, Any]
-    folder: str
-    inputs: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.folder}/{self.notebook.path.stem}".removeprefix("./")
-
-    @property
-    def stamp(self) -> str:
-        return f".made/{self.name}.json"
-
-    @property
-    def copy(self) -> str:
-        return f".made/{self.name}.ipynb"
-
-    def why(self, out: Path) -> str:
-        """Why the files in ``out`` have to be made anew; empty where they need not."""
-        try:
-            stamp = json.loads((out / self.stamp).read_text(encoding="utf-8"))
-            changed = [key for key in self.inputs if self.inputs[key] != stamp["inputs"].get(key)]
-            for name, digest in stamp["files"].items():
-                file = out / self.folder / name
-                if not file.is_file() or _hash(file.read_bytes()) != digest:
-                    changed.append(name)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            return "not made here before"
-        return f"{', '.join(changed)} changed" if changed else ""
 
 
 def inputs(notebook: Notebook, values: dict[str, Any]) -> dict[str, Any]:
@@ -97,15 +61,11 @@ def inputs(notebook: Notebook, values: dict[str, Any]) -> dict[str, Any]:
     depends = {
         "notebook": notebook.code,
         "parameters": values,
-        "data": {name: _hash((here / name).read_bytes()) for name in data},
+        "data": {name: sha256((here / name).read_bytes()) for name in data},
         "kfac_viz": _source(),
         "versions": {name: version(name).split("+")[0] for name in LIBRARIES},
     }
     return json.loads(json.dumps(depends))
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 @cache
@@ -113,7 +73,7 @@ def _source(here: Path = Path(__file__).parent) -> str:
     """Hash of the package's source, the same whatever the line endings."""
     files = sorted((*here.rglob("*.py"), *here.rglob("*.html")), key=lambda file: file.relative_to(here).as_posix())
     parts = (file.relative_to(here).as_posix().encode() + b"\n" + file.read_bytes() for file in files)
-    return _hash(b"\0".join(part.replace(b"\r\n", b"\n") for part in parts))
+    return sha256(b"\0".join(part.replace(b"\r\n", b"\n") for part in parts))
 
 
 def load(path: Path, run: Callable) -> Notebook:
@@ -139,11 +99,11 @@ def load(path: Path, run: Callable) -> Notebook:
     del defaults["out_dir"]
     headings = re.findall(r"^#+ *(.+)", "\n".join(text), re.MULTILINE)
     return Notebook(path, run, headings[0] if headings else "", parameters.check(run, defaults),
-                    _hash("\0".join(code).encode()), len(cells))
+                    sha256("\0".join(code).encode()), len(cells))
 
 
 def notebooks() -> dict[str, Callable]:
-    from kfac_viz.experiments import NOTEBOOKS
+    from kfac_viz.studies import NOTEBOOKS
 
     return NOTEBOOKS
 
@@ -188,98 +148,12 @@ def plan(names: list[str], given: list[str]) -> list[Job]:
                 values = notebook.defaults | checked
                 if (stem, folder) in jobs and jobs[stem, folder].values != values:
                     raise ValueError(f"Two points of the grid would share the folder {folder}; make one at a time.")
-                jobs[stem, folder] = Job(notebook, values, folder, inputs(notebook, values))
+                jobs[stem, folder] = Job(stem, folder, inputs(notebook, values), notebook, values)
         except (TypeError, ValueError) as mistake:
             mistakes.append(f"{stem}: {mistake}")
     if mistakes:
         raise ValueError("\n".join(dict.fromkeys(mistakes)))
     return list(jobs.values())
-
-
-# ---- files appear whole or not at all --------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def only_run_in(out: Path) -> Iterator[None]:
-    """Wait for other runs that write into ``out``, then finish or remove what a killed one left."""
-    hidden = out / ".made"
-    hidden.mkdir(parents=True, exist_ok=True)
-    with open(hidden / "lock", "w") as lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                print(f"Another run is writing into {out}; waiting for it.", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        for finished in hidden.glob("ready-*"):
-            move(finished, out)
-        for unfinished in hidden.glob("making-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        yield
-
-
-def publish(job: Job, made: Path, out: Path) -> None:
-    """Move what the notebook wrote under ``made`` into ``out``, with its stamp."""
-    stem = job.notebook.path.stem
-    files = sorted((made / job.folder).iterdir())
-    strange = [file.name for file in files if not (file.is_file() and file.name.startswith(stem))]
-    if strange or not files:
-        raise ValueError(f"It must write files whose names begin with {stem} into out_dir; "
-                         f"it wrote {', '.join(strange) or 'nothing'}.")
-    for file in files:
-        if file.suffix == ".json":
-            record = json.loads(file.read_text(encoding="utf-8"))
-            record["notebook"] = {"name": stem, "sha256_of_code": job.notebook.code}
-            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-            file.write_text(text, encoding="utf-8", newline="\n")
-    stamp = {"inputs": job.inputs, "files": {file.name: _hash(file.read_bytes()) for file in files}}
-    (made / job.stamp).parent.mkdir(parents=True, exist_ok=True)
-    (made / job.stamp).write_text(json.dumps(stamp, indent=2), encoding="utf-8")
-    # From this renaming on the set is complete: whoever comes next finishes the move if this process is killed.
-    move(made.rename(made.with_name(made.name.replace("making", "ready"))), out)
-
-
-def move(ready: Path, out: Path) -> None:
-    """Replace the files in ``out`` by those of a complete tree.
-
-    Records, the JSON files, are taken away first and come last, stamps after all others: whatever stops this in
-    between, a record stands only beside the files that it was made with.
-    """
-    files = [file.relative_to(ready) for file in ready.rglob("*") if file.is_file()]
-    refuse_folders(out / file for file in files)
-    for file in files:
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-    records = {file for file in files if file.suffix == ".json"}
-    for record in records:
-        (out / record).unlink(missing_ok=True)
-    for file in sorted(files, key=lambda file: (file.parts[0] == ".made", file in records, file)):
-        os.replace(ready / file, out / file)
-    shutil.rmtree(ready)
-
-
-def refuse_folders(files: Iterable[Path]) -> None:
-    """ValueError if a folder stands where a file is to be written."""
-    for file in files:
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder, and a file of that name is to be written. Move it away.")
-
-
-def write_index(out: Path) -> None:
-    """A page of thumbnails over all grid folders in ``out``."""
-    figures = ""
-    for picture in sorted(out.glob("*=*/*.png")):
-        link = html.escape(picture.relative_to(out).as_posix())
-        words = html.escape(f"{picture.stem}, {picture.parent.name}")
-        figures += (f'<figure><a href="{link}"><img src="{link}" alt="{words}"></a>'
-                    f"<figcaption>{words}</figcaption></figure>\n")
-    page = (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Figures over a grid of parameters</title>\n'
-        "<style>body { display: flex; flex-wrap: wrap; gap: 1rem; font: 14px sans-serif; }\n"
-        f"figure {{ margin: 0; width: 24rem; }} img {{ width: 100%; }}</style>\n{figures}</html>\n"
-    )
-    new = out / ".made" / "index.html"
-    new.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(new, out / "index.html")
 
 
 # ---- the commands ----------------------------------------------------------------------------------------
@@ -350,7 +224,7 @@ def figures(arguments: argparse.Namespace) -> int:
     out = Path(os.path.realpath(arguments.out))  # does not mind a loop of links: making the folder tells
     for job in jobs:
         hidden = (out / name for name in (job.stamp, job.copy, "index.html"))
-        refuse_folders([*(out / job.folder).glob(f"{job.notebook.path.stem}*"), *hidden])
+        refuse_folders([*(out / job.folder).glob(f"{job.stem}*"), *hidden])
     with only_run_in(out):
         todo = []
         for job in jobs:

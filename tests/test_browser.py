@@ -299,9 +299,8 @@ def test_voila(chromium, voila, capsys):
 
 def test_page_without_kernel(chromium, tmp_path):
     """The HTML page: opened as a file, moved by keys, with pictures, words and numbers that follow."""
-    from kfac_viz.experiments import run_coarse_space
-    from kfac_viz.figures import save_page
     from kfac_viz.parameters import read
+    from kfac_viz.studies import run_coarse_space, save_page
 
     choices = {name: parameter.default for name, parameter in read(run_coarse_space).items()}
     path = save_page(run_coarse_space, "page", tmp_path, **choices | dict(widths=(5,), n=40))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import kfac_viz as kv
-from kfac_viz.experiments import run_coarse_space
-from kfac_viz.experiments.curves import rounded
-from kfac_viz.experiments.setting import setting
+from kfac_viz.studies import run_coarse_space
+from kfac_viz.studies.curves import rounded
+from kfac_viz.studies.setting import setting
 
 SMALL = dict(widths=(5, 4), n=40, steps=5)
 
@@ -65,8 +65,8 @@ def test_the_live_picture_is_the_figure():
     """Every artist that moves is animated: after an update the blitted picture is that of a fresh figure."""
     import numpy as np
 
-    from kfac_viz.figures import CoarseSpacePlot
-    from kfac_viz.figures.live import Live
+    from kfac_viz.show.live import Live
+    from kfac_viz.studies import CoarseSpacePlot
 
     first, second = (
         run_coarse_space(**SMALL),

@@ -11,26 +11,26 @@ import pytest
 import torch
 
 import kfac_viz as kv
-from kfac_viz.experiments.coarse_sizes import nested
-from kfac_viz.experiments.curves import rounded
-from kfac_viz.experiments.depth import largest_eigenvalue, methods
-from kfac_viz.experiments.origin import _errors, _ridge, poisson
-from kfac_viz.experiments.setting import setting
-from kfac_viz.figures.style import rc
+from kfac_viz.show.style import rc
+from kfac_viz.studies.coarse_sizes import nested
+from kfac_viz.studies.curves import rounded
+from kfac_viz.studies.depth import largest_eigenvalue, methods
+from kfac_viz.studies.origin import _errors, _ridge, poisson
+from kfac_viz.studies.setting import setting
 
 ROOT = Path(__file__).parent.parent
 STUDIES = {
     "origin": (
-        kv.experiments.run_origin, kv.figures.OriginPlot,
+        kv.studies.run_origin, kv.studies.OriginPlot,
         dict(local=8, subdomains=(2, 4), shown=3, clusters=(2, 5), n=60, repeats=2),
         dict(damping=0.1, per_subdomain=2, sweeps=3), dict(shown=4),
     ),
     "sizes": (
-        kv.experiments.run_coarse_sizes, kv.figures.CoarseSizesPlot,
+        kv.studies.run_coarse_sizes, kv.studies.CoarseSizesPlot,
         dict(sizes=(0, 1, 3), widths=(5, 4), n=40, repeats=2), dict(), dict(sizes=(0, 2)),
     ),
     "depth": (
-        kv.experiments.run_depth, kv.figures.DepthPlot,
+        kv.studies.run_depth, kv.studies.DepthPlot,
         dict(layers=(2, 3), width=6, n=40, steps=2, repeats=2), dict(damping=0.05, per_layer=2), dict(layers=(2, 4)),
     ),
 }  # fmt: skip
@@ -56,7 +56,7 @@ def test_block_jacobi_differs_from_the_identity_in_pairs_at_inner_boundaries(sub
 
 
 def test_iterations_on_the_interval():
-    study = kv.experiments.run_origin(subdomains=(2, 4, 8), local=8, clusters=(2,), n=50, shown=2, repeats=3)
+    study = kv.studies.run_origin(subdomains=(2, 4, 8), local=8, clusters=(2,), n=50, shown=2, repeats=3)
     found = study.of("poisson")
     np.testing.assert_array_equal(found["none"].y, [16, 32, 64])  # as many as points
     for s, low, high in zip((2, 4, 8), found["blocks"].low, found["blocks"].high, strict=True):
@@ -113,7 +113,7 @@ def network():
 
 def test_every_space_is_nested_and_the_optimal_one_lowest():
     sizes = (0, 1, 2, 3)
-    result = kv.experiments.run_coarse_sizes(sizes=sizes, widths=(5, 4), n=60, steps=2, seed=1, repeats=1)
+    result = kv.studies.run_coarse_sizes(sizes=sizes, widths=(5, 4), n=60, steps=2, seed=1, repeats=1)
     largest = {name: c.y for name, c in result.of("largest").items() if name.endswith("balanced")}
     for name, values in largest.items():
         assert (np.diff(values) <= 0).all(), name
@@ -126,8 +126,8 @@ def test_every_space_is_nested_and_the_optimal_one_lowest():
 @pytest.mark.parametrize("name", kv.coarse.SPACES)
 def test_sizes_measure_what_the_first_figure_does(name):
     shared = dict(damping=0.02, widths=(5, 4), n=60, steps=2, seed=1)
-    one = kv.experiments.run_coarse_space(coarse=name, per_layer=2, correction="additive", **shared)
-    many = kv.experiments.run_coarse_sizes(sizes=(1, 2), repeats=1, **shared)
+    one = kv.studies.run_coarse_space(coarse=name, per_layer=2, correction="additive", **shared)
+    many = kv.studies.run_coarse_sizes(sizes=(1, 2), repeats=1, **shared)
     for correction in ("additive", "balanced"):
         assert many.of("captured")[f"{name}, {correction}"].y[1] == pytest.approx(one.captured[correction], rel=1e-3)
     assert many.of("largest")[f"{name}, additive"].y[1] == pytest.approx(float(one.spectra["additive"][-1]), rel=1e-3)
@@ -154,7 +154,7 @@ def test_lanczos_finds_the_end_of_the_spectrum():
 @pytest.mark.parametrize("data", ["planted_bn", "planted", "digits4"])
 def test_depth_is_what_the_objects_say(data):
     chosen = dict(damping=0.01, width=7, n=50, steps=2, seed=4, rtol=0.1)  # few iterations, before rounding counts
-    result = kv.experiments.run_depth(layers=(4,), data=data, repeats=1, per_layer=2, **chosen)
+    result = kv.studies.run_depth(layers=(4,), data=data, repeats=1, per_layer=2, **chosen)
     if data == "digits4":
         problem = kv.problems.digits((7, 7, 7), 50, 4, side=4).trained(2)
     else:

@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import kfac_viz.__main__ as cli
 from kfac_viz.parameters import Range, Seed
+from kfac_viz.show import publish
 
 TWICE = """
 import json, os, time
@@ -339,7 +340,7 @@ def alive(process_id: int) -> bool:
 def test_killed_while_files_are_moved_the_next_run_finishes(shelf, no_kernel, monkeypatch):
     out = shelf / "figures"
     (job,) = cli.plan([], [])
-    with cli.only_run_in(out):
+    with publish.only_run_in(out):
         made = out / ".made" / "making-x"
         made.mkdir()
         for name in FILES:
@@ -353,8 +354,8 @@ def test_killed_while_files_are_moved_the_next_run_finishes(shelf, no_kernel, mo
             os.rename(source, target)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(cli.os, "replace", replace)
-            cli.publish(job, made, out)
+            patch.setattr(os, "replace", replace)
+            publish.publish(job, made, out)
     assert len(visible(out)) == 1 and job.why(out)
     assert cli.main(["figures"]) == 0  # without a kernel
     assert visible(out) == FILES and not job.why(out)
@@ -459,18 +460,18 @@ def test_a_record_stands_only_beside_its_own_files(shelf, monkeypatch, step):
     out = shelf / "figures"
     (job,) = cli.plan([], [])
 
-    def publish(text):
-        with cli.only_run_in(out):
+    def make(text):
+        with publish.only_run_in(out):
             made = out / ".made" / f"making-{text}"
             made.mkdir()
             for name in FILES:
                 (made / name).write_text(json.dumps({"set": text}))
-            cli.publish(job, made, out)
+            publish.publish(job, made, out)
 
     def sets():
         return [json.loads((out / file).read_text())["set"] for file in FILES if (out / file).exists()]
 
-    publish("old")
+    make("old")
     changes = []
 
     def until(change):
@@ -482,10 +483,10 @@ def test_a_record_stands_only_beside_its_own_files(shelf, monkeypatch, step):
         return changed
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cli.os, "replace", until(os.replace))
-        patch.setattr(cli.Path, "unlink", until(Path.unlink))
-        publish("new")
+        patch.setattr(os, "replace", until(os.replace))
+        patch.setattr(Path, "unlink", until(Path.unlink))
+        make("new")
     assert (out / "01_twice.json").exists() <= (len(sets()) == 3 and len(set(sets())) == 1)
     assert bool(job.why(out)) == (0 < step)
-    with cli.only_run_in(out):  # the next run finishes it
+    with publish.only_run_in(out):  # the next run finishes it
         assert sets() == ["new"] * 3 and not job.why(out)

@@ -8,20 +8,20 @@ import pytest
 import torch
 
 import kfac_viz as kv
-from kfac_viz.experiments.curves import curve, rounded
-from kfac_viz.experiments.damping import MOMENTS, _follow, loss_after
-from kfac_viz.experiments.fisher import sampling_error, small_problem
-from kfac_viz.experiments.kfac import PIECES, factored_excess, kronecker_blocks, split
-from kfac_viz.experiments.setting import Setting
-from kfac_viz.figures.style import rc
+from kfac_viz.show.style import rc
+from kfac_viz.studies.curves import curve, rounded
+from kfac_viz.studies.damping import MOMENTS, _follow, loss_after
+from kfac_viz.studies.fisher import sampling_error, small_problem
+from kfac_viz.studies.kfac import PIECES, factored_excess, kronecker_blocks, split
+from kfac_viz.studies.setting import Setting
 
 SMALL = dict(n=40, widths=(5, 4), repeats=2)
 STUDIES = {
-    "fisher": (kv.experiments.run_fisher, dict(steps=3), dict(damping=0.1, weight=-1.0, samples=2)),
-    "kfac": (kv.experiments.run_kfac, dict(steps=3), dict(damping=0.1, steps=5, samples=3)),
-    "damping": (kv.experiments.run_damping, dict(steps=3), dict(damping=0.1, steps=5)),
+    "fisher": (kv.studies.run_fisher, dict(steps=3), dict(damping=0.1, weight=-1.0, samples=2)),
+    "kfac": (kv.studies.run_kfac, dict(steps=3), dict(damping=0.1, steps=5, samples=3)),
+    "damping": (kv.studies.run_damping, dict(steps=3), dict(damping=0.1, steps=5)),
 }
-PLOTS = {"fisher": kv.figures.FisherPlot, "kfac": kv.figures.KfacPlot, "damping": kv.figures.DampingPlot}
+PLOTS = {"fisher": kv.studies.FisherPlot, "kfac": kv.studies.KfacPlot, "damping": kv.studies.DampingPlot}
 PROBLEMS = {
     "digits": lambda: kv.problems.digits((6, 5), n=60, side=4).trained(20),
     "autoencoder": lambda: kv.problems.autoencoder((4,), n=40, side=4).trained(5),
@@ -82,7 +82,7 @@ def test_sampled_factors_are_unbiased_so_their_piece_is_orthogonal_on_average():
 
 
 def test_methods_have_the_errors_of_their_own_matrices():
-    result = kv.experiments.run_kfac(**SMALL | {"repeats": 1}, steps=3)
+    result = kv.studies.run_kfac(**SMALL | {"repeats": 1}, steps=3)
     problem = kv.problems.digits((5, 4), n=40, side=4).trained(3)
     F = problem.capture()
     drawn = problem.capture("mc", generator=torch.Generator().manual_seed(0))
@@ -102,14 +102,14 @@ def test_methods_have_the_errors_of_their_own_matrices():
 
 
 def test_shares_of_the_error_add_up_and_kept_blocks_can_only_be_seen_in_misfit():
-    result = kv.experiments.run_kfac(**SMALL, steps=3)
+    result = kv.studies.run_kfac(**SMALL, steps=3)
     assert result.lost.sum() == pytest.approx(1, abs=1e-3)
     np.testing.assert_allclose(result.lost, result.lost.T)
     np.testing.assert_allclose(result.misfit, result.misfit.T)
     assert (result.misfit > 0).all()
     pieces = {name: c.y for name, c in result.of("piece").items()}
     assert list(pieces) == list(PIECES)
-    grown = kv.experiments.run_kfac(**SMALL, steps=3, damping=1.0).of("piece")
+    grown = kv.studies.run_kfac(**SMALL, steps=3, damping=1.0).of("piece")
     np.testing.assert_allclose(grown["damping"].y, 100 * pieces["damping"], rtol=1e-3)
     np.testing.assert_array_equal(grown["sampling"].y, pieces["sampling"])
 
@@ -137,7 +137,7 @@ def test_expected_error_of_sampling_is_exact():
 
 
 def test_monte_carlo_falls_with_the_root_of_the_samples_and_empirical_does_not():
-    errors = kv.experiments.run_fisher(n=100, widths=(6,), steps=5, repeats=8).of("error")
+    errors = kv.studies.run_fisher(n=100, widths=(6,), steps=5, repeats=8).of("error")
     slope = np.polyfit(np.log(errors["mc"].x), np.log(errors["mc"].y), 1)[0]
     assert slope == pytest.approx(-0.5, abs=0.07)
     np.testing.assert_allclose(errors["mc"].y, errors["theory"].y, rtol=0.25)
@@ -147,7 +147,7 @@ def test_monte_carlo_falls_with_the_root_of_the_samples_and_empirical_does_not()
 
 def test_two_parameters_against_closed_forms():
     λ, point = 0.3, (0.5, -1.0)
-    result = kv.experiments.run_fisher(**SMALL, steps=0, damping=λ, weight=point[0], bias=point[1])
+    result = kv.studies.run_fisher(**SMALL, steps=0, damping=λ, weight=point[0], bias=point[1])
     problem = small_problem("gaussian", 0, weight=point[0], bias=point[1])
     x, y = (t.numpy() for t in (problem.inputs, problem.targets))
     X = np.hstack([x, np.ones_like(x)])
@@ -166,7 +166,7 @@ def test_two_parameters_against_closed_forms():
 
 
 def test_logistic_regression_finds_its_minimum():
-    result = kv.experiments.run_fisher(**SMALL, steps=0, likelihood="bernoulli")
+    result = kv.studies.run_fisher(**SMALL, steps=0, likelihood="bernoulli")
     weight, bias = result.plane.minimum
     assert float(small_problem("bernoulli", 0, weight=weight, bias=bias).gradient().norm()) < 1e-3
 
@@ -199,7 +199,7 @@ def test_without_damping_both_rules_are_one():
 
 
 def test_curves_of_damping_are_what_they_say():
-    result = kv.experiments.run_damping(**SMALL | {"repeats": 1}, steps=3)
+    result = kv.studies.run_damping(**SMALL | {"repeats": 1}, steps=3)
     problem = kv.problems.digits((5, 4), n=40, side=4).trained(3)
     F, g, trained = problem.capture(), problem.gradient(), MOMENTS[1]
     c = result.curves["decrease", f"{trained}, exact"]

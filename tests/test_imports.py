@@ -1,4 +1,4 @@
-"""Imports run downwards: what computes never draws, what draws never shows widgets, and importing is cheap."""
+"""Four rooms, and imports that run downwards through them; what computes never draws, and importing is cheap."""
 
 import ast
 import subprocess
@@ -19,10 +19,19 @@ METHOD = (
 )  # fmt: skip
 TRAIN = ("statistics", "curvature", "step", "optimizer")
 CORE = (*(f"method.{name}" for name in METHOD), *(f"train.{name}" for name in TRAIN))
+ROOMS = {  # what each may know, besides the packages of others
+    "method": {"method"},
+    "train": {"method", "train"},
+    "show": {"method", "train", "show", "parameters"},
+    "studies": {"method", "train", "show", "studies", "parameters"},
+    "parameters": set(),
+    "executor": set(),
+    "one_page": set(),
+}
 WIDGETS = {"ipywidgets", "IPython", "anywidget"}
-DRAWING = {"matplotlib", "seaborn", "PIL"}
-HEAVY = {"matplotlib.pyplot", "seaborn", "sklearn", "pandas", "papermill", "scipy", "nbformat"} | WIDGETS
-SHELL = ("__main__", "executor")  # the command line: runs notebooks that draw
+DRAWING = {"matplotlib", "seaborn", "PIL", "contourpy"}
+HEAVY = {"sklearn", "pandas", "papermill", "scipy", "nbformat"} | WIDGETS | DRAWING
+LIVE = ("show.live", "show.panel")  # loaded with the first panel: they subclass and call what is heavy throughout
 
 
 def module_name(path: Path) -> str:
@@ -33,9 +42,8 @@ def core_file(name: str) -> Path:
     return ROOT / f"{name.replace('.', '/')}.py"
 
 
-def kind(path: Path) -> str:
-    top = module_name(path).split(".")[0]
-    return {"figures": "draws", "widgets": "shows"}.get(top, "shell" if top in SHELL else "computes")
+def room(name: str) -> str:
+    return name.split(".")[0]
 
 
 @cache
@@ -96,26 +104,82 @@ def test_the_reader_of_imports_sees_them():
     operator = ROOT / "method/operator.py"
     assert outside(operator, {"scipy"}, "later") and not outside(operator, {"scipy"}, "top")
     assert "method.operator" in inner_modules(ROOT / "method/krylov.py", "top")
-    assert {kind(path) for path in FILES} >= {"computes"}
+    with_typing = inner_modules(ROOT / "show/parts.py", "typing")
+    assert "method.partition" in with_typing and "method.partition" not in inner_modules(ROOT / "show/parts.py", "top")
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_layers(path):
+def test_each_room_knows_only_those_before_it(path):
+    known = ROOMS.get(room(module_name(path)))
+    if known is not None:
+        assert {room(name) for name in inner_modules(path, "top", "later", "typing")} <= known
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_what_computes_draws_nothing_and_only_the_panel_knows_widgets(path):
     everywhere = ("top", "later", "typing")
-    inner = {name.split(".")[0] for name in inner_modules(path, *everywhere)}
-    if kind(path) == "computes":
-        assert not outside(path, DRAWING | WIDGETS, *everywhere)
-        assert not inner & {"figures", "widgets"}
-    if kind(path) == "draws":
-        assert not outside(path, WIDGETS, *everywhere)
-        assert not inner & {"widgets"}
-    if kind(path) == "shell":
+    if room(module_name(path)) not in ("show", "studies"):
+        assert not outside(path, DRAWING, *everywhere)
+    if module_name(path) != "show.panel":
         assert not outside(path, WIDGETS, *everywhere)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_heavy_packages_are_imported_where_they_are_used(path):
-    assert not outside(path, HEAVY, "top") or kind(path) == "shows"
+    assert not outside(path, HEAVY, "top") or module_name(path) in LIVE
+
+
+def reached(path: Path, start: str) -> dict[str, ast.AST]:
+    """The functions and classes of a file that ``start`` mentions, and those mention, and so on."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    defined = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    found, left = {}, [start]
+    while left:
+        name = left.pop()
+        if name in defined and name not in found:
+            found[name] = defined[name]
+            left += [node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)]
+    return found
+
+
+STUDIES = [path for path in FILES if f"def run_{path.stem}(" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=module_name)
+def test_run_and_all_that_it_calls_touch_no_axes(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    shown = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and "show" in (node.module or "").split(".")
+        for alias in node.names
+    }
+
+    def uses(node: ast.AST) -> set[str]:
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & shown
+
+    assert uses(tree)  # the plot does
+    for name, node in reached(path, f"run_{path.stem}").items():
+        inside = list(ast.walk(node))
+        assert not uses(node), name
+        imported = {alias.name.split(".")[0] for n in inside if isinstance(n, ast.Import) for alias in n.names}
+        imported |= {(n.module or "").split(".")[0] for n in inside if isinstance(n, ast.ImportFrom)}
+        assert not imported & (DRAWING | WIDGETS | {"show"}), name
+
+
+def test_a_run_loads_nothing_that_draws():
+    code = """
+import sys, kfac_viz as kv
+kv.studies.run_coarse_space(widths=(4,), n=30, per_layer=1).table()
+print(*sorted({name.split('.')[0] for name in sys.modules}), *(n for n in sys.modules if n == 'matplotlib.pyplot'))
+"""
+    assert not set(run(code).split()) & (DRAWING | WIDGETS | {"matplotlib.pyplot"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_opens_with_one_sentence_that_says_what_it_is(path):
+    first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    assert first.endswith(".") and not first[0].islower()
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -125,7 +189,8 @@ def test_the_core_imports_downwards(name):
 
 
 def test_no_cycles():
-    graph = {module_name(path): inner_modules(path, "top") for path in FILES if path.name != "__init__.py"}
+    files = [path for path in FILES if path.name != "__init__.py"]
+    graph = {module_name(path): inner_modules(path, "top", "later", "typing") for path in files}
     done: set[str] = set()
     while graph.keys() - done:
         free = {name for name in graph.keys() - done if not (graph[name] & graph.keys()) - done}

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from kfac_viz import parameters
-from kfac_viz.experiments import NOTEBOOKS
+from kfac_viz.studies import NOTEBOOKS
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NETWORK = dict(widths=[5, 4], n=40)

@@ -11,20 +11,20 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
 def test_the_committed_measurements_are_read_and_drawn():
-    result = kv.experiments.run_speed()
+    result = kv.studies.run_speed()
     for quantity in ("width", "depth", "batch", "per_layer", "autoencoder"):
         measured, counted = result.of(quantity), result.of(f"{quantity}, counted")
         assert measured and set(counted) <= set(measured)
         for name, limit in counted.items():
             assert (limit.y < measured[name].y).all(), "faster than the products that are needed"
     assert len(result.table()) == sum(len(c.x) for c in result.curves.values())
-    label = kv.figures.plot_speed(result).get_label()
+    label = kv.studies.plot_speed(result).get_label()
     assert result.machine in label and "one-level K-FAC" in label
 
 
 def test_what_was_not_measured_is_refused():
     with pytest.raises(ValueError, match="make bench"):
-        kv.experiments.run_speed(device="mps")
+        kv.studies.run_speed(device="mps")
 
 
 def test_counted_products(monkeypatch):

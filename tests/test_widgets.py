@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 
 import kfac_viz as kv
 from kfac_viz.__main__ import plan
-from kfac_viz.experiments.coarse_space import run_coarse_space
-from kfac_viz.figures import CoarseSpacePlot
 from kfac_viz.parameters import Range, read
+from kfac_viz.studies import CoarseSpacePlot
+from kfac_viz.studies.coarse_space import run_coarse_space
 
-save = sys.modules["kfac_viz.figures.save"]  # the module; the package has a function of that name
+save = sys.modules["kfac_viz.show.save"]  # the module; the package has a function of that name
 SMALL = dict(widths=(5,), n=40, per_layer=2)
 CONTROLS = [name for name in read(run_coarse_space) if name not in ("seed", "device")]
 
 
 @pytest.fixture(scope="module")
 def panel():
-    return kv.widgets.panel(run_coarse_space, CoarseSpacePlot, CONTROLS, **SMALL)
+    return kv.panel(run_coarse_space, CoarseSpacePlot, CONTROLS, **SMALL)
 
 
 def picture(panel) -> bytes:
@@ -38,7 +38,7 @@ def picture(panel) -> bytes:
 
 
 def test_damping_comes_first_and_the_size_second():
-    panel = kv.widgets.panel(run_coarse_space, CoarseSpacePlot, ["coarse", "per_layer", "damping"], **SMALL)
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["coarse", "per_layer", "damping"], **SMALL)
     assert list(panel.controls) == ["damping", "per_layer", "coarse"]
     assert len(panel.controls["damping"].options) >= 60
     assert (panel.controls["damping"].value, panel.controls["per_layer"].value) == (1e-2, 2)
@@ -97,7 +97,7 @@ def test_no_sequence_of_moves_reaches_an_invalid_state(panel, move):
 
 
 def test_what_cannot_be_read_is_said_and_the_picture_stays():
-    panel = kv.widgets.panel(run_coarse_space, CoarseSpacePlot, **SMALL)
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, **SMALL)
     before = picture(panel)
     for text, words in (("[12", "cannot be read"), ("[0]", "from 1 to 64"), ("[64,64,64]", "narrower layers")):
         panel.controls["widths"].value = text
@@ -114,7 +114,7 @@ def test_an_error_of_any_kind_is_shown():
             raise RuntimeError("out of memory <script>")
         return run_coarse_space(**SMALL)
 
-    panel = kv.widgets.panel(run_fragile, CoarseSpacePlot)
+    panel = kv.panel(run_fragile, CoarseSpacePlot)
     panel.controls["mood"].value = "b"
     assert panel.error == "RuntimeError: out of memory <script>"
     assert "<script>" not in panel._alert.value
@@ -129,7 +129,7 @@ def test_where_kfac_is_exact_nothing_is_missing():
 
 
 def test_looking_ahead_gives_what_computing_gives():
-    panel = kv.widgets.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer"], **SMALL)
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer"], **SMALL)
     for index in (10, 11, 12, 13, 12, 11):
         panel.controls["damping"].index = index
         fresh = run_coarse_space(**panel._values)
@@ -158,9 +158,9 @@ def test_a_page_without_a_kernel_shows_the_picture(panel):
 
 def test_unknown_controls_and_values_are_refused():
     with pytest.raises(ValueError, match="has no parameter dampng; it has damping"):
-        kv.widgets.panel(run_coarse_space, CoarseSpacePlot, ["dampng"])
+        kv.panel(run_coarse_space, CoarseSpacePlot, ["dampng"])
     with pytest.raises(ValueError, match="damping must be a number from"):
-        kv.widgets.panel(run_coarse_space, CoarseSpacePlot, damping=1e9)
+        kv.panel(run_coarse_space, CoarseSpacePlot, damping=1e9)
 
 
 @pytest.mark.filterwarnings("ignore:Outside the Fisher")
@@ -258,7 +258,7 @@ class TestExplore:
 
 def test_the_page_is_whole_small_and_needs_nothing(tmp_path):
     choices = {name: parameter.default for name, parameter in read(run_coarse_space).items()} | SMALL
-    first, again = (kv.figures.save_page(run_coarse_space, "page", tmp_path / name, **choices) for name in "ab")
+    first, again = (kv.studies.save_page(run_coarse_space, "page", tmp_path / name, **choices) for name in "ab")
     text = first.read_text(encoding="utf-8")
     assert text == again.read_text(encoding="utf-8")
     assert "{{" not in text and text.count("<script") == text.count("</script>") == 2
@@ -298,23 +298,23 @@ def test_closing_frees_figure_result_widgets_and_thread():
 def test_a_panel_that_cannot_be_made_leaves_no_widgets():
     before = len(ipywidgets.widgets.widget._instances)
     with pytest.raises(ValueError, match="narrower layers"):
-        kv.widgets.panel(run_coarse_space, CoarseSpacePlot, widths=(64, 64, 64))
+        kv.panel(run_coarse_space, CoarseSpacePlot, widths=(64, 64, 64))
     assert len(ipywidgets.widgets.widget._instances) == before
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run_coarse_space(**SMALL)
-    saved = kv.figures.save(CoarseSpacePlot.draw(result), result, "shown", "")
+    saved = kv.save(CoarseSpacePlot.draw(result), result, "shown", "")
     assert saved.paths == () and saved.png[:4] == b"\x89PNG" and saved.alt
-    assert kv.figures.save_page(run_coarse_space, "page", "", **result.parameters) is None
+    assert kv.studies.save_page(run_coarse_space, "page", "", **result.parameters) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_record_of_a_figure_is_taken_away_first_and_comes_last(tmp_path, monkeypatch):
     result, write = run_coarse_space(**SMALL), save.write
     figure = CoarseSpacePlot.draw(result)
-    paths = kv.figures.save(figure, result, "x", tmp_path).paths
+    paths = kv.save(figure, result, "x", tmp_path).paths
     for kept in range(4):
         done = []
 
@@ -325,7 +325,7 @@ def test_the_record_of_a_figure_is_taken_away_first_and_comes_last(tmp_path, mon
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(save, "write", stop)
-            kv.figures.save(figure, result, "x", tmp_path)
+            kv.save(figure, result, "x", tmp_path)
         assert not (tmp_path / "x.json").exists()
-    assert kv.figures.save(figure, result, "x", tmp_path).paths == paths
+    assert kv.save(figure, result, "x", tmp_path).paths == paths
     assert all(path.exists() for path in paths)

@@ -1,18 +1,82 @@
-"""Time of a training step: one network in bars, growth in curves, the counted limit dotted."""
+"""What a step costs: committed measurements, read and not repeated, beside the count of the products needed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import LogLocator
 
+from ..parameters import Device, Seed
+from ..show.plot import Plot
+from ..show.style import FAINT, INK, METHODS, Style
+from .curves import Curve, Study, curve, rounded
 from .depth import SERIES
-from .plot import Plot
-from .style import FAINT, INK, METHODS, Style
+from .exercises import exercise
 
-if TYPE_CHECKING:
-    from ..experiments.speed import SpeedResult
+MEASURED = Path(__file__).parents[2] / "figures" / "benchmarks"
+
+
+@dataclass(frozen=True, eq=False)
+class SpeedResult(Study):
+    """Milliseconds per step, with the least and the largest of several rounds.
+
+    Curves ``width``, ``depth``, ``batch`` and ``per_layer``, a series for each method, each with a counterpart such
+    as ``width, counted``; and for the autoencoder of the 2020 paper ``autoencoder``, ``autoencoder, counted`` and
+    ``autoencoder, alone`` (the same products, each timed by itself), with one point per method.
+
+    Attributes:
+        machine: where, and with which PyTorch, it was measured.
+    """
+
+    machine: str
+
+
+def run_speed(*, seed: Seed = 0, device: Device = "cpu") -> SpeedResult:
+    """Read the timings that ``make bench`` has written for this kind of device.
+
+    Args:
+        seed: of nothing here; every notebook has one.
+        device: whose measurements to show.
+
+    Raises:
+        ValueError: there are none.
+    """
+    parameters = dict(locals())
+    curves = {}
+    for row in _rows(f"speed_{device}.csv"):
+        curves["autoencoder", row["method"]] = _curve([row], "amortised_ms", x=None)
+        for kind in ("counted", "alone"):
+            if row[f"{kind}_ms"]:
+                curves[f"autoencoder, {kind}", row["method"]] = curve([0], [float(row[f"{kind}_ms"])])
+    growth = defaultdict(list)
+    for row in _rows(f"growth_{device}.csv"):
+        growth[row["axis"], row["method"]].append(row)
+    for (axis, method), rows in growth.items():
+        curves[axis, method] = _curve(rows, "ms")
+        x = curves[axis, method].x
+        curves[f"{axis}, counted", method] = curve(x, [float(row["counted_ms"]) for row in rows])
+    return SpeedResult(parameters, curves, f"{row['machine']}, PyTorch {row['torch']}")
+
+
+def _curve(rows: list[dict[str, str]], time: str, x: str | None = "value") -> Curve:
+    columns = [[float(row[key]) for row in rows] for key in (time, "low_ms", "high_ms")]
+    return Curve(np.array([float(row[x]) if x else 0.0 for row in rows]), *map(rounded, columns))
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    import csv
+
+    path = MEASURED / name
+    if not path.exists():
+        raise ValueError(f"There are no timings in figures/benchmarks/{name}; measure them with make bench.")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- the picture --------------------------------------------------------------------------------------
+
 
 STYLES: dict[str, Style] = {
     "Adam": METHODS["adam"],
@@ -49,6 +113,8 @@ class SpeedPlot(Plot):
     size = (12.0, 6.0)
 
     def build(self, result: SpeedResult) -> None:
+        from matplotlib.ticker import LogLocator
+
         grid = self.figure.add_gridspec(2, 3, width_ratios=(1.25, 1, 1))
         self._bars(self.figure.add_subplot(grid[:, 0]), result)
         places = [grid[0, 1], grid[0, 2], grid[1, 1], grid[1, 2]]
@@ -131,3 +197,17 @@ def describe(result: SpeedResult) -> str:
 
 
 plot_speed = SpeedPlot.draw
+
+
+# ---- the exercises ------------------------------------------------------------------------------------
+
+
+@exercise("09a", "Set the three products of the gradient equal to the two of K-FAC: 3 N o i = o² i + o i².", 0.01)
+def _batch_that_pays_for_kfac() -> float:
+    return (1000 + 1001) / 3
+
+
+@exercise("09b", "of('width, counted')['K-FAC'].y[-1] over of('width')['K-FAC'].y[-1].", 0.02)
+def _share_of_the_limit() -> float:
+    result = run_speed()
+    return float(result.of("width, counted")["K-FAC"].y[-1] / result.of("width")["K-FAC"].y[-1])

@@ -12,18 +12,14 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 
-from . import parameters
-from .experiments.threads import one_thread
-from .figures.live import Live
-from .figures.plot import Plot
-from .parameters import Parameter, Range, to_text
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from .. import parameters
+from ..parameters import Parameter, Range, to_text
+from .live import Live
+from .plot import Plot
 
 FIRST = ("damping", "per_layer")  # where an experiment has them
 
@@ -84,10 +80,10 @@ class Panel(widgets.VBox):
             raise ValueError(f"{run.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
         names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
         self._reproduce = reproduce or (
-            lambda values: parameters.command(notebook or _notebook(run), self._changed(values))
+            lambda values: parameters.command(notebook or getattr(run, "notebook", "NOTEBOOK"), self._changed(values))
         )
         self._bound(self._values)
-        self.result = self._compute(self._values)
+        self.result = self.run(**self._values)
         self._live = Live(plot(self.result))
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._bound(self._values)
@@ -150,7 +146,7 @@ class Panel(widgets.VBox):
             values = self._values | read
             self._bound(values)
             key, ahead = self._ahead
-            result = ahead.result() if key == tuple(values.items()) else self._compute(values)
+            result = ahead.result() if key == tuple(values.items()) else self.run(**values)
             if not self._live.plot.fits(result):
                 self._live = Live(self._plot_type(result))
             plot = self._live.plot
@@ -164,10 +160,6 @@ class Panel(widgets.VBox):
             self._tell(str(error))
         except Exception as error:  # would go to a log that nobody sees
             self._tell(f"{type(error).__name__}: {error}")
-
-    def _compute(self, values: dict[str, Any]) -> Any:
-        with one_thread():
-            return self.run(**values)
 
     def _look_ahead(self, change: dict[str, Any]) -> None:
         """While the browser draws, compute where the slider will be if it moves on in the same direction."""
@@ -184,7 +176,7 @@ class Panel(widgets.VBox):
         if abs(here - before) == 1 and 0 <= there < len(positions):  # a drag jumps, and is not foreseen
             values = self._values | {name: positions[there]}
             self._ahead[1].cancel()
-            self._ahead = tuple(values.items()), self._other_core.submit(self._compute, values)
+            self._ahead = tuple(values.items()), self._other_core.submit(self.run, **values)
 
     def _bound(self, values: dict[str, Any]) -> None:
         """Keep values, and the ends of their sliders, where the experiment says that they exist."""
@@ -252,80 +244,6 @@ def panel(
     return Panel(run, plot, controls, notebook=notebook, **fixed)
 
 
-def explore(
-    model: nn.Module,
-    inputs: Tensor | tuple[Tensor, ...],
-    targets: Tensor | None = None,
-    *,
-    likelihood: str,
-    fisher: str = "exact",
-    **values: Any,
-) -> Panel:
-    """The playground on the reader's own network, of some hundred parameters; the model is left as it is.
-
-    Args:
-        model: with Linear or Conv2d layers; a copy in double precision is taken.
-        inputs: a batch (N, …), or a tuple of arguments of the model.
-        targets: true labels (see :func:`kfac_viz.nll`); without them one label per example is drawn from the
-            model, so that the gradient is noise of the model's own kind. ``fisher="empirical"`` needs them.
-        likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
-        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
-        values: where the controls start, such as ``damping=0.1``.
-
-    Raises:
-        ValueError, TypeError: too many parameters for P×P matrices, or what :func:`kfac_viz.capture` refuses.
-    """
-    import copy
-    from dataclasses import replace
-
-    import torch
-
-    from .experiments.coarse_space import run_on
-    from .experiments.setting import Setting, small_enough
-    from .figures.coarse_space import CoarseSpacePlot
-    from .method.likelihood import output_vectors
-    from .method.partition import Partition
-    from .problems import Problem
-
-    def double(x: Any) -> Any:
-        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-    Partition.from_model(model)  # refuses what has no layers, in words
-    model = copy.deepcopy(model).double().eval()
-    inputs = tuple(map(double, inputs)) if isinstance(inputs, (tuple, list)) else double(inputs)
-    problem = small_enough(Problem(model, inputs, double(targets), likelihood, type(model).__name__))
-    given = targets is not None
-    if not given:
-        problem.capture(fisher)  # refuses the rest, in words, before a label is drawn
-        with torch.no_grad():
-            outputs = model(*problem.arguments)
-        means = {"categorical": outputs.softmax(-1), "bernoulli": outputs.sigmoid()}.get(likelihood, outputs)
-        drawn = means - output_vectors(outputs, likelihood, "mc")[0]
-        problem = replace(problem, targets=drawn.argmax(-1) if likelihood == "categorical" else drawn)
-    run = run_on(Setting(problem, fisher))
-
-    def captured(flavour: str) -> str:
-        labels = ", targets" * (flavour == "empirical")
-        other = f", fisher={flavour!r}" * (flavour != "exact")
-        return f"kv.capture(model, inputs{labels}, likelihood={likelihood!r}{other})"
-
-    def reproduce(values: dict[str, Any]) -> str:
-        space, gradient = f"kv.coarse.{values['coarse']}(F, per_layer={values['per_layer']})", ""
-        if values["coarse"] == "optimal":
-            space = space.replace("(F, ", "(A, M, ")
-        elif values["coarse"] == "krylov":  # the mean of the scores at the labels, given or drawn, is the gradient
-            space = space.replace("(F, ", "(A, M, g, ")
-            scores = captured("empirical" if given else "mc")
-            gradient = f"E = {scores}; g = E.pull(E.a[0].new_ones(1, E.N)) / E.N; "
-        return (
-            f"F = {captured(fisher)}; A = F.damped({values['damping']}); "
-            f"M = kv.KFAC(F, {values['damping']}, {values['rule']!r}); {gradient}"
-            f"T = kv.TwoLevel(A, M, {space}, {values['correction']!r})"
-        )
-
-    return Panel(run, CoarseSpacePlot, reproduce=reproduce, **values)
-
-
 _WIDE = {"description_width": "initial"}
 
 
@@ -376,12 +294,6 @@ def _parts(widget: widgets.Widget) -> list[widgets.Widget]:
 def _forget() -> None:
     """Empty the caches of the package, which hold networks and their matrices; they fill again where needed."""
     for name, module in list(sys.modules.items()):
-        if name.startswith(f"{__package__}."):
+        if name.startswith("kfac_viz."):
             for thing in list(vars(module).values()):
                 getattr(thing, "cache_clear", lambda: None)()
-
-
-def _notebook(run: Callable) -> str:
-    from .experiments import NOTEBOOKS
-
-    return next((name for name, function in NOTEBOOKS.items() if function is run), "NOTEBOOK")

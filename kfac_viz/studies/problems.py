@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .method.capture import capture, evaluation
-from .method.checks import check_choice, check_count
-from .method.fisher import Fisher
-from .method.likelihood import nll
-from .method.partition import Partition
+from ..method.capture import capture, evaluation
+from ..method.checks import check_choice, check_count
+from ..method.fisher import Fisher
+from ..method.likelihood import nll
+from ..method.partition import Partition
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 

@@ -47,14 +47,6 @@ FLAVOURS: dict[str, Style] = {
     "empirical": Style("empirical Fisher", "#CC79A7", "P", "--"),
 }
 
-PIECES: dict[str, Style] = {  # of K-FAC's error
-    "dropped": Style("blocks dropped", "#0072B2"),
-    "basis": Style("basis", "#009E73"),
-    "eigenvalues": Style("eigenvalues", "#56B4E9"),
-    "sampling": Style("sampled labels", "#CC79A7"),
-    "damping": Style("factored damping", "#E69F00"),
-}
-
 SIGNED = "RdBu_r"  # zero is white, for matrices whose sign means something
 INK = "#222222"
 MUTED = "#666666"

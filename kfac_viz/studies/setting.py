@@ -9,18 +9,19 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from .. import problems
 from ..method.fisher import Fisher
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.operator import Dense
 from ..parameters import Range
-from ..problems import Problem
+from . import problems
+from .problems import Problem
 
 Data = Literal["digits4", "digits8", "autoencoder4", "planted"]
 Flavour = Literal["exact", "mc", "empirical"]
 Widths = Annotated[tuple[int, ...], Range(1, 64)]
 
 DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the slider of the first studies; some positions carry their curves
+OVER_DAMPINGS = {"x": "damping λ", "xlim": (DAMPINGS.low, DAMPINGS.high)}
 LARGEST = 2500  # parameters: the matrices are dense
 
 
@@ -98,3 +99,8 @@ def setting(
         build = problems.autoencoder if data.startswith("auto") else problems.digits
         problem = build(widths, n, seed, side=int(data[-1]), device=device)
     return Setting(small_enough(problem).trained(steps), fisher)
+
+
+def first_network(steps: int = 100) -> Setting:
+    """The network of the first studies, as published."""
+    return setting("digits4", (12, 12, 12), 500, 0, steps)

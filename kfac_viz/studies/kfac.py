@@ -1,4 +1,4 @@
-"""What does K-FAC throw away? Its error in orthogonal pieces, by pair of layers and over training."""
+"""What K-FAC throws away: its error in orthogonal pieces, by pair of layers and over training."""
 
 from __future__ import annotations
 
@@ -17,16 +17,30 @@ from ..method.partition import Partition
 from ..method.preconditioner import BlockDiagonal
 from ..method.tridiagonal import BlockTridiagonal
 from ..parameters import Device, Range, Seed, check
-from .curves import Study, by_key, captured, curve, frobenius, rounded
-from .setting import DAMPINGS, Data, Setting, Widths, setting
+from ..show.curves import CurveView
+from ..show.parts import MatrixView, limit_of
+from ..show.plot import Plot
+from ..show.style import INK, METHODS, Style
+from .curves import Curve, Study, by_key, captured, curve, frobenius, rounded
+from .exercises import exercise
+from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, Widths, first_network, setting
 from .threads import one_thread
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from numpy.typing import NDArray
+
+
 
 COMPARED = DAMPINGS.positions[::6]
 MOMENTS = (0, 10, 30, 100, 300)  # steps of Adam
-PIECES = ("dropped", "basis", "eigenvalues", "sampling", "damping")
+PIECES: dict[str, Style] = {  # of K-FAC's error
+    "dropped": Style("blocks dropped", "#0072B2"),
+    "basis": Style("basis", "#009E73"),
+    "eigenvalues": Style("eigenvalues", "#56B4E9"),
+    "sampling": Style("sampled labels", "#CC79A7"),
+    "damping": Style("factored damping", "#E69F00"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,3 +196,143 @@ def _by_pair(s: Setting) -> tuple[Tensor, NDArray, NDArray]:
 
     lost = norms(error) ** 2
     return error.cpu(), rounded(lost / lost.sum()), rounded(norms(s.dense - all_blocks) / norms(s.dense))
+
+
+# ---- the picture --------------------------------------------------------------------------------------
+
+
+SHOWN = {k: METHODS[k] for k in ("block-diagonal", "ekfac", "kfac", "sampled", "factored", "block-tridiagonal")}
+
+
+class KfacPlot(Plot):
+    size = (13.0, 7.2)
+
+    def build(self, result: KfacResult) -> None:
+        grid = self.figure.add_gridspec(2, 4)
+        top = [self.figure.add_subplot(grid[0, i]) for i in range(4)]
+        self.F = MatrixView(top[0], result.partition, "Fisher F", pixels=162, logarithmic=False)
+        self.error = MatrixView(top[1], result.partition, "F − K-FAC", pixels=162, logarithmic=False)
+        self.ends = top[0].text(1, 1.015, "", transform=top[0].transAxes, ha="right", fontsize="small")
+        L = len(result.partition)
+        self.lost = PairView(top[2], L, "Where the squared error lies", "{:.1%}", 0.5)
+        self.misfit = PairView(top[3], L, "Misfit of G ⊗ A, if kept", "{:.2f}", 1.0)
+        self.pieces = Bars(self.figure.add_subplot(grid[1, :2]))
+        self.matrix_error = CurveView(
+            self.figure.add_subplot(grid[1, 2]), SHOWN, "Error of the matrix",
+            y="‖F + λI − M⁻¹‖ / ‖F‖", ylim=(0.2, 20), **OVER_DAMPINGS,
+        )  # fmt: skip
+        self.captured = CurveView(
+            self.figure.add_subplot(grid[1, 3]), SHOWN, "Decrease captured by M g",
+            y="share, step as it is", ylim=(-1, 1.05), scale=("log", "linear"), **OVER_DAMPINGS,
+        )  # fmt: skip
+        self.captured.ax.axhline(0, color=INK, linewidth=0.6)
+        self.figure.legend(*self.captured.ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN))
+        self.animated = [
+            *self.F.artists, *self.error.artists, self.ends, *self.lost.artists, *self.misfit.artists,
+            *self.pieces.artists, *self.matrix_error.artists, *self.captured.artists,
+        ]  # fmt: skip
+
+    def update(self, result: KfacResult) -> None:
+        # The first layers would outshine the rest: colours end at a fifth of the largest entry.
+        limit = limit_of(result.fisher / 5)
+        self.F.update(result.fisher, limit)
+        self.error.update(result.error, limit)
+        self.ends.set_text(f"colours end at ±{limit:.2g}")
+        self.lost.update(result.lost)
+        self.misfit.update(result.misfit)
+        pieces = result.of("piece")
+        self.pieces.update(pieces)
+        self.matrix_error.update(result.of("error"), at=result.parameters["damping"])
+        self.captured.update(result.of("captured"), at=result.parameters["damping"])
+        between = 1 - float(np.trace(result.lost))
+        told = (
+            f"after {step} steps " + ", ".join(f"{PIECES[name].label} {c.y[i]:.2g}" for name, c in pieces.items())
+            for i, step in ((0, MOMENTS[0]), (-1, MOMENTS[-1]))
+        )
+        self.figure.set_label(
+            f"The Fisher of a network of {result.partition.size} parameters, what K-FAC misses of it, and the share of "
+            f"the squared error in each pair of layers: {between:.0%} lies between layers. Pieces of the squared "
+            f"error as shares of ‖F‖²: {'; '.join(told)}. Then the error of the matrix and the captured decrease "
+            "against damping for exact blocks, EKFAC, K-FAC, sampled labels, factored damping and block-tridiagonal."
+        )
+
+    def fits(self, result: KfacResult) -> bool:
+        return result.partition == self.F.partition
+
+    def regions(self, result: KfacResult) -> list[tuple[float, float, float, float, str]]:
+        words = "Layers {} and {}: {:.2%} of K-FAC's squared error; G ⊗ A would miss {:.2g} of the block's norm"
+        return [
+            (*box, words.format(l + 1, m + 1, result.lost[l, m], result.misfit[l, m]))
+            for view in (self.F, self.error)
+            for l, m, box in view.boxes()
+        ]
+
+
+class PairView:
+    """A number for each pair of layers, shaded and written; symmetric, so the upper half says it all."""
+
+    def __init__(self, ax: Axes, L: int, title: str, form: str, limit: float) -> None:
+        self.form, self.limit = form, limit
+        self.image = ax.imshow(np.zeros((L, L)), cmap="Blues", vmin=0, vmax=limit)
+        text = {"ha": "center", "va": "center", "fontsize": min(9.0, 44 / L)}
+        self.texts = [ax.text(m, l, "", **text) for l in range(L) for m in range(L)]
+        self.artists = [self.image, *self.texts]
+        names = [str(i + 1) for i in range(L)]
+        ax.set(title=title, xlabel="layer", ylabel="layer")
+        ax.set_xticks(range(L), names)
+        ax.set_yticks(range(L), names)
+        ax.tick_params(length=0)
+
+    def update(self, values: NDArray) -> None:
+        self.image.set_data(values)
+        for text, value in zip(self.texts, values.flat, strict=True):
+            text.set(text=self.form.format(value), color="white" if value > 0.6 * self.limit else INK)
+
+
+class Bars:
+    """The pieces of the squared error at every moment, side by side, with the range over seeds."""
+
+    FLOOR = 1e-6
+
+    def __init__(self, ax: Axes) -> None:
+        width = 0.8 / len(PIECES)
+        self.bars, self.ranges = {}, {}
+        for i, (name, style) in enumerate(PIECES.items()):
+            x = np.arange(len(MOMENTS)) + (i - (len(PIECES) - 1) / 2) * width
+            self.bars[name] = ax.bar(x, 1.0, 0.9 * width, bottom=self.FLOOR, color=style.color, label=style.label)
+            self.ranges[name] = ax.vlines(x, 1.0, 1.0, color=INK, linewidth=1)
+        ax.set(
+            title="Pieces of K-FAC's squared error over training", yscale="log", ylim=(self.FLOOR, 30),
+            ylabel="‖piece‖² / ‖F‖²", xlabel="steps of Adam",
+        )  # fmt: skip
+        ax.set_xticks(range(len(MOMENTS)), [str(m) for m in MOMENTS])
+        legend = ax.legend(ncols=len(PIECES), loc="upper left", columnspacing=1, handlelength=1)
+        legend.set_in_layout(False)
+        self.artists = [*(bar for bars in self.bars.values() for bar in bars), *self.ranges.values()]
+
+    def update(self, pieces: dict[str, Curve]) -> None:
+        for name, c in pieces.items():
+            for bar, height in zip(self.bars[name], c.y, strict=True):
+                bar.set_height(max(height - self.FLOOR, 0))
+            x = [bar.get_x() + bar.get_width() / 2 for bar in self.bars[name]]
+            low, high = np.maximum(c.low, self.FLOOR), np.maximum(c.high, self.FLOOR)
+            self.ranges[name].set_segments(np.stack([np.stack([x, low], 1), np.stack([x, high], 1)], 1))
+
+
+plot_kfac = KfacPlot.draw
+
+
+# ---- the exercises ------------------------------------------------------------------------------------
+
+
+@exercise("02a", "Only the blocks between layers are lost for certain; what is the norm of those?", 0.01)
+def _best_block_diagonal_error() -> float:
+    s = first_network()
+    return (split(s.F, s.dense)[0] / float(s.dense.square().sum())) ** 0.5
+
+
+@exercise("02b", "Multiply the product out: both terms that are left over grow with the root of λ.", 0.01)
+def _growth_of_the_factored_excess() -> float:
+    F = first_network().F
+    near, far = (kronecker_blocks(F, λ) - kronecker_blocks(F) - λ * F.eye() for λ in (1e-3, 1e-1))
+    return float(far.square().sum() / near.square().sum())

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from PIL import Image
 
 from ..parameters import read
-from .coarse_space import CEILING, FLOOR, ORDER, headline, stretched, subtitle
-from .parts import compressed, limit_of, number, pooled
-from .save import write
-from .style import METHODS, SIGNED
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..experiments.coarse_space import CoarseSpaceResult
+from ..show.page import frame, write_page
+from ..show.parts import limit_of, number
+from ..show.style import METHODS
+from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpaceResult, headline, stretched, subtitle
 
 SIZES = (0, 1, 2, 4, 8, 16)
-PIXELS = 170  # along one side of a matrix, at most
-LEVELS = 16  # of red, and as many of blue
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -59,23 +47,20 @@ def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | P
         "lines": [METHODS["kfac"].color, METHODS[correction].color],
         "axis": [FLOOR, CEILING],
         "ranks": [round(float(x), 4) for x in stretched(ranks, P) / stretched(P, P)],
-        "fisher": _frame(first.fisher, limit_of(first.fisher)),
-        "blocks": _frame(first.blocks, limit_of(first.fisher)),
+        "fisher": frame(first.fisher, limit_of(first.fisher)),
+        "blocks": frame(first.blocks, limit_of(first.fisher)),
         "limit": number(limit_of(first.fisher), 2),
-        "missed": [_frame(column[0].missed, limit_of(column[0].missed)) for column in columns],
+        "missed": [frame(column[0].missed, limit_of(column[0].missed)) for column in columns],
         "limits": [number(limit_of(column[0].missed), 2) for column in columns],
         "views": [[_view(result, correction, ranks) for result in column] for column in columns],
     }  # fmt: skip
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return write(folder / f"{name}.html", TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text).encode())
+    return write_page(TEMPLATE, data, name, out_dir)
 
 
 def _view(result: CoarseSpaceResult, correction: str, ranks: np.ndarray) -> dict[str, Any]:
     """What one position of the two sliders shows."""
     return {
-        "added": _frame(result.added, limit_of(result.missed)),
+        "added": frame(result.added, limit_of(result.missed)),
         "title": headline(result),
         "where": subtitle(result),
         "captured": [result.captured[name] for name in ORDER],
@@ -83,15 +68,3 @@ def _view(result: CoarseSpaceResult, correction: str, ranks: np.ndarray) -> dict
         "errors": [round(100 * result.errors[name], 1) for name in ("blocks", "kfac", correction)],
         "spectra": [[float(f"{x:.3g}") for x in values.numpy()[ranks - 1]] for values in result.spectra.values()],
     }
-
-
-def _frame(matrix: Tensor, limit: float) -> str:
-    """A matrix as a small picture in a data address; empty where it is zero."""
-    if not matrix.numpy().any():
-        return ""
-    values = pooled(matrix, -(-len(matrix) // PIXELS))
-    share = np.round(compressed(np.clip(values / limit, -1, 1)) * LEVELS) / LEVELS
-    picture = Image.fromarray(colormaps[SIGNED]((share + 1) / 2, bytes=True)[..., :3])
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=True, quality=60, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

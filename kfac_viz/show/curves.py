@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.collections import PolyCollection
 
-from ..experiments.curves import Curve
-from ..experiments.setting import DAMPINGS
 from .style import INK, Style
 
 if TYPE_CHECKING:
@@ -18,9 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from numpy.typing import NDArray
 
-OVER_DAMPINGS = {"x": "damping λ", "xlim": (DAMPINGS.low, DAMPINGS.high)}
 MARKERS = 8  # on a line, at most
-NOTHING = Curve(*np.empty((4, 0)))
+NOTHING = np.empty((4, 0))
 
 
 class CurveView:
@@ -42,6 +38,8 @@ class CurveView:
         ylim: tuple[float, float],
         scale: tuple[str, str] = ("log", "log"),
     ) -> None:
+        from matplotlib.collections import PolyCollection
+
         self.ax = ax
         ax.set(title=title, xlabel=x, ylabel=y, xscale=scale[0], yscale=scale[1], xlim=xlim, ylim=ylim)
         self.lines, self.bands = {}, {}
@@ -51,18 +49,18 @@ class CurveView:
         self.cursor = ax.axvline(np.nan, color=INK, linewidth=0.9, alpha=0.6, zorder=0.5)
         self.artists: list[Artist] = [*self.bands.values(), *self.lines.values(), self.cursor]
 
-    def update(self, curves: Mapping[str, Curve], at: float | None = None) -> None:
-        """Draw these curves, and the upright line at x = ``at``; series without a curve vanish."""
+    def update(self, curves: Mapping[str, Sequence[NDArray]], at: float | None = None) -> None:
+        """Draw curves ``(x, y, low, high)`` and the upright line at x = ``at``; series without a curve vanish."""
         self.cursor.set_xdata([np.nan if at is None else at] * 2)
         log = self.ax.get_yscale() == "log"
         for name, line in self.lines.items():
-            c = curves.get(name, NOTHING)
-            line.set_data(c.x, positive(c.y) if log else c.y)
-            line.set_markevery(max(1, -(-len(c.x) // MARKERS)))
-            low, high = (positive(c.low), positive(c.high)) if log else (c.low, c.high)
+            x, *values = curves.get(name, NOTHING)
+            y, low, high = map(positive, values) if log else values
+            line.set_data(x, y)
+            line.set_markevery(max(1, -(-len(x) // MARKERS)))
             seen = np.isfinite(low) & np.isfinite(high)
-            outline = np.column_stack([np.r_[c.x[seen], c.x[seen][::-1]], np.r_[low[seen], high[seen][::-1]]])
-            self.bands[name].set_verts([outline] if len(outline) and (c.low != c.high).any() else [])
+            outline = np.column_stack([np.r_[x[seen], x[seen][::-1]], np.r_[low[seen], high[seen][::-1]]])
+            self.bands[name].set_verts([outline] if (low != high)[seen].any() else [])
 
 
 def empty_line(ax: Axes, style: Style, **options) -> Line2D:

@@ -7,7 +7,6 @@ from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.collections import LineCollection
 
 from .style import INK, SIGNED
 
@@ -31,6 +30,8 @@ class MatrixView:
     def __init__(
         self, ax: Axes, partition: Partition, title: str, *, logarithmic: bool = True, pixels: int = 330
     ) -> None:
+        from matplotlib.collections import LineCollection
+
         self.ax, self.partition, self.logarithmic = ax, partition, logarithmic
         self._shown: tuple | None = None
         self._group = -(-partition.size // pixels)

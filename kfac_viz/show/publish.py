@@ -1,0 +1,149 @@
+"""Files of notebooks reach their folder whole or not at all, and each is made once for what it depends on.
+
+A notebook never writes into the output folder itself: what it wrote is moved there when it has finished. Hidden in
+``DIR/.made`` lie the executed copies, a lock, and a stamp for each notebook that says what its files were made from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import html
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files of one notebook with one choice of values, and what they are made from.
+
+    Attributes:
+        stem: how their names begin.
+        folder: where they lie, relative to the output folder.
+        inputs: all that they depend on, as JSON has it; ``inputs["notebook"]`` is the hash of the code.
+    """
+
+    stem: str
+    folder: str
+    inputs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}/{self.stem}".removeprefix("./")
+
+    @property
+    def stamp(self) -> str:
+        return f".made/{self.name}.json"
+
+    @property
+    def copy(self) -> str:
+        return f".made/{self.name}.ipynb"
+
+    def why(self, out: Path) -> str:
+        """Why the files in ``out`` have to be made anew; empty where they need not."""
+        try:
+            stamp = json.loads((out / self.stamp).read_text(encoding="utf-8"))
+            changed = [key for key in self.inputs if self.inputs[key] != stamp["inputs"].get(key)]
+            for name, digest in stamp["files"].items():
+                file = out / self.folder / name
+                if not file.is_file() or sha256(file.read_bytes()) != digest:
+                    changed.append(name)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return "not made here before"
+        return f"{', '.join(changed)} changed" if changed else ""
+
+
+@contextlib.contextmanager
+def only_run_in(out: Path) -> Iterator[None]:
+    """Wait for other runs that write into ``out``, then finish or remove what a killed one left."""
+    hidden = out / ".made"
+    hidden.mkdir(parents=True, exist_ok=True)
+    with open(hidden / "lock", "w") as lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"Another run is writing into {out}; waiting for it.", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        for finished in hidden.glob("ready-*"):
+            move(finished, out)
+        for unfinished in hidden.glob("making-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        yield
+
+
+def publish(output: Output, made: Path, out: Path) -> None:
+    """Move what the notebook wrote under ``made`` into ``out``, with its stamp."""
+    files = sorted((made / output.folder).iterdir())
+    strange = [file.name for file in files if not (file.is_file() and file.name.startswith(output.stem))]
+    if strange or not files:
+        raise ValueError(f"It must write files whose names begin with {output.stem} into out_dir; "
+                         f"it wrote {', '.join(strange) or 'nothing'}.")
+    for file in files:
+        if file.suffix == ".json":
+            record = json.loads(file.read_text(encoding="utf-8"))
+            record["notebook"] = {"name": output.stem, "sha256_of_code": output.inputs["notebook"]}
+            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            file.write_text(text, encoding="utf-8", newline="\n")
+    stamp = {"inputs": output.inputs, "files": {file.name: sha256(file.read_bytes()) for file in files}}
+    (made / output.stamp).parent.mkdir(parents=True, exist_ok=True)
+    (made / output.stamp).write_text(json.dumps(stamp, indent=2), encoding="utf-8")
+    # From this renaming on the set is complete: whoever comes next finishes the move if this process is killed.
+    move(made.rename(made.with_name(made.name.replace("making", "ready"))), out)
+
+
+def move(ready: Path, out: Path) -> None:
+    """Replace the files in ``out`` by those of a complete tree.
+
+    Records, the JSON files, are taken away first and come last, stamps after all others: whatever stops this in
+    between, a record stands only beside the files that it was made with.
+    """
+    files = [file.relative_to(ready) for file in ready.rglob("*") if file.is_file()]
+    refuse_folders(out / file for file in files)
+    for file in files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+    records = {file for file in files if file.suffix == ".json"}
+    for record in records:
+        (out / record).unlink(missing_ok=True)
+    for file in sorted(files, key=lambda file: (file.parts[0] == ".made", file in records, file)):
+        os.replace(ready / file, out / file)
+    shutil.rmtree(ready)
+
+
+def refuse_folders(files: Iterable[Path]) -> None:
+    """ValueError if a folder stands where a file is to be written."""
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder, and a file of that name is to be written. Move it away.")
+
+
+def write_index(out: Path) -> None:
+    """A page of thumbnails over all grid folders in ``out``."""
+    figures = ""
+    for picture in sorted(out.glob("*=*/*.png")):
+        link = html.escape(picture.relative_to(out).as_posix())
+        words = html.escape(f"{picture.stem}, {picture.parent.name}")
+        figures += (f'<figure><a href="{link}"><img src="{link}" alt="{words}"></a>'
+                    f"<figcaption>{words}</figcaption></figure>\n")
+    page = (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Figures over a grid of parameters</title>\n'
+        "<style>body { display: flex; flex-wrap: wrap; gap: 1rem; font: 14px sans-serif; }\n"
+        f"figure {{ margin: 0; width: 24rem; }} img {{ width: 100%; }}</style>\n{figures}</html>\n"
+    )
+    new = out / ".made" / "index.html"
+    new.write_text(page, encoding="utf-8", newline="\n")
+    os.replace(new, out / "index.html")

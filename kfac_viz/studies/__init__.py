@@ -1,0 +1,68 @@
+"""One file for each question: its parameters, what is computed, how it is drawn, and its exercises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..show.save import save
+from .coarse_sizes import CoarseSizesPlot, CoarseSizesResult, plot_coarse_sizes, run_coarse_sizes
+from .coarse_space import CoarseSpacePlot, CoarseSpaceResult, plot_coarse_space, run_coarse_space
+from .damping import DampingPlot, DampingResult, plot_damping, run_damping
+from .depth import DepthPlot, DepthResult, plot_depth, run_depth
+from .fisher import FisherPlot, FisherResult, plot_fisher, run_fisher
+from .kfac import KfacPlot, KfacResult, plot_kfac, run_kfac
+from .origin import OriginPlot, OriginResult, plot_origin, run_origin
+from .playground import save_page
+from .speed import SpeedPlot, SpeedResult, plot_speed, run_speed
+
+# The notebooks that can be regenerated, and the function whose signature states their parameters.
+NOTEBOOKS: dict[str, Callable] = {
+    "00_playground": run_coarse_space,
+    "01_fisher": run_fisher,
+    "02_kfac": run_kfac,
+    "03_damping": run_damping,
+    "04_where_it_comes_from": run_origin,
+    "05_coarse_space": run_coarse_space,
+    "06_depth": run_depth,
+    "09_speed": run_speed,
+}
+for _name, _run in reversed(NOTEBOOKS.items()):
+    _run.notebook = _name  # the first of its notebooks is named by a panel
+
+__all__ = [
+    "CoarseSizesPlot",
+    "CoarseSizesResult",
+    "CoarseSpacePlot",
+    "CoarseSpaceResult",
+    "DampingPlot",
+    "DampingResult",
+    "DepthPlot",
+    "DepthResult",
+    "FisherPlot",
+    "FisherResult",
+    "KfacPlot",
+    "KfacResult",
+    "NOTEBOOKS",
+    "OriginPlot",
+    "OriginResult",
+    "SpeedPlot",
+    "SpeedResult",
+    "plot_coarse_sizes",
+    "plot_coarse_space",
+    "plot_damping",
+    "plot_depth",
+    "plot_fisher",
+    "plot_kfac",
+    "plot_origin",
+    "plot_speed",
+    "run_coarse_sizes",
+    "run_coarse_space",
+    "run_damping",
+    "run_depth",
+    "run_fisher",
+    "run_kfac",
+    "run_origin",
+    "run_speed",
+    "save",
+    "save_page",
+]

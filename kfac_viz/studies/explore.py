@@ -1,0 +1,83 @@
+"""The playground on a network of the reader's own."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..method.likelihood import output_vectors
+from ..method.partition import Partition
+from .coarse_space import CoarseSpacePlot, run_on
+from .problems import Problem
+from .setting import Setting, small_enough
+
+if TYPE_CHECKING:
+    from ..show.panel import Panel
+
+
+def explore(
+    model: nn.Module,
+    inputs: Tensor | tuple[Tensor, ...],
+    targets: Tensor | None = None,
+    *,
+    likelihood: str,
+    fisher: str = "exact",
+    **values: Any,
+) -> Panel:
+    """The playground on the reader's own network, of some hundred parameters; the model is left as it is.
+
+    Args:
+        model: with Linear or Conv2d layers; a copy in double precision is taken.
+        inputs: a batch (N, …), or a tuple of arguments of the model.
+        targets: true labels (see :func:`kfac_viz.nll`); without them one label per example is drawn from the
+            model, so that the gradient is noise of the model's own kind. ``fisher="empirical"`` needs them.
+        likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
+        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        values: where the controls start, such as ``damping=0.1``.
+
+    Raises:
+        ValueError, TypeError: too many parameters for P×P matrices, or what :func:`kfac_viz.capture` refuses.
+    """
+    from ..show.panel import Panel
+
+    def double(x: Any) -> Any:
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    Partition.from_model(model)  # refuses what has no layers, in words
+    model = copy.deepcopy(model).double().eval()
+    inputs = tuple(map(double, inputs)) if isinstance(inputs, (tuple, list)) else double(inputs)
+    problem = small_enough(Problem(model, inputs, double(targets), likelihood, type(model).__name__))
+    given = targets is not None
+    if not given:
+        problem.capture(fisher)  # refuses the rest, in words, before a label is drawn
+        with torch.no_grad():
+            outputs = model(*problem.arguments)
+        means = {"categorical": outputs.softmax(-1), "bernoulli": outputs.sigmoid()}.get(likelihood, outputs)
+        drawn = means - output_vectors(outputs, likelihood, "mc")[0]
+        problem = replace(problem, targets=drawn.argmax(-1) if likelihood == "categorical" else drawn)
+    run = run_on(Setting(problem, fisher))
+
+    def captured(flavour: str) -> str:
+        labels = ", targets" * (flavour == "empirical")
+        other = f", fisher={flavour!r}" * (flavour != "exact")
+        return f"kv.capture(model, inputs{labels}, likelihood={likelihood!r}{other})"
+
+    def reproduce(values: dict[str, Any]) -> str:
+        space, gradient = f"kv.coarse.{values['coarse']}(F, per_layer={values['per_layer']})", ""
+        if values["coarse"] == "optimal":
+            space = space.replace("(F, ", "(A, M, ")
+        elif values["coarse"] == "krylov":  # the mean of the scores at the labels, given or drawn, is the gradient
+            space = space.replace("(F, ", "(A, M, g, ")
+            scores = captured("empirical" if given else "mc")
+            gradient = f"E = {scores}; g = E.pull(E.a[0].new_ones(1, E.N)) / E.N; "
+        return (
+            f"F = {captured(fisher)}; A = F.damped({values['damping']}); "
+            f"M = kv.KFAC(F, {values['damping']}, {values['rule']!r}); {gradient}"
+            f"T = kv.TwoLevel(A, M, {space}, {values['correction']!r})"
+        )
+
+    return Panel(run, CoarseSpacePlot, reproduce=reproduce, **values)
