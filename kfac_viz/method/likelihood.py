@@ -105,8 +105,10 @@ def _sampled(f: Tensor, likelihood: str, samples: int, generator: torch.Generato
     N, R, C = f.shape
     if likelihood == "categorical":
         p = f.softmax(-1)
-        labels = torch.multinomial(p.flatten(0, 1), samples, replacement=True, generator=generator)
-        vectors = p - functional.one_hot(labels.T, C).reshape(samples, N, R, C)
+        # NaN would stop multinomial, on a GPU for good; it stays in p, where the capture finds and names it.
+        labels = torch.multinomial(p.flatten(0, 1).nan_to_num(1.0), samples, replacement=True, generator=generator)
+        where = labels.T.reshape(samples, N, R, 1)
+        vectors = p.repeat(samples, 1, 1, 1).scatter_add_(3, where, -p.new_ones(1).expand(where.shape))
     elif likelihood == "bernoulli":
         p = f.sigmoid()
         draws = torch.rand((samples, N, R, C), dtype=f.dtype, device=f.device, generator=generator)

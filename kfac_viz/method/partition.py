@@ -144,7 +144,7 @@ class Partition:
                         f"Modules {other!r} and {name!r} share a parameter, and then neither has a Fisher of its own; "
                         "call one module twice instead, which is captured exactly."
                     )
-        return cls(tuple(_describe(name, module) for name, module in found.items()))
+        return cls(tuple(describe(name, module) for name, module in found.items()))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -269,7 +269,7 @@ class Partition:
                 module = model.get_submodule(layer.name)
             except AttributeError:
                 raise ValueError(f"The model has no layer {layer.name!r}; it is not the one captured.") from None
-            if not is_kronecker_layer(module) or _describe(layer.name, module) != layer:
+            if not is_kronecker_layer(module) or describe(layer.name, module) != layer:
                 raise ValueError(f"The model's layer {layer.name!r} no longer is {layer}; capture it again.")
             modules.append(module)
         return modules
@@ -293,7 +293,8 @@ def is_kronecker_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _describe(name: str, module: nn.Module) -> Layer:
+def describe(name: str, module: nn.Module) -> Layer:
+    """The layer that a Linear or Conv2d module is."""
     if isinstance(module.weight, nn.UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and has no shape yet; run the model once first.")
     bias = module.bias is not None
