@@ -1,0 +1,1013 @@
+"""Random tries of the public API: whatever it is given, it answers rightly or refuses in a sentence of its own.
+
+One seed is one small random case of one kind, held against oracles in float64 that share no code with the package.
+
+    python tests/fuzz.py --tries 100000 --jobs 2
+    python tests/fuzz.py --only capture --seed 17 --tries 1     # one try again, with its traceback
+
+A failure is a *raw error*, an exception that is no ValueError or TypeError raised by a ``raise`` of this package; or a
+*silent difference*, something accepted whose result is wrong, NaN or inf, or something refused that left a trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dis
+import io
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from types import TracebackType
+from typing import Any
+
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+import kfac_viz as kv  # noqa: E402
+from kfac_viz.method.partition import Layer  # noqa: E402
+
+HOME = os.path.join(os.path.dirname(os.path.abspath(kv.__file__)), "")
+RAISE = dis.opmap["RAISE_VARARGS"]
+PATIENCE = 30  # seconds that one try may take before it counts as hanging
+F64 = torch.float64
+ROUND_OFF = 1e3  # factor on eps · condition that no correct result exceeds
+HOPELESS = 0.1  # where eps · condition is larger, only finiteness is asked for
+
+
+# ---- one try and its outcome -------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """The package declined in a sentence of its own."""
+
+
+class Raw(Exception):
+    """Something else came out of the package; the cause is that error."""
+
+
+class Hanging(BaseException):
+    """A try took longer than :data:`PATIENCE`."""
+
+
+@dataclass
+class Outcome:
+    """What became of one try. ``failures`` are pairs (what kind of failure, text that is the same for all alike)."""
+
+    kind: str
+    seed: int
+    accepted: bool = False
+    refused: bool = False
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+
+
+class Try:
+    """One random case: the source of all choices, and the judge of all answers."""
+
+    def __init__(self, kind: str, seed: int) -> None:
+        self.random = random.Random(f"{kind} {seed}")
+        self.outcome = Outcome(kind, seed)
+        self.refusals = 0
+        torch.manual_seed(self.random.getrandbits(32))
+        self.source = torch.Generator().manual_seed(self.random.getrandbits(32))
+
+    # choices
+
+    def pick(self, *options: Any) -> Any:
+        return self.random.choice(options)
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def whole(self, low: int, high: int) -> int:
+        return self.random.randint(low, high)
+
+    def normal(self, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+        return torch.randn(shape, generator=self.source, dtype=F64).to(dtype)
+
+    def uniform(self, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+        return torch.rand(shape, generator=self.source, dtype=F64).to(dtype)
+
+    # judgements
+
+    def call(self, function: Callable[[], Any], excuse: Callable[[], Any] | None = None) -> Any:
+        """What ``function`` returns. ``excuse`` is the same thing without the package: where it raises the same
+        error, that error is the model's own."""
+        try:
+            return function()
+        except Hanging:
+            raise
+        except Exception as error:
+            if own_sentence(error) or isinstance(error, Mishap):
+                self.refusals += 1
+                raise Refused from error
+            if excuse is not None and same_error(error, excuse):
+                self.refusals += 1
+                raise Refused from error
+            raise Raw from error
+
+    def wrong(self, what: str, detail: object = "") -> None:
+        """Note a silent difference."""
+        self.outcome.failures.append(("silent", what))
+        self.outcome.details.append(f"{what}: {detail}")
+
+    def check(self, holds: bool, what: str, detail: object = "") -> bool:
+        if not holds:
+            self.wrong(what, detail)
+        return bool(holds)
+
+    def finite(self, what: str, found: object) -> bool:
+        values = found if isinstance(found, Tensor) else torch.tensor(found, dtype=F64)
+        return self.check(bool(torch.isfinite(values.detach()).all()), f"{what} holds NaN or inf", found)
+
+    def close(self, what: str, found: Tensor, expected: Tensor, allowed: float) -> bool:
+        """``|found − expected| ≤ allowed`` in every entry, found being finite; an ``allowed`` that is not finite
+        or as large as the values themselves asks for finiteness alone."""
+        if tuple(found.shape) != tuple(expected.shape):
+            return self.check(False, f"{what} has another shape", f"{tuple(found.shape)}, {tuple(expected.shape)}")
+        if not self.finite(what, found):
+            return False
+        if not found.numel() or not math.isfinite(allowed) or not bool(torch.isfinite(expected).all()):
+            return True
+        off = float((found.detach().to(F64) - expected).abs().max())
+        return self.check(off <= allowed, f"{what} is wrong", f"off by {off:.3g}, allowed {allowed:.3g}")
+
+    def record(self, error: BaseException) -> None:
+        text = f"{type(error).__name__} in {place(error)}: {gist(str(error))}"
+        self.outcome.failures.append(("raw", text))
+        self.outcome.details.append("".join(traceback.format_exception(error)))
+
+
+class Mishap(Exception):
+    """Raised by a closure of ours, to see what is left behind."""
+
+
+def own_sentence(error: BaseException) -> bool:
+    """Whether the innermost frame is one of the package, at a ``raise`` statement, with the right type."""
+    if type(error) not in (ValueError, TypeError) or error.__traceback__ is None:
+        return False
+    last = innermost(error.__traceback__)
+    code = last.tb_frame.f_code
+    return code.co_filename.startswith(HOME) and code.co_code[last.tb_lasti] == RAISE
+
+
+def innermost(tb: TracebackType) -> TracebackType:
+    while tb.tb_next is not None:
+        tb = tb.tb_next
+    return tb
+
+
+def place(error: BaseException) -> str:
+    """The last function of the package that the error went through, and where it came from."""
+    names, tb = [], error.__traceback__
+    while tb is not None:
+        code = tb.tb_frame.f_code
+        if code.co_filename.startswith(HOME):
+            names.append(f"{os.path.basename(code.co_filename).removesuffix('.py')}.{code.co_qualname}")
+        tb = tb.tb_next
+    return names[-1] if names else "no frame of the package"
+
+
+def gist(message: str) -> str:
+    """A message without what differs from one try to the next."""
+    first = message.strip().split("\n")[0] if message.strip() else ""
+    return re.sub(r"0x[0-9a-f]+|[-+]?\d[\d.e+-]*", "#", first)[:110]
+
+
+def same_error(error: BaseException, excuse: Callable[[], Any]) -> bool:
+    try:
+        excuse()
+    except Exception as other:
+        return type(other) is type(error) and gist(str(other)) == gist(str(error))
+    return False
+
+
+def difference(a: Any, b: Any, path: str = "") -> str | None:
+    """Where two nests of dictionaries, lists and tensors differ, bit for bit; None where they do not."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        if same and a.device.type != "meta":
+            same = bool(((a == b) | ((a != a) & (b != b))).all())
+        return None if same else path
+    if type(a) is not type(b):
+        return path
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return path
+        return next((d for key in a if (d := difference(a[key], b[key], f"{path}.{key}"))), None)
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return path
+        return next((d for x, y in zip(a, b, strict=True) if (d := difference(x, y, f"{path}[]"))), None)
+    return None if a is b or a == b or (a != a and b != b) else path
+
+
+# ---- hostile values ----------------------------------------------------------------------------------
+
+DTYPES = (F64, F64, F64, torch.float32, torch.float32, torch.float16, torch.bfloat16)
+DAMPINGS = (0, 0.0, 1e-200, 1e-30, 1e-12, 1e-6, 1e-3, 1e-2, 1e-2, 0.1, 0.1, 1.0, 1, 1e3, 1e6, 1e12)
+NO_NUMBERS = ("0.1", "a", "", None, [], {}, (1.0,), 1j, b"1", object(), float, torch.ones(2), torch.tensor(1j), True)
+BAD_DAMPINGS = (math.nan, math.inf, -math.inf, -1, -1e-300, 10**400, -(10**400), torch.tensor(math.nan), *NO_NUMBERS)
+ODD_DAMPINGS = (np.float32(0.1), np.int64(1), torch.tensor(0.1), Fraction(1, 3), Decimal("0.1"), np.float64(1e-3))
+BAD_COUNTS = (-1, 1.5, 2.0, math.nan, "1", None, True, [], 1j, torch.ones(2), -(10**400))
+WORDS = ("", "nope", None, 3, [], ("categorical",), b"exact", torch.ones(2), np.ones(2), {}, object)
+
+
+def damping(t: Try) -> Any:
+    return t.pick(*DAMPINGS) if t.chance(0.9) else t.pick(*BAD_DAMPINGS, *ODD_DAMPINGS)
+
+
+def number(value: Any) -> float | None:
+    """The λ that a value means; None where it means none, and has to be refused."""
+    if any(value is bad for bad in BAD_DAMPINGS):
+        return None
+    return float(value)
+
+
+def spoiled(t: Try, x: Tensor) -> Any:
+    """Something that is not quite the tensor x."""
+    flat = x.numel() > 0 and x.ndim > 0
+    with_ = lambda value: x.clone().index_put_(tuple(torch.tensor(t.whole(0, n - 1)) for n in x.shape), like(x, value))
+    floating = x.is_floating_point()
+    options: list[Callable[[], Any]] = [
+        lambda: x[..., :-1] if x.ndim else x,
+        lambda: x[None],
+        lambda: x.flatten(),
+        lambda: x[..., None],
+        lambda: x[:0] if x.ndim else x,
+        lambda: x.to(t.pick(torch.float16, torch.bfloat16, torch.float32, F64, torch.int64, torch.bool, torch.uint8)),
+        lambda: x.to(torch.complex64),
+        lambda: x.to_sparse(),
+        lambda: x.to("meta"),
+        lambda: x.numpy() if x.dtype != torch.bfloat16 else x.float().numpy(),
+        lambda: x.tolist(),
+        lambda: t.pick(None, 3, "x", (), [], {}, object()),
+        lambda: inference(x),
+        lambda: torch.stack([x, x]),
+        lambda: nn.Parameter(x.clone()) if floating else x,
+        lambda: x.clone().requires_grad_() * 1 if floating else x,
+        lambda: x.mT.contiguous().mT if x.ndim > 1 else x,
+        lambda: x[..., :1].expand(x.shape) if flat else x,
+    ]
+    if floating and flat:
+        options += [lambda: with_(math.nan), lambda: with_(t.pick(math.inf, -math.inf)), lambda: with_(1e30)]
+        options += [lambda: x * 1e30, lambda: x * (1e-310 if x.dtype == F64 else 1e-40), lambda: x * 0]
+        options += [lambda: with_(torch.finfo(x.dtype).max), lambda: x * torch.finfo(x.dtype).max ** 0.6]
+    return t.pick(*options)()
+
+
+def like(x: Tensor, value: float) -> Tensor:
+    return torch.tensor(value, dtype=x.dtype)
+
+
+def inference(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
+@contextlib.contextmanager
+def surroundings(t: Try) -> Iterator[None]:
+    """A context that a caller may be in."""
+    with t.pick(torch.no_grad, torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu"))():
+        yield
+
+
+# ---- networks ----------------------------------------------------------------------------------------
+
+
+class Forward(nn.Module):
+    """Modules by name and a forward pass written as a function of them."""
+
+    def __init__(self, run: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.run = run
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.run(self, *inputs)
+
+
+class Scaled(nn.Linear):
+    """A subclass with a forward pass of its own, which has no K-FAC."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@dataclass
+class Net:
+    """A way to build a network, again and again the same, and the shape of one of its examples."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    words: int = 0  # inputs are class indices below this number
+    inputs: int = 1
+    seed: int = 0
+
+    def build(self, dtype: torch.dtype = F64) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.make().to(dtype)
+
+
+ACTIVATIONS = (nn.Tanh, nn.ReLU, lambda: nn.ReLU(inplace=True), nn.Sigmoid, nn.GELU, nn.ELU, nn.SiLU, nn.Identity)
+
+
+def stack(t: Try, first: int, last: int, *, plain: bool = False) -> Callable[[], nn.Module]:
+    """One to four Linear layers with what goes between them."""
+    widths = [first, *(t.whole(1, 6) for _ in range(t.pick(0, 1, 1, 2, 3))), last]
+    parts: list[Callable[[], nn.Module]] = []
+    for n, m in itertools.pairwise(widths):
+        bias = t.chance(0.75)
+        parts.append(lambda n=n, m=m, bias=bias: nn.Linear(n, m, bias=bias))
+        if not plain and t.chance(0.1):
+            parts.append(lambda m=m: batch_norm(m))
+        if not plain and t.chance(0.1):
+            parts.append(lambda m=m: nn.LayerNorm(m))
+        parts.append(t.pick(*ACTIVATIONS))
+        if not plain and t.chance(0.1):
+            parts.append(lambda: nn.Dropout(0.3))
+    if t.chance(0.9):  # mostly nothing behind the last layer
+        while len(parts) > 1 and not isinstance(parts[-1](), nn.Linear):
+            parts.pop()
+    if t.chance(0.06):
+        parts.append(t.pick(lambda: nn.Softmax(-1), lambda: nn.LogSoftmax(-1), nn.Sigmoid))
+    return lambda: nn.Sequential(*(part() for part in parts))
+
+
+def batch_norm(width: int) -> nn.Module:
+    layer = nn.BatchNorm1d(width)
+    nn.init.uniform_(layer.running_mean, -0.5, 0.5)
+    nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    return layer
+
+
+def frozen(model: nn.Module, which: int, half: bool) -> nn.Module:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    layer = layers[which % len(layers)]
+    layer.weight.requires_grad_(False)
+    if layer.bias is not None and not half:
+        layer.bias.requires_grad_(False)
+    return model
+
+
+def network(t: Try) -> Net:
+    """Any network."""
+    n, m, c, T = t.whole(1, 5), t.whole(1, 5), t.pick(1, 2, 2, 3, 3, 4), t.pick(1, 2, 2, 3, 4)
+    act = t.pick(torch.tanh, torch.relu, torch.sigmoid)
+    bias = t.chance(0.7)
+    L = nn.Linear
+    if t.chance(0.4):
+        return Net("stack", stack(t, n, c), t.pick((n,), (n,), (n,), (T, n)), seed=t.whole(0, 2**31))
+    depth, even = t.whole(1, 2), 2 * t.whole(1, 2)
+    kernel, stride, padding = t.pick(1, 2), t.pick(1, 2), t.pick(0, 1)
+    mode, groups = t.pick("zeros", "circular", "reflect", "replicate"), t.pick(1, 1, 1, depth)
+    side = t.pick(2, 3)
+    size = ((side + 2 * padding - kernel) // stride + 1) ** 2
+    batch_first, old = t.chance(0.5), t.chance(0.5)
+    inner = stack(t, n, c)
+    which, half = t.whole(0, 3), t.chance(0.5)
+    nets = {
+        "conv": (
+            lambda: nn.Sequential(
+                nn.Conv2d(depth, m, kernel, stride, padding, padding_mode=mode, bias=bias),
+                nn.Tanh(), nn.Flatten(), L(m * size, c),
+            ), (depth, side, side),
+        ),
+        "grouped conv": (
+            lambda: nn.Sequential(nn.Conv2d(depth, depth * m, kernel, groups=groups), nn.Flatten(), nn.LazyLinear(c)),
+            (depth, side, side),
+        ),
+        "called twice": (
+            lambda: Forward(lambda s, x: s.head(act(s.inner(act(s.inner(x))))), inner=L(n, n, bias=bias), head=L(n, c)),
+            (n,),
+        ),
+        "tied by function": (
+            lambda: Forward(lambda s, x: s.head(functional.linear(act(s.enc(x)), s.enc.weight.t())), enc=L(n, m),
+                            head=L(n, c)), (n,),
+        ),
+        "function alone": (
+            lambda: Forward(lambda s, x: s.head(act(functional.linear(x, s.one.weight, s.one.bias))), one=L(n, m),
+                            head=L(m, c)), (n,),
+        ),
+        "module and function": (
+            lambda: Forward(lambda s, x: s.head(act(s.one(x)) + x @ s.one.weight.T), one=L(n, m), head=L(m, c)), (n,),
+        ),
+        "bias elsewhere": (
+            lambda: Forward(lambda s, x: s.head(act(s.one(x)) * s.one.bias), one=L(n, m), head=L(m, c)), (n,),
+        ),
+        "weights penalised": (
+            lambda: Forward(lambda s, x: s.one(x) + s.one.weight.square().sum(), one=L(n, c, bias=bias)), (n,),
+        ),
+        "tied modules": (lambda: tied(L(n, n), L(n, n), L(n, c)), (n,)),
+        "positions": (
+            lambda: Forward(lambda s, x: s.head(act(s.one(x)).mean(1)), one=L(n, m, bias=bias), head=L(m, c)), (T, n),
+        ),
+        "tokens first inside": (
+            lambda: Forward(lambda s, x: s.head(act(s.one(x.transpose(0, 1))).transpose(0, 1).mean(1)),
+                            one=L(n, m, bias=bias), head=L(m, c)), (T, n),
+        ),
+        "tokens first": (
+            lambda: Forward(lambda s, x: s.head(act(s.one(x)).mean(0)), one=L(n, m), head=L(m, c)), (T, n),
+        ),
+        "flattened tokens": (
+            lambda: Forward(lambda s, x: s.head(act(s.one(x.flatten(0, 1))).view(*x.shape[:2], -1).sum(1)),
+                            one=L(n, m), head=L(m, c)), (T, n),
+        ),
+        "attention": (
+            lambda: Forward(lambda s, x: s.head(s.mix(x, x, x)[0].mean(1)),
+                            mix=nn.MultiheadAttention(even, depth, batch_first=batch_first), head=L(even, c)),
+            (T, even),
+        ),
+        "attention between layers": (
+            lambda: Forward(lambda s, x: s.head(s.mix(*3 * (act(s.one(x)),))[0].mean(1)), one=L(n, even),
+                            mix=nn.MultiheadAttention(even, depth, batch_first=batch_first), head=L(even, c)), (T, n),
+        ),
+        "transformer": (
+            lambda: Forward(lambda s, x: s.head(s.block(x).mean(1)), block=nn.TransformerEncoderLayer(
+                even, depth, m, batch_first=batch_first), head=L(even, c)), (T, even),
+        ),
+        "weight norm": (lambda: normed(nn.Sequential(L(n, m), nn.Tanh(), L(m, c)), old, which), (n,)),
+        "frozen": (lambda: frozen(inner(), which, half), (n,)),
+        "unused layer": (lambda: Forward(lambda s, x: s.one(x), one=L(n, c), idle=L(n, m)), (n,)),
+        "unused input": (
+            lambda: Forward(lambda s, x: s.head(act(s.one(x)).detach()), one=L(n, m), head=L(m, c)), (n,),
+        ),
+        "without gradients": (lambda: Forward(silenced, one=L(n, m), head=L(m, c)), (n,)),
+        "coupled": (lambda: Forward(lambda s, x: s.head(act(s.one(x - x.mean(0)))), one=L(n, m), head=L(m, c)), (n,)),
+        "coupled outputs": (lambda: Forward(lambda s, x: s.one(x).cumsum(0), one=L(n, c)), (n,)),
+        "coupled by batch norm": (
+            lambda: nn.Sequential(L(n, m), nn.BatchNorm1d(m, track_running_stats=False), L(m, c)), (n,),
+        ),
+        "residual": (
+            lambda: Forward(lambda s, x: s.head(x + torch.relu_(s.one(x))), one=L(n, n, bias=bias), head=L(n, c)), (n,),
+        ),
+        "changed in place": (lambda: Forward(in_place, one=L(n, m), head=L(m, c)), (n,)),
+        "hooked": (lambda: hooked(nn.Sequential(L(n, m), nn.Tanh(), L(m, c)), half), (n,)),
+        "own forward": (lambda: nn.Sequential(L(n, m), Scaled(m, c)), (n,)),
+        "only own forward": (lambda: nn.Sequential(Scaled(n, c)), (n,)),
+        "recurrent": (lambda: Forward(lambda s, x: s.head(s.mix(x)[0][:, -1]), mix=nn.GRU(n, m, batch_first=True),
+                                      head=L(m, c)), (T, n)),
+        "checkpointed": (
+            lambda: Forward(lambda s, x: s.head(torch.utils.checkpoint.checkpoint(
+                lambda y: act(s.one(y)), x, use_reentrant=half)), one=L(n, m), head=L(m, c)), (n,),
+        ),
+        "listed twice": (lambda: listed_twice(L(n, n), L(n, c)), (n,)),
+        "bare": (lambda: L(n, c, bias=bias), (n,)),
+        "no layer": (lambda: nn.Sequential(nn.Tanh()), (n,)),
+        "lazy": (lambda: nn.Sequential(nn.LazyLinear(m), nn.Tanh(), L(m, c)), (n,)),
+        "flat output": (lambda: Forward(lambda s, x: s.one(x)[:, 0], one=L(n, c)), (n,)),
+        "scalar output": (lambda: Forward(lambda s, x: s.one(x).sum(), one=L(n, c)), (n,)),
+        "many outputs": (lambda: Forward(lambda s, x: (s.one(x), x), one=L(n, c)), (n,)),
+        "no batch out": (lambda: Forward(lambda s, x: s.one(x).T, one=L(n, c)), (n,)),
+        "grown batch": (lambda: Forward(lambda s, x: torch.cat([s.one(x), s.one(x)]), one=L(n, c)), (n,)),
+        "doubled batch": (lambda: Forward(lambda s, x: s.one(torch.cat([x, x])), one=L(n, c)), (n,)),
+        "shuffled batch": (lambda: Forward(lambda s, x: s.one(x.flip(0)), one=L(n, c)), (n,)),
+        "shuffled inside": (
+            lambda: Forward(lambda s, x: s.head(act(s.one(x.flip(0))).flip(0)), one=L(n, m), head=L(m, c)), (n,),
+        ),
+        "slow precision": (lambda: Forward(lambda s, x: s.one(x).float(), one=L(n, c)), (n,)),
+        "two types": (lambda: Forward(lambda s, x: s.head(s.one(x.float()).to(x)), one=L(n, m).float(),
+                                      head=L(m, c)), (n,)),
+    }  # fmt: skip
+    if t.chance(0.12):
+        words = t.whole(1, 5)
+        tie = t.chance(0.3)
+        return Net("embedding", lambda: embedding(words, n, c, tie), (T,), words=words, seed=t.whole(0, 2**31))
+    if t.chance(0.06):
+        make = lambda: Forward(lambda s, x, y: s.head(act(s.one(x)) * s.two(y)), one=L(n, m), two=L(n, m), head=L(m, c))
+        return Net("two inputs", make, (n,), inputs=2, seed=t.whole(0, 2**31))
+    name = t.pick(*nets)
+    return Net(name, *nets[name], seed=t.whole(0, 2**31))
+
+
+def tied(first: nn.Linear, second: nn.Linear, head: nn.Linear) -> nn.Module:
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), head)
+
+
+def normed(model: nn.Sequential, old: bool, which: int) -> nn.Module:
+    place = 2 * (which % 2)
+    if which == 3:
+        model[place] = nn.utils.parametrizations.spectral_norm(model[place])
+    else:
+        norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+        model[place] = norm(model[place])
+    return model
+
+
+def silenced(s: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = s.one(x)
+    return s.head(h)
+
+
+def in_place(s: nn.Module, x: Tensor) -> Tensor:
+    h = s.one(x)
+    h += 1
+    h.mul_(2)
+    h[:, 0] = 0
+    return s.head(torch.tanh(h))
+
+
+def hooked(model: nn.Sequential, before: bool) -> nn.Module:
+    if before:
+        model[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    else:
+        model[0].register_forward_hook(lambda module, args, output: 3 * output)
+    return model
+
+
+def listed_twice(one: nn.Linear, head: nn.Linear) -> nn.Module:
+    return nn.Sequential(one, nn.Tanh(), one, nn.Tanh(), head)
+
+
+def embedding(words: int, n: int, c: int, tie: bool) -> nn.Module:
+    table, head = nn.Embedding(words, n), nn.Linear(n, words if tie else c, bias=False)
+    if tie:
+        head.weight = table.weight
+    return Forward(lambda s, x: s.head(torch.tanh(s.table(x)).mean(1)), table=table, head=head)
+
+
+def batch(t: Try, net: Net, N: int, dtype: torch.dtype) -> list[Tensor]:
+    """Inputs of N examples."""
+    made = []
+    for _ in range(net.inputs):
+        if net.words:
+            made.append(torch.randint(0, net.words, (N, *net.shape), generator=t.source))
+            continue
+        x = t.normal(N, *net.shape)
+        way = t.whole(0, 11)
+        if way == 0:
+            x = x * 10.0 ** t.whole(-3, 3)
+        elif way == 1:
+            x = x[:1].expand_as(x).clone()  # one example again and again
+        elif way == 2:
+            x = x * 0
+        elif way == 3:
+            x = (x > 0).to(F64)
+        made.append(x.to(dtype))
+    return made
+
+
+def examples(t: Try) -> int:
+    return t.pick(1, 2, 2, 3, 3, 4, 5, 8)
+
+
+def labels(t: Try, outputs: Tensor, likelihood: str) -> Tensor:
+    """Targets that fit."""
+    shape = outputs.shape
+    if likelihood == "categorical":
+        y = torch.randint(0, max(1, shape[-1]), shape[:-1], generator=t.source)
+        return y.to(t.pick(torch.int32, torch.int16, torch.uint8)) if t.chance(0.1) else y
+    y = t.uniform(*shape) if likelihood == "bernoulli" else 3 * t.normal(*shape)
+    return y.to(outputs.dtype)
+
+
+# ---- oracles: one example at a time, in float64 ------------------------------------------------------
+
+
+@dataclass
+class Truth:
+    """Jacobians of every example by autograd on the weights, and what the outputs make of them."""
+
+    J: Tensor  # (N, outputs, P)
+    outputs: Tensor  # (N, …)
+    coupled: bool  # whether an example's output depends on the others
+
+    def fisher(self, likelihood: str, targets: Tensor | None = None) -> Tensor:
+        """``(1/N) Σ JᵀHJ``, or with targets ``(1/N) Σ Jᵀ r rᵀ J``."""
+        f = self.outputs.flatten(1)
+        if targets is not None:
+            scores = torch.einsum("no,nop->np", residuals(self.outputs, targets, likelihood).flatten(1), self.J)
+            return scores.T @ scores / len(f)
+        return torch.einsum("nop,noq,nqr->pr", self.J, output_hessian(self.outputs, likelihood), self.J) / len(f)
+
+
+def output_hessian(outputs: Tensor, likelihood: str) -> Tensor:
+    """Second derivatives of the loss by the flattened outputs, (N, outputs, outputs)."""
+    f = outputs.flatten(1)
+    if likelihood == "gaussian":
+        return torch.eye(f.shape[1], dtype=F64).expand(len(f), -1, -1)
+    if likelihood == "bernoulli":
+        return torch.diag_embed(f.sigmoid() * (-f).sigmoid())
+    p = outputs.softmax(-1).flatten(1, -2) if outputs.ndim > 2 else outputs.softmax(-1)[:, None]
+    H = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]  # (N, R, C, C)
+    return torch.stack([torch.block_diag(*position) for position in H])
+
+
+def residuals(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
+    """Derivatives of the loss by the outputs, written out."""
+    if likelihood == "categorical":
+        hot = torch.zeros_like(outputs).scatter_(-1, targets.long()[..., None], 1.0)
+        return outputs.softmax(-1) - hot
+    return (outputs.sigmoid() if likelihood == "bernoulli" else outputs) - targets.to(F64)
+
+
+def truth(model: nn.Module, inputs: list[Tensor], partition: kv.Partition) -> Truth:
+    """Of a model in float64 and in the mode that counts; the model is the oracle's own."""
+    parameters, layout = [], []
+    for layer in partition.layers:
+        module = model.get_submodule(layer.name)
+        here = [p for p in (module.weight, module.bias) if p is not None]
+        parameters += here
+        layout.append((layer, len(here)))
+    rows, values = [], []
+    N = len(inputs[0])
+    for n in range(N):
+        with torch.enable_grad():
+            out = model(*(x[n : n + 1].clone() for x in inputs))
+        values.append(out.detach())
+        flat = out.flatten()
+        for k in range(len(flat)):
+            grads = torch.autograd.grad(flat[k], parameters, retain_graph=True, allow_unused=True)
+            grads = iter([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)])
+            pieces = []
+            for layer, count in layout:
+                W = next(grads).reshape(layer.out, -1)
+                if count == 2:
+                    W = torch.cat([W, next(grads)[:, None]], 1)
+                pieces.append(W.flatten())
+            rows.append(torch.cat(pieces))
+    outputs = torch.cat(values)
+    with torch.no_grad():
+        together = model(*(x.clone() for x in inputs))
+    coupled = together.shape != outputs.shape or bool(
+        ((together - outputs).abs() > 1e-8 * (1 + outputs.abs().max())).any()
+    )
+    return Truth(torch.stack(rows).view(N, -1, partition.size), outputs, coupled)
+
+
+def perturbed(t: Try, model: nn.Module, inputs: list[Tensor], eps: float) -> tuple[nn.Module, list[Tensor]]:
+    """Weights and inputs moved by a few units in the last place: what moves with them is not known better."""
+    jitter = lambda x: x * (1 + 4 * eps * t.normal(*x.shape)) if x.is_floating_point() else x
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.copy_(jitter(p))
+    return twin, [jitter(x) for x in inputs]
+
+
+def scores(F: kv.Fisher) -> Tensor:
+    """(S, N, P), from the captured vectors."""
+    layers = zip(F.g, F.a, strict=True)
+    return torch.cat([torch.einsum("snto,nti->snoi", g.to(F64), a.to(F64)).flatten(2) for g, a in layers], -1)
+
+
+def gram(F: kv.Fisher) -> Tensor:
+    J = scores(F).flatten(0, 1)
+    return J.T @ J / F.N
+
+
+def kron_factors(F: kv.Fisher, convention: str = "expand") -> list[tuple[Tensor, Tensor]]:
+    """(A, G) of every layer in float64."""
+    pairs = []
+    for a, g in zip(F.a, F.g, strict=True):
+        a, g = a.to(F64), g.to(F64)
+        if convention == "reduce":
+            a, g = a.mean(1), g.sum(2)
+            pairs.append((a.T @ a / F.N, torch.einsum("sno,snp->op", g, g) / F.N))
+        else:
+            pairs.append((
+                torch.einsum("nti,ntj->ij", a, a) / (F.N * a.shape[1]), torch.einsum("snto,sntp->op", g, g) / F.N,
+            ))  # fmt: skip
+    return pairs
+
+
+def kfac_inverse(pairs: list[tuple[Tensor, Tensor]], λ: float, rule: str) -> tuple[list[Tensor], list[float]]:
+    """The blocks of K-FAC's M, and how far a change of one unit in the factors' last place moves each."""
+    blocks, moves = [], []
+    for A, G in pairs:
+        if rule == "eigen":
+            K = torch.kron(G, A) + λ * torch.eye(len(A) * len(G), dtype=F64)
+            block = pinv(K)
+            moves.append(condition(K))
+        else:
+            ratio = float(A.trace() / len(A)) / float(G.trace() / len(G)) if float(G.trace()) else 0.0
+            π = ratio**0.5 if 0 < ratio < math.inf else 1.0
+            left = G + λ**0.5 / π * torch.eye(len(G), dtype=F64)
+            right = A + λ**0.5 * π * torch.eye(len(A), dtype=F64)
+            block = torch.kron(pinv(left), pinv(right))
+            moves.append(condition(left) + condition(right))
+        blocks.append(block)
+    return blocks, moves
+
+
+def pinv(X: Tensor) -> Tensor:
+    inverse, info = torch.linalg.inv_ex(X)
+    return inverse if int(info) == 0 else torch.full_like(X, math.inf)
+
+
+def condition(X: Tensor) -> float:
+    """Of a symmetric matrix; inf where it is singular or not finite."""
+    if not X.numel():
+        return 1.0
+    if not bool(torch.isfinite(X).all()):
+        return math.inf
+    d = torch.linalg.eigvalsh(X).abs()
+    return float(d.max() / d.min()) if float(d.min()) > 0 else math.inf
+
+
+def norm(X: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(X)) if X.numel() else 0.0
+
+
+def allowance(dtype: torch.dtype, condition: float, size: float) -> float:
+    """Round-off that a correct result of this size may have; inf where precision is hopeless."""
+    eps = torch.finfo(dtype).eps
+    if not eps * condition <= HOPELESS or not math.isfinite(size):
+        return math.inf
+    return ROUND_OFF * eps * max(condition, 1.0) * size + 1e3 * torch.finfo(dtype).tiny / eps
+
+
+# ---- kinds of tries: capture -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def untouched(t: Try, model: nn.Module, what: str) -> Iterator[None]:
+    """The model and the global random state are afterwards what they were, whatever happened."""
+
+    def facts() -> dict[str, Any]:
+        if not isinstance(model, nn.Module):
+            return {}
+        lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
+        values = {} if lazy else {k: v.detach().clone() for k, v in model.state_dict().items()}
+        return {
+            "weights and buffers": values,
+            "training flags": [m.training for m in model.modules()],
+            "requires_grad": [p.requires_grad for p in model.parameters()],
+            "gradients": [p.grad is None for p in model.parameters()],
+            "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+            "random state": torch.get_rng_state(),
+        }
+
+    before = facts()
+    try:
+        yield
+    finally:
+        changed = difference(before, facts())
+        t.check(changed is None, f"{what} changed the model's {(changed or '').split('.')[1:2]}", changed)
+
+
+def capture(t: Try) -> None:
+    """A network, data, a likelihood: the Fisher against per-example autograd."""
+    net, dtype, N = network(t), t.pick(*DTYPES), examples(t)
+    model, inputs = net.build(dtype), batch(t, net, N, dtype)
+    likelihood = t.pick("categorical", "bernoulli", "gaussian")
+    flavour = t.pick("exact", "exact", "exact", "mc", "empirical")
+    model.train(t.chance(0.5))
+    options: dict[str, Any] = {"likelihood": likelihood, "fisher": flavour}
+    if flavour == "mc":
+        options["samples"] = t.pick(1, 1, 2, 3)
+    if flavour == "empirical":
+        options["targets"] = labels(t, outputs_of(net, inputs, dtype), likelihood)
+    given: Any = inputs[0] if len(inputs) == 1 else tuple(inputs)
+    asked: Any = model
+    if t.chance(0.3):
+        way = t.whole(0, 9)
+        if way <= 3:
+            inputs[0] = given = spoiled(t, inputs[0])
+            if net.inputs == 2:
+                given = (given, inputs[1])
+        elif way == 4 and "targets" in options:
+            options["targets"] = spoiled(t, options["targets"])
+        elif way == 4:
+            options["targets"] = t.pick(torch.zeros(N).long(), 0, "x")
+        elif way == 5:
+            options[t.pick("likelihood", "fisher")] = t.pick(*WORDS)
+        elif way == 6:
+            options |= {"fisher": "mc", "samples": t.pick(*BAD_COUNTS, 0, np.int64(2), 10**400)}
+            options.pop("targets", None)
+        elif way == 7:
+            names = [name for name, _ in model.named_modules()]
+            options["layers"] = t.pick("0", [], [0], ["nope"], [None], 3, [[]], iter(names), names[-1:], names[1:2])
+        elif way == 8:
+            options["generator"] = t.pick(3, "x", torch.Generator(), random.Random(1))
+        else:
+            asked = t.pick(None, model.forward, list(model.parameters()), nn.Linear, nn.Sequential(), "model")
+            if t.chance(0.5):
+                asked = model.to("meta") if t.chance(0.5) else nn.Sequential(model)
+    twin = lambda: net.build(dtype).to(F64).eval()
+    context = surroundings(t) if t.chance(0.1) else contextlib.nullcontext()
+    arguments = given if isinstance(given, (tuple, list)) else (given,)
+    with untouched(t, asked, "capture"), context:
+        F = t.call(lambda: kv.capture(asked, given, **options), excuse=lambda: model.eval()(*arguments))
+    if asked is not model:
+        if isinstance(asked, nn.Sequential) and len(asked) == 1:
+            twin = lambda: nn.Sequential(net.build(dtype)).to(F64).eval()
+        else:
+            return t.wrong("capture accepted what is no model", type(asked))
+    judge_fisher(t, "capture", F, twin, inputs, options, dtype, net.name)
+
+
+def outputs_of(net: Net, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """What the network returns, or something of the usual shape where it fails or returns something else."""
+    with contextlib.suppress(Exception), torch.no_grad():
+        out = net.build(dtype).eval()(*(x.clone() for x in inputs))
+        if isinstance(out, Tensor) and out.ndim > 1:
+            return out
+    return torch.zeros(len(inputs[0]), 2, dtype=dtype)
+
+
+def judge_fisher(
+    t: Try,
+    what: str,
+    F: kv.Fisher,
+    twin: Callable[[], nn.Module],
+    inputs: list[Tensor],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    name: str,
+) -> None:
+    """A Fisher against per-example autograd."""
+    where = f"{what}({name})"
+    model = twin()
+    exact = [x.detach().clone() if not x.is_floating_point() else x.detach().to(F64).clone() for x in inputs]
+    found = t.call(F.dense)
+    if not t.finite(f"{what}: F.dense()", found):
+        return
+    true = truth(model, exact, F.partition)
+    if true.coupled and len(exact[0]) > 1:
+        return t.wrong(f"{where} accepted a model that couples the examples")
+    if F.N != len(true.outputs):
+        return t.wrong(f"{where} counts other examples than there are", f"{F.N}, {len(true.outputs)}")
+    if options["fisher"] == "mc":
+        return judge_labels(t, where, F, true, options, dtype)
+    of = lambda truth: truth.fisher(options["likelihood"], options.get("targets"))
+    expected = of(true)
+    eps, size = torch.finfo(dtype).eps, norm(true.J.flatten(0, 1)) ** 2 / F.N
+    largest = float(expected.abs().max())
+    off = float((found.to(F64) - expected).abs().max())
+    allowed = ROUND_OFF * eps * (largest + eps * size + (largest * size) ** 0.5 * eps**0.5) + torch.finfo(dtype).tiny
+    if not off <= allowed and math.isfinite(size):
+        moved = [truth(*perturbed(t, model, exact, eps), F.partition) for _ in range(6)]
+        allowed += 50 * max(float((of(other) - expected).abs().max()) for other in moved)
+        t.check(off <= allowed, f"{where}: F.dense() is wrong", f"off by {off:.3g}, allowed {allowed:.3g}")
+    v = t.normal(F.partition.size, dtype=F.dtype)
+    dense = found.to(F64)
+    t.close(f"{what}: F @ v", t.call(lambda: F @ v), dense @ v.to(F64), allowance(F.dtype, 1, size * norm(v[None])))
+
+
+def judge_labels(t: Try, where: str, F: kv.Fisher, true: Truth, options: dict, dtype: torch.dtype) -> None:
+    """Every Monte Carlo score belongs to some label."""
+    samples, outputs, likelihood = int(options["samples"]), true.outputs, options["likelihood"]
+    found, (N, C) = scores(F) * samples**0.5, outputs.flatten(1).shape
+    t.check(F.S == samples, f"{where}: another number of samples", F.S)
+    tol = (1e3 if dtype in (F64, torch.float32) else 30) * torch.finfo(dtype).eps
+    for n in range(N):
+        J = true.J[n]
+        if likelihood == "gaussian":
+            fitted = J.T @ (torch.linalg.pinv(J.T, rtol=1e-12) @ found[:, n].T)
+            off = float((fitted - found[:, n].T).abs().max()) if dtype == F64 else 0.0
+            t.check(off <= 1e-6 * (1 + norm(J)), f"{where}: a sampled score lies outside the Jacobian", off)
+            continue
+        if likelihood == "categorical" and outputs.ndim > 2 or C > 4:
+            continue
+        choices = range(C) if likelihood == "categorical" else itertools.product((0.0, 1.0), repeat=C)
+        y = torch.tensor(list(choices), dtype=F64 if likelihood == "bernoulli" else torch.long)
+        f = outputs[n].flatten().expand(len(y), C)
+        candidates = residuals(f, y.view(len(y), *(() if likelihood == "categorical" else (C,))), likelihood) @ J
+        off = float(torch.cdist(found[:, n], candidates).amin(1).max())
+        bound = tol * (1 + norm(J)) * (1 + norm(outputs[n].flatten()[None]))
+        t.check(off <= bound or dtype not in (F64,), f"{where}: a sampled score belongs to no label", f"{off:.3g}")
+
+
+KINDS: dict[str, Callable[[Try], None]] = {"capture": capture}
+
+
+# ---- running -----------------------------------------------------------------------------------------
+
+
+def attempt(kind: str, seed: int) -> Outcome:
+    """One try of one kind."""
+    t = Try(kind, seed)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        try:
+            KINDS[kind](t)
+            t.outcome.accepted = not t.refusals
+        except Refused:
+            pass
+        except Raw as error:
+            t.record(error.__cause__)
+        except Hanging as error:
+            t.record(error)
+        except Exception as error:  # a mistake in this file
+            t.outcome.failures.append(("fuzz", f"{type(error).__name__} {gist(str(error))}"))
+            t.outcome.details.append("".join(traceback.format_exception(error)))
+    t.outcome.refused = t.refusals > 0
+    return t.outcome
+
+
+def drawn_kind(seed: int) -> str:
+    return random.Random(f"kind {seed}").choice(list(KINDS))
+
+
+def _alarm(*_: object) -> None:
+    raise Hanging(f"no answer within {PATIENCE} seconds")
+
+
+def run(seeds: range, only: str | None = None) -> list[Outcome]:
+    """Tries of these seeds, one after another in this process."""
+    outcomes = []
+    previous = signal.signal(signal.SIGALRM, _alarm)
+    try:
+        for seed in seeds:
+            signal.alarm(PATIENCE)
+            outcomes.append(attempt(only or drawn_kind(seed), seed))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+    return outcomes
+
+
+def _chunk(work: tuple[range, str | None]) -> list[Outcome]:
+    torch.set_num_threads(1)
+    outcomes = run(*work)
+    for outcome in outcomes:
+        outcome.details = [text[-2000:] for text in outcome.details]
+    return outcomes
+
+
+@dataclass
+class Report:
+    """Counts per kind, and every distinct failure with the first try that shows it."""
+
+    counts: dict[str, Counter] = field(default_factory=dict)
+    failures: dict[tuple[str, str, str], list[Outcome]] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome) -> None:
+        count = self.counts.setdefault(outcome.kind, Counter())
+        sorts = {sort for sort, _ in outcome.failures}
+        count.update(tries=1, accepted=outcome.accepted, refused=outcome.refused)
+        count.update(raw="raw" in sorts, silent="silent" in sorts)
+        for sort, what in outcome.failures:
+            self.failures.setdefault((sort, outcome.kind, what), []).append(outcome)
+
+    def __str__(self) -> str:
+        heads = ("tries", "accepted", "refused", "raw", "silent")
+        names = ("tries", "accepted", "refused by a sentence", "raw errors", "silent differences")
+        lines = [f"{'kind of try':14}" + "".join(f"{name:>{len(name) + 3}}" for name in names)]
+        total = Counter()
+        for kind, count in sorted(self.counts.items()):
+            total.update(count)
+            lines.append(f"{kind:14}" + "".join(f"{count[h]:>{len(n) + 3}}" for h, n in zip(heads, names, strict=True)))
+        lines.append(f"{'all':14}" + "".join(f"{total[h]:>{len(n) + 3}}" for h, n in zip(heads, names, strict=True)))
+        for (sort, kind, what), outcomes in sorted(self.failures.items(), key=lambda item: -len(item[1])):
+            again = f"--only {kind} --seed {outcomes[0].seed} --tries 1"
+            lines.append(f"\n{sort}, {len(outcomes)} times: {what}\n    python tests/fuzz.py {again}")
+        return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Random tries of the public API.")
+    parser.add_argument("--tries", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first try; the others count up from it")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--only", choices=sorted(KINDS), help="one kind of try")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
+    args = parser.parse_args(argv)
+    report, started, seeds = Report(), time.monotonic(), range(args.seed, args.seed + args.tries)
+    chunks = [(seeds[i : i + 100], args.only) for i in range(0, len(seeds), 100)]
+    with contextlib.ExitStack() as stack_:
+        if args.jobs > 1 and len(chunks) > 1:
+            pool = stack_.enter_context(multiprocessing.get_context("spawn").Pool(min(args.jobs, len(chunks))))
+            results = pool.imap_unordered(_chunk, chunks)
+        else:
+            results = map(_chunk, chunks)
+        for outcomes in results:
+            for outcome in sorted(outcomes, key=lambda o: o.seed):
+                report.add(outcome)
+                if args.tries == 1:
+                    print(*outcome.details, sep="\n")
+            if time.monotonic() - started > 60 * args.minutes:
+                break
+    print(report)
+    print(f"\n{len(report.failures)} distinct failures in {time.monotonic() - started:.0f} seconds.")
+    return bool(report.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
