@@ -88,6 +88,7 @@ class Try:
         self.random = random.Random(f"{kind} {seed}")
         self.outcome = Outcome(kind, seed)
         self.refusals = 0
+        self.benign = False  # nothing about this try gives a reason to refuse it
         torch.manual_seed(self.random.getrandbits(32))
         self.source = torch.Generator().manual_seed(self.random.getrandbits(32))
 
@@ -195,10 +196,11 @@ def gist(message: str) -> str:
 
 
 def same_error(error: BaseException, excuse: Callable[[], Any]) -> bool:
-    try:
-        excuse()
-    except Exception as other:
-        return type(other) is type(error) and gist(str(other)) == gist(str(error))
+    with torch.random.fork_rng(devices=[]):
+        try:
+            excuse()
+        except Exception as other:
+            return type(other) is type(error) and gist(str(other)) == gist(str(error))
     return False
 
 
@@ -595,6 +597,7 @@ class Truth:
 
     J: Tensor  # (N, outputs, P)
     outputs: Tensor  # (N, …)
+    precision: torch.dtype  # of the outputs that the model returns
     coupled: bool  # whether an example's output depends on the others
 
     def fisher(self, likelihood: str, targets: Tensor | None = None) -> Tensor:
@@ -652,12 +655,13 @@ def truth(model: nn.Module, inputs: list[Tensor], partition: kv.Partition) -> Tr
                 pieces.append(W.flatten())
             rows.append(torch.cat(pieces))
     outputs = torch.cat(values)
+    precision = outputs.dtype
     with torch.no_grad():
         together = model(*(x.clone() for x in inputs))
     coupled = together.shape != outputs.shape or bool(
-        ((together - outputs).abs() > 1e-8 * (1 + outputs.abs().max())).any()
+        ((together - outputs).abs() > 1e3 * torch.finfo(precision).eps * (1 + outputs.abs().max())).any()
     )
-    return Truth(torch.stack(rows).view(N, -1, partition.size), outputs, coupled)
+    return Truth(torch.stack(rows).view(len(outputs), -1, partition.size).to(F64), outputs.to(F64), precision, coupled)
 
 
 def perturbed(t: Try, model: nn.Module, inputs: list[Tensor], eps: float) -> tuple[nn.Module, list[Tensor]]:
@@ -813,7 +817,7 @@ def capture(t: Try) -> None:
     context = surroundings(t) if t.chance(0.1) else contextlib.nullcontext()
     arguments = given if isinstance(given, (tuple, list)) else (given,)
     with untouched(t, asked, "capture"), context:
-        F = t.call(lambda: kv.capture(asked, given, **options), excuse=lambda: model.eval()(*arguments))
+        F = t.call(lambda: kv.capture(asked, given, **options), excuse=lambda: net.build(dtype).eval()(*arguments))
     if asked is not model:
         if isinstance(asked, nn.Sequential) and len(asked) == 1:
             twin = lambda: nn.Sequential(net.build(dtype)).to(F64).eval()
@@ -849,15 +853,16 @@ def judge_fisher(
     if not t.finite(f"{what}: F.dense()", found):
         return
     true = truth(model, exact, F.partition)
-    if true.coupled and len(exact[0]) > 1:
+    if true.coupled:
         return t.wrong(f"{where} accepted a model that couples the examples")
-    if F.N != len(true.outputs):
-        return t.wrong(f"{where} counts other examples than there are", f"{F.N}, {len(true.outputs)}")
+    if F.N != len(exact[0]):
+        return t.wrong(f"{where} counts other examples than there are", f"{F.N}, {len(exact[0])}")
     if options["fisher"] == "mc":
         return judge_labels(t, where, F, true, options, dtype)
     of = lambda truth: truth.fisher(options["likelihood"], options.get("targets"))
     expected = of(true)
-    eps, size = torch.finfo(dtype).eps, norm(true.J.flatten(0, 1)) ** 2 / F.N
+    eps = max(torch.finfo(kind).eps for kind in (dtype, true.precision))
+    size = norm(true.J.flatten(0, 1)) ** 2 / F.N
     largest = float(expected.abs().max())
     off = float((found.to(F64) - expected).abs().max())
     allowed = ROUND_OFF * eps * (largest + eps * size + (largest * size) ** 0.5 * eps**0.5) + torch.finfo(dtype).tiny
@@ -894,7 +899,500 @@ def judge_labels(t: Try, where: str, F: kv.Fisher, true: Truth, options: dict, d
         t.check(off <= bound or dtype not in (F64,), f"{where}: a sampled score belongs to no label", f"{off:.3g}")
 
 
-KINDS: dict[str, Callable[[Try], None]] = {"capture": capture}
+# ---- kinds of tries: operators on a made-up Fisher ---------------------------------------------------
+
+
+def made_up(t: Try, *, tame: bool = False) -> kv.Fisher:
+    """A Fisher of random inputs and vectors, of one to four small layers."""
+    dtype = t.pick(F64, F64, torch.float32)
+    N, S = t.pick(1, 2, 3, 5, 8), t.pick(1, 1, 2, 3)
+    shared = t.pick(None, None, (t.whole(1, 3), t.whole(1, 3)))  # layers of one shape go through one product
+    same_T = t.pick(1, 1, 1, t.whole(1, 3), None)
+    layers, a, g = [], [], []
+    for l in range(t.pick(1, 2, 2, 3, 4)):
+        out, features = shared if shared and t.chance(0.8) else (t.whole(1, 4), t.whole(1, 4))
+        T = same_T or t.whole(1, 3)
+        layers.append(Layer(t.pick(f"{l}", f"body.{l}"), out, features, bias=features > 1 and t.chance(0.5)))
+        a.append(t.normal(N, T, features))
+        g.append(t.normal(S, N, T, out))
+    t.benign = True
+    if not tame and t.chance(0.5):
+        t.benign = False
+        l, side = t.whole(0, len(layers) - 1), t.pick(a, g)
+        way = t.whole(0, 5)
+        if way == 0:
+            side[l] = side[l] * 0
+        elif way == 1:
+            side[l] = side[l][..., :1].expand_as(side[l]).clone()
+        elif way == 2:
+            side[l] = side[l] * 10.0 ** t.whole(-8, 8)
+        elif way == 3:
+            power = t.pick(*((15, -15, 75, 150, -75, -150, -300, 300) if dtype == F64 else (9, 18, 30, -9, -18, -30, -40)))
+            side[l] = side[l] * 10.0**power
+        elif way == 4:
+            scale = 10.0 ** t.pick(*((-5, 5, 50, -50, -80, 100) if dtype == F64 else (-5, 5, 9, -9, -12, 15)))
+            a, g = [x * scale for x in a], [x * scale for x in g]
+        else:
+            a, g = [x.round() for x in a], [x.round() for x in g]
+    return kv.Fisher(kv.Partition(tuple(layers)), [x.to(dtype) for x in a], [x.to(dtype) for x in g])
+
+
+def take_damping(t: Try, build: Callable[[Any], Any], what: str) -> tuple[Any, float]:
+    """Something built with some λ, and what λ is."""
+    asked = damping(t)
+    λ = number(asked)
+    t.benign = t.benign and λ is not None and 1e-3 <= λ <= 1e6 and not isinstance(asked, (Fraction, Decimal))
+    built = t.call(lambda: build(asked))
+    if λ is None:
+        t.wrong(f"{what} accepted the damping {asked!r}"[:80])
+        raise Refused
+    return built, λ
+
+
+def tridiagonal(F: kv.Fisher, λ: float) -> tuple[Tensor, float]:
+    """The Gaussian chain of K-FAC's section 4.3 written out, and its condition."""
+    pairs, s = kron_factors(F), F.partition.slices
+    K, Ks = [], []
+    for A, G in pairs:
+        ratio = float(A.trace() / len(A)) / float(G.trace() / len(G)) if float(G.trace()) else 0.0
+        π = ratio**0.5 if 0 < ratio < math.inf else 1.0
+        K.append(torch.kron(G + λ**0.5 / π * torch.eye(len(G), dtype=F64), A + λ**0.5 * π * torch.eye(len(A), dtype=F64)))
+    Ξ, Λ = torch.eye(F.partition.size, dtype=F64), torch.zeros(F.shape, dtype=F64)
+    worst = max(condition(X) for X in K)
+    for l, block in enumerate(K):
+        Σ = block
+        if l + 1 < len(K):
+            a, b = (F.a[i].to(F64).flatten(0, 1) / F.a[i].shape[1] ** 0.5 for i in (l, l + 1))
+            g, h = (F.g[i].to(F64).flatten(0, 2) for i in (l, l + 1))
+            cross = torch.kron(g.T @ h / F.N, a.T @ b / F.N)
+            Ψ = cross @ pinv(K[l + 1])
+            Ξ[s[l], s[l + 1]] = -Ψ
+            Σ = block - Ψ @ cross.T
+            worst *= max(1.0, norm(Ψ))
+        worst = max(worst, norm(block) * norm(pinv(Σ)) * max(condition(X) for X in K))
+        Λ[s[l], s[l]] = pinv(Σ)
+    del Ks
+    return Ξ.T @ Λ @ Ξ, worst
+
+
+def operators(t: Try) -> None:
+    """One-level operators and preconditioners against dense formulas."""
+    F = made_up(t)
+    P, eye, exact = F.partition.size, torch.eye(F.partition.size, dtype=F64), gram(F)
+    s, layers = F.partition.slices, range(len(F.partition))
+    size = float(exact.trace())
+    convention = t.pick("expand", "expand", "reduce")
+    what = t.pick("Fisher", "damped", "KFAC", "KFAC", "KFAC", "EKFAC", "BlockDiagonal", "BlockTridiagonal", "Diagonal",
+                  "Identity", "KroneckerFisher", "Dense")  # fmt: skip
+    λ, moves = 0.0, [1.0] * len(F.partition)
+    if what == "Fisher":
+        op, expected = F, exact
+    elif what == "damped":
+        op, λ = take_damping(t, F.damped, what)
+        expected = exact + λ * eye
+    elif what == "KFAC":
+        rule = t.pick("eigen", "factored")
+        given = t.pick(F, kv.KroneckerFactors(F.partition, *map(tuple, zip(*(F.factors(l, l) for l in layers), strict=True))))
+        convention = convention if given is F else "expand"
+        what = f"KFAC {rule}"
+        op, λ = take_damping(t, lambda x: kv.KFAC(given, x, rule, *([convention] if given is F else [])), what)
+        blocks, moves = kfac_inverse(kron_factors(F, convention), λ, rule)
+        expected = torch.block_diag(*blocks)
+    elif what == "EKFAC":
+        op, λ = take_damping(t, lambda x: kv.EKFAC(F, x, convention), what)
+        blocks = []
+        for l in layers:
+            U = torch.kron(op.factors.eigen_G[l].U.to(F64), op.factors.eigen_A[l].U.to(F64))
+            d = torch.einsum("pi,pq,qi->i", U, exact[s[l], s[l]], U)
+            blocks.append((U / (d + λ)) @ U.T)
+            moves[l] = float((exact[s[l], s[l]].trace() + λ) / (d.min() + λ)) if float(d.min() + λ) > 0 else math.inf
+        expected = torch.block_diag(*blocks)
+    elif what == "BlockDiagonal":
+        op, λ = take_damping(t, lambda x: kv.BlockDiagonal(F, x), what)
+        damped = [exact[i, i] + λ * torch.eye(i.stop - i.start, dtype=F64) for i in s]
+        expected, moves = torch.block_diag(*map(pinv, damped)), [condition(X) for X in damped]
+    elif what == "BlockTridiagonal":
+        t.benign = False  # a chain may be determined at any λ
+        op, λ = take_damping(t, lambda x: kv.BlockTridiagonal(F, x), what)
+        expected, worst = tridiagonal(F, λ)
+        moves = [worst] * len(s)
+    elif what == "Diagonal":
+        power = t.pick(1.0, 1, 0.5, 0.0, 0.3, *((math.nan, -1, 2, None, "1", True, 1j) if t.chance(0.2) else ()))
+        t.benign = t.benign and power in (1.0, 0.5, 0.0, 0.3)
+        op, λ = take_damping(t, lambda x: kv.Diagonal(F, x, power), what)
+        expected = (exact.diagonal() + λ).pow(-float(power)).diag()
+    elif what == "Identity":
+        op, λ = take_damping(t, lambda x: kv.Identity(F, x), what)
+        expected = eye
+    elif what == "KroneckerFisher":
+        t.benign = False  # refused where positions differ
+        op = t.call(lambda: kv.KroneckerFisher(F, convention))
+        expected = kronecker_model(F, convention)
+        size = float(expected.trace())
+    else:
+        matrix = F.dense()
+        if t.chance(0.3):
+            t.benign, matrix = False, spoiled(t, matrix)
+        op = t.call(lambda: kv.Dense(matrix, F.partition))
+        expected = matrix.detach().to(F64)
+        t.check(norm(expected - expected.T) <= 1e-3 * norm(expected), "Dense took a matrix that is not symmetric")
+    inverse = what not in ("Fisher", "damped", "KroneckerFisher", "Dense", "Identity")
+    judge_matrix(t, what, op, expected, (size + λ, moves) if not inverse else (None, moves))
+    if hasattr(op, "with_damping") and t.chance(0.4):
+        other, λ = take_damping(t, op.with_damping, f"{what}.with_damping")
+        fresh = {"damped": lambda: F.damped(λ), "BlockDiagonal": lambda: kv.BlockDiagonal(F, λ),
+                 "Identity": lambda: kv.Identity(F, λ), "EKFAC": lambda: kv.EKFAC(F, λ, convention)}  # fmt: skip
+        if what in fresh:
+            again = t.call(fresh[what]).dense().to(F64)
+            t.close(f"{what}.with_damping: dense()", other.dense(), again, allowance(F.dtype, 1, norm(again)))
+        if what.startswith("KFAC"):
+            blocks, moves = kfac_inverse(kron_factors(F, convention), λ, rule)
+            judge_matrix(t, f"{what}.with_damping", other, torch.block_diag(*blocks), (None, moves))
+    if what == "damped":
+        v = t.normal(P, dtype=F.dtype) if t.chance(0.6) else t.normal(P, 2, dtype=F.dtype)
+        x = t.call(lambda: op.solve(v))
+        A = exact + λ * eye
+        target = pinv(A) @ v.to(F64)
+        t.close("damped.solve", x, target, allowance(F.dtype, condition(A), norm(pinv(A)) * float(v.norm())))
+
+
+def kronecker_model(F: kv.Fisher, convention: str) -> Tensor:
+    """All blocks ``G_lm ⊗ A_lm``."""
+    A, G = [], []
+    for a, g in zip(F.a, F.g, strict=True):
+        a, g = a.to(F64), g.to(F64)
+        A.append(a.mean(1) if convention == "reduce" else a.flatten(0, 1) / a.shape[1] ** 0.5)
+        G.append(g.sum(2).flatten(0, 1) if convention == "reduce" else g.flatten(0, 2))
+    rows = [torch.cat([torch.kron(g.T @ h / F.N, a.T @ b / F.N) for b, h in zip(A, G, strict=True)], 1)
+            for a, g in zip(A, G, strict=True)]  # fmt: skip
+    return torch.cat(rows)
+
+
+def judge_matrix(
+    t: Try, what: str, op: kv.Operator, expected: Tensor, bounds: tuple[float | None, list[float]]
+) -> None:
+    """dense(), products, blocks and the diagonal of an operator; bounds are (size or None, condition of each layer).
+    Without a size, entries may be off by the condition of their layer times the norm of its block."""
+    size, moves = bounds
+    dtype, slices, dense = op.dtype, op.partition.slices, t.call(op.dense)
+    if not t.finite(f"{what}: dense()", dense):
+        return
+    sizes = [norm(expected[i, i]) if size is None else size for i in slices]
+    for l, m in itertools.product(range(len(slices)), repeat=2):
+        allowed = max(allowance(dtype, moves[i], sizes[i]) for i in (l, m))
+        t.close(f"{what}: dense()", dense[slices[l], slices[m]], expected[slices[l], slices[m]], allowed)
+    found, P = dense.to(F64), op.partition.size
+    largest = norm(found)
+    v = t.normal(P, dtype=dtype) if t.chance(0.5) else t.normal(P, t.whole(0, 3), dtype=dtype)
+    if t.chance(0.25):
+        t.benign, v = False, spoiled(t, v)
+    with surroundings(t) if t.chance(0.1) else contextlib.nullcontext():
+        product = t.call(lambda: op @ v)
+    v64 = torch.as_tensor(v).detach().to(F64)
+    v64 = v64.to_dense() if v64.layout != torch.strided else v64
+    t.close(f"{what} @ v", product, found @ v64, allowance(dtype, 1, largest * float(v64.norm())))
+    l, m = t.whole(0, len(slices) - 1), t.whole(0, len(slices) - 1)
+    block = t.call(lambda: op.block(op.partition.names[l] if t.chance(0.3) else l, m))
+    t.close(f"{what}.block", block, found[slices[l], slices[m]], allowance(dtype, 1, largest))
+    t.close(f"{what}.diagonal", t.call(op.diagonal), found.diagonal(), allowance(dtype, 1, largest))
+
+
+# ---- kinds of tries: two levels, and what they are worth ---------------------------------------------
+
+BUILDERS = ("nicolaides", "spectral", "smooth", "krylov", "random", "optimal", "columns")
+
+
+def coarse_space(t: Try, F: kv.Fisher, A: kv.Operator, M: kv.Operator) -> kv.CoarseSpace:
+    name = t.pick(*BUILDERS)
+    k = t.pick(0, 1, 1, 2, 2, 3, 5, 20) if t.chance(0.95) else t.pick(*BAD_COUNTS, 10**400, 2**70, np.int64(2))
+    t.benign = t.benign and type(k) is int and 0 <= k < 2
+    if name == "columns":
+        columns = t.normal(F.partition.size, t.whole(0, 6), dtype=F.dtype)
+        if columns.shape[1] and t.chance(0.5):
+            columns[:, -1] = columns[:, 0] * t.pick(1, -2, 0, 1e-200) + t.pick(0, 0, 1e-9, 1e-14) * columns[:, -1]
+        if t.chance(0.2):
+            columns = columns * 10.0 ** t.pick(-300, -30, -15, 15, 30, 150)
+        if t.chance(0.1):
+            columns = spoiled(t, columns)
+        t.benign = False
+        return t.call(lambda: kv.CoarseSpace(F.partition, columns))
+    if name in ("krylov", "optimal"):
+        g = t.normal(F.partition.size, dtype=F.dtype)
+        if t.chance(0.15):
+            t.benign, g = False, spoiled(t, g)
+        rest = (M, g, k) if name == "krylov" else (M, k)
+        return t.call(lambda: getattr(kv.coarse, name)(A, *rest))
+    rest = (k, t.whole(0, 9)) if name == "random" else (k,)
+    return t.call(lambda: getattr(kv.coarse, name)(F, *rest))
+
+
+def two_level_matrix(A: Tensor, M: Tensor, Z: Tensor, E: Tensor, correction: str) -> Tensor:
+    """Table of Tang et al. 2009, written with matrices."""
+    Q, I = Z @ pinv(E) @ Z.T, torch.eye(len(A), dtype=F64)
+    if correction == "additive":
+        return M + Q
+    if correction == "a-def1":
+        return Q + M @ (I - A @ Q)
+    if correction == "a-def2":
+        return M + Q @ (I - A @ M)
+    return Q + (I - A @ Q).T @ M @ (I - A @ Q)
+
+
+@dataclass
+class Levels:
+    """Two levels, and the same in float64."""
+
+    T: kv.TwoLevel
+    A: kv.Operator
+    M: kv.Operator
+    A64: Tensor
+    T64: Tensor
+    size: float  # of the terms that make up T
+    condition: float  # of what is inverted for the coarse level
+
+
+def levels(t: Try) -> Levels:
+    F = made_up(t)
+    A, λ = take_damping(t, F.damped, "damped")
+    M_λ = λ if t.chance(0.9) else number(t.pick(*DAMPINGS))
+    t.benign = t.benign and M_λ >= 1e-3
+    M = t.call(lambda: t.pick(kv.KFAC, kv.KFAC, kv.EKFAC, kv.BlockDiagonal, kv.Diagonal, kv.Identity)(F, M_λ))
+    Z = coarse_space(t, F, A, M)
+    correction = t.pick("additive", "a-def1", "a-def2", "balanced")
+    options: dict[str, Any] = {}
+    E_base, E_λ = gram(F), λ
+    if t.chance(0.15):
+        t.benign = False
+        K = t.call(lambda: kv.KroneckerFisher(F))
+        E_base = kronecker_model(F, "expand")
+        options["coarse_operator"] = K.damped(λ)
+    if t.chance(0.05):
+        t.benign, correction = False, t.pick(*WORDS)
+    T = t.call(lambda: kv.TwoLevel(A, M, Z, correction, **options))
+    eye = torch.eye(F.partition.size, dtype=F64)
+    with_damping = t.chance(0.3)
+    if with_damping:
+        T, λ = take_damping(t, T.with_damping, "TwoLevel.with_damping")
+        A, M, E_λ = T.A, T.M, λ
+    if t.chance(0.2):
+        correction = t.pick("additive", "a-def1", "a-def2", "balanced")
+        T = t.call(lambda: T.with_correction(correction))
+    A64, M64, Z64 = gram(F) + λ * eye, M.dense().to(F64), Z.dense().to(F64)
+    t.finite(f"coarse.{Z.name}", Z64)
+    E = Z64.T @ (E_base + E_λ * eye) @ Z64
+    scaled = Z64 / Z64.norm(dim=0).clamp_min(1e-300) if Z64.numel() else Z64
+    Es = scaled.T @ (E_base + E_λ * eye) @ scaled
+    worst = condition(scaled.T @ scaled) * condition(Es) if Z64.numel() else 1.0
+    q = norm(scaled @ pinv(Es) @ scaled.T) if Z64.numel() else 0.0
+    grow = 1 + norm(A64) * q
+    size = q + grow**2 * norm(M64)
+    return Levels(T, A, M, A64, two_level_matrix(A64, M64, scaled, Es, correction), size, worst)
+
+
+def twolevel(t: Try) -> None:
+    """Corrections and coarse spaces against the table."""
+    x = levels(t)
+    T, P, dtype = x.T, x.A.partition.size, x.A.dtype
+    what = f"TwoLevel {T.correction}"
+    dense = t.call(T.dense)
+    allowed = allowance(dtype, x.condition, x.size)
+    if t.close(f"{what}: dense()", dense, x.T64, allowed):
+        v = t.normal(P, dtype=dtype) if t.chance(0.5) else t.normal(P, t.whole(0, 3), dtype=dtype)
+        if t.chance(0.2):
+            t.benign, v = False, spoiled(t, v)
+        product = t.call(lambda: T @ v)
+        v64 = torch.as_tensor(v).detach().to(F64)
+        t.close(f"{what} @ v", product, x.T64 @ v64, allowance(dtype, x.condition, x.size * float(v64.norm())))
+    if t.chance(0.2):
+        t.close(f"{what}: Q.dense()", t.call(T.Q.dense), T.Q.dense().T.to(F64), allowed)
+        Z = T.Z
+        r = t.normal(P, dtype=dtype)
+        t.close("Z.restrict", t.call(lambda: Z.restrict(r)), Z.dense().to(F64).T @ r.to(F64),
+                allowance(dtype, 1, norm(Z.dense().to(F64)) * float(r.to(F64).norm())))  # fmt: skip
+
+
+def worth(t: Try) -> None:
+    """pcg, spectra, captured decrease and exact directions."""
+    x = levels(t)
+    A, T, dtype, P = x.A, t.pick(x.T, x.T, x.M, None), x.A.dtype, x.A.partition.size
+    T64 = {id(x.T): x.T64, id(None): torch.eye(P, dtype=F64)}.get(id(T), x.M.dense().to(F64))
+    eps, κ = torch.finfo(dtype).eps, condition(x.A64)
+    g = t.normal(P, dtype=dtype)
+    way = t.whole(0, 9)
+    if way == 0:
+        t.benign, g = False, spoiled(t, g)
+    elif way == 1:
+        t.benign, g = False, g * 10.0 ** t.pick(*((-300, -160, 100, 160) if dtype == F64 else (-38, -20, 15, 25)))
+    what = t.pick("pcg", "pcg", "spectrum", "condition_number", "captured_decrease", "captured_decrease", "exact")
+    t.benign = t.benign and (T is None or T.symmetric)
+    g64 = g.detach().to(F64) if isinstance(g, Tensor) and g.ndim == 1 and not g.is_complex() else None
+    if what == "pcg":
+        t.benign = False  # positive definite in exact arithmetic only
+        options: dict[str, Any] = {}
+        if t.chance(0.5):
+            options["rtol"] = t.pick(1e-2, 1e-4, 1e-10, 1e-14, 1e-300, 0, 0.0, None, math.nan, math.inf, -1, "a", True, 1,
+                                     torch.tensor(1e-3), 10**400, 1j, [])  # fmt: skip
+        if t.chance(0.3):
+            options["max_iterations"] = t.pick(0, 1, 3, *BAD_COUNTS, 10**400)
+        if t.chance(0.3):
+            options["x0"] = t.normal(P, dtype=dtype) * t.pick(1, 1, 0, 1e8, 1e-300)
+            if t.chance(0.3):
+                options["x0"] = spoiled(t, options["x0"])
+        if t.chance(0.3):
+            options["reorthogonalize"] = True
+        calls: list[tuple[Tensor, float]] = []
+        if t.chance(0.2):
+            options["callback"] = t.pick(lambda *both: calls.append(both), lambda *both: calls.append(both), "x", 3)
+        s = t.call(lambda: kv.pcg(A, g, M=T, **options))
+        t.finite("pcg: solution", s.solution)
+        t.finite("pcg: residuals", list(s.residuals))
+        true = float((g64 - x.A64 @ s.solution.detach().to(F64)).norm()) / max(float(g64.norm()), 1e-300)
+        rtol = options.get("rtol", 1e-8)
+        if t.check(isinstance(rtol, (int, float, Tensor)) and 0 < rtol < math.inf, f"pcg accepted rtol {rtol!r}"):
+            longest = max(float(s.solution.to(F64).norm()), *(float(c.to(F64).norm()) for c, _ in calls), 0.0) + (
+                float(options["x0"].detach().to(F64).norm()) if options.get("x0") is not None else 0.0)  # fmt: skip
+            slack = 100 * eps * P * (1 + s.iterations) * (1 + norm(x.A64) * longest / max(float(g64.norm()), 1e-300))
+            if s.converged:
+                t.check(not true > 2 * float(rtol) + slack, "pcg converged, and the residual is large", f"{true:.3g}")
+        t.check(not calls or len(calls) == s.iterations, "pcg called back another number of times", len(calls))
+    elif what in ("spectrum", "condition_number"):
+        if T is not None and not T.symmetric and x.T.galerkin and x.T.M.symmetric:
+            t.benign = False
+        d = t.call(lambda: kv.spectrum(A, T))
+        allowed = allowance(dtype, max(x.condition if T is x.T else 1, norm(T64) * norm(x.A64)), norm(T64) * norm(x.A64))
+        expected = torch.linalg.eigvals(T64 @ x.A64)
+        if bool(torch.isfinite(x.A64).all()):
+            t.close("spectrum", d, expected.real.sort().values, allowed + 1e-6 * norm(T64) * norm(x.A64))
+        if what == "condition_number":
+            c = t.call(lambda: kv.condition_number(A, T))
+            t.check(c >= 1 - 1e-6, "condition_number is below 1 or NaN", c)
+            if math.isfinite(c):
+                t.check(abs(c - float(d[-1] / d[0])) <= 1e-3 * c, "condition_number is wrong", c)
+    elif what == "exact":
+        v = t.call(lambda: kv.exact_direction(A, g))
+        t.close("exact_direction", v, pinv(x.A64) @ g64, allowance(dtype, κ, norm(pinv(x.A64)) * float(g64.norm())))
+    else:
+        v = t.normal(P, dtype=dtype)
+        if t.chance(0.5) and g64 is not None:
+            v = (pinv(x.A64) @ g64).to(dtype)
+        if t.chance(0.15):
+            t.benign, v = False, spoiled(t, v)
+        with surroundings(t) if t.chance(0.1) else contextlib.nullcontext():
+            share = t.call(lambda: kv.captured_decrease(A, g, v))
+        if t.finite("captured_decrease", share):
+            v64 = v.detach().to(F64)
+            a, b = float(v64.abs().max()), float(g64.abs().max())
+            v1, g1 = v64 / a if a else v64, g64 / b if b else g64
+            best = float(g1 @ pinv(x.A64) @ g1)
+            ratio = a / b if b else math.inf
+            expected = (2 * float(g1 @ v1) * ratio - float(v1 @ x.A64 @ v1) * ratio**2) / best if best else math.nan
+            terms = (2 * float(g1.abs() @ v1.abs()) * ratio + norm(x.A64) * float(v1 @ v1) * ratio**2) / best if best else 0
+            t.close("captured_decrease", torch.tensor(share, dtype=F64), torch.tensor(expected, dtype=F64),
+                    allowance(dtype, κ, terms + abs(expected)))  # fmt: skip
+
+
+# ---- kinds of tries: partitions and losses -----------------------------------------------------------
+
+
+def partitions(t: Try) -> None:
+    """Vectors to layers, parameters and back."""
+    net, dtype = network(t), t.pick(*DTYPES)
+    model = net.build(dtype)
+    with contextlib.suppress(Exception), torch.no_grad():
+        model(*batch(t, net, 2, dtype))  # gives lazy layers their shape
+    way = t.pick("sizes", "flat", "flat", "add", "add", "gradient", "layers")
+    if way == "sizes":
+        sizes = t.pick([2, 3], [1], [], [0], [-1], [2.0], ["a"], None, 3, [np.int64(2)], (4, 1), [True], iter([1, 2]), "12",
+                       [10**400], [2**62, 2**62])  # fmt: skip
+        names = t.pick(None, None, ["x", "y"], ["x", "x"], "xy", [1, 2], [None, None], 3, [[], []])
+        p = t.call(lambda: kv.Partition.from_sizes(sizes, names))
+        return void(t.check(p.size == p.offsets[-1] and len(p) == len(p.names), "Partition.from_sizes is wrong"))
+    if way == "layers":
+        given = t.pick((), [], None, 3, "x", (None,), ((1, 2),), (Layer("a", 0, 1),), (Layer("a", 1, 1), Layer("a", 2, 1)),
+                       (Layer("a", 2, 2, True),), (Layer("a", -1, -1),), (Layer("a", 1.5, 2),))  # fmt: skip
+        p = t.call(lambda: kv.Partition(given))
+        return void(t.check(isinstance(p.size, int) and p.size > 0, "Partition accepted layers without a size", given))
+    p = t.call(lambda: kv.Partition.from_model(model))
+    θ = t.call(lambda: p.pack(model))
+    expected = torch.cat([flat_layer(model.get_submodule(n).weight, model.get_submodule(n).bias) for n in p.names]).detach()
+    t.check(torch.equal(θ, expected), "Partition.pack is wrong")
+    v: Any = t.normal(p.size, dtype=dtype)
+    if t.chance(0.4):
+        v = spoiled(t, v)
+    if way == "flat":
+        pieces = t.call(lambda: p.split(v))
+        if t.chance(0.3):
+            pieces = t.pick(pieces[:-1], [*pieces, pieces[0]], pieces[::-1], None, 3, [None] * len(p), tuple(pieces),
+                            [x.flatten() for x in pieces], [x.numpy() for x in pieces] if dtype != torch.bfloat16 else [])  # fmt: skip
+        joined = t.call(lambda: p.join(pieces))
+        t.check(tuple(joined.shape) == tuple(v.shape) and torch.equal(joined, v.to(joined.dtype)) or bool((v != v).any())
+                or v.layout != torch.strided or v.device.type == "meta" or len(p) > 1 and pieces != p.split(v),
+                "Partition.join(split(v)) is another vector")  # fmt: skip
+    elif way == "gradient":
+        for q in model.parameters():
+            q.grad = t.normal(*q.shape, dtype=dtype) if q.requires_grad and t.chance(0.95) else None
+        g = t.call(lambda: p.pack_grad(model))
+        modules = [model.get_submodule(n) for n in p.names]
+        t.check(torch.equal(g, torch.cat([flat_layer(m.weight.grad, None if m.bias is None else m.bias.grad) for m in modules])),
+                "Partition.pack_grad is wrong")  # fmt: skip
+    else:
+        alpha: Any = t.pick(1.0, -1, 0.5, 0, 1e-3) if t.chance(0.7) else t.pick(1e300, 1e30, -math.inf, *BAD_DAMPINGS)
+        before = {k: q.detach().clone() for k, q in model.state_dict().items()}
+        try:
+            t.call(lambda: p.add_(model, v, alpha))
+        except (Refused, Raw):
+            t.check(difference(before, dict(model.state_dict())) is None, "Partition.add_ raised and changed the model")
+            raise
+        found = p.pack(model)
+        if t.finite("Partition.add_: parameters", found):
+            target = θ.to(F64) + float(alpha) * v.detach().to(F64)
+            t.close("Partition.add_", found, target, 8 * torch.finfo(dtype).eps * (1 + float(target.abs().max())))
+
+
+def void(_: object) -> None:
+    return None
+
+
+def flat_layer(weight: Tensor, bias: Tensor | None) -> Tensor:
+    W = weight.flatten(1)
+    return (W if bias is None else torch.cat([W, bias[:, None]], 1)).flatten()
+
+
+def losses(t: Try) -> None:
+    """nll against formulas."""
+    dtype, likelihood = t.pick(*DTYPES), t.pick("categorical", "bernoulli", "gaussian")
+    shape = (examples(t), *(t.whole(1, 4) for _ in range(t.pick(1, 1, 1, 2, 0, 3))))
+    f = t.normal(*shape, dtype=dtype) * t.pick(1, 1, 1, 10, 100, 0)
+    y = labels(t, f, likelihood) if f.ndim > 1 else t.normal(*shape, dtype=dtype)
+    way = t.whole(0, 5)
+    given: list[Any] = [f, y, likelihood]
+    if way < 2:
+        given[way] = spoiled(t, given[way])
+    elif way == 2 and t.chance(0.3):
+        given[2] = t.pick(*WORDS)
+    f.requires_grad_(t.chance(0.5))
+    loss = t.call(lambda: kv.nll(*given))
+    f, y = given[0].detach().to(F64), given[1].detach()
+    f = f.to_dense() if f.layout != torch.strided else f
+    if not bool(torch.isfinite(f).all()):
+        return
+    if likelihood == "categorical":
+        total = (f.logsumexp(-1) - f.gather(-1, y.long()[..., None])[..., 0]).sum()
+        size = f.abs().sum() + 1
+    elif likelihood == "bernoulli":
+        total, size = (functional.softplus(f) - y.to(F64) * f).sum(), f.abs().sum() + 1
+    else:
+        total = size = 0.5 * (y.to(F64) - f).square().sum()
+        size = size + (y.to(F64).square() + f.square()).sum()
+    expected = total / len(f)
+    if float(size) > torch.finfo(dtype).max / 4:
+        return  # a loss may well overflow
+    t.close(f"nll {likelihood}", loss, expected, ROUND_OFF * torch.finfo(dtype).eps * float(size) + 1e-300)
+
+
+KINDS: dict[str, Callable[[Try], None]] = {
+    function.__name__: function for function in (capture, operators, twolevel, worth, partitions, losses)
+}
 
 
 # ---- running -----------------------------------------------------------------------------------------
@@ -908,8 +1406,9 @@ def attempt(kind: str, seed: int) -> Outcome:
         try:
             KINDS[kind](t)
             t.outcome.accepted = not t.refusals
-        except Refused:
-            pass
+        except Refused as error:
+            if t.benign:
+                t.wrong(f"an ordinary case is refused: {gist(str(error.__cause__))}", error.__cause__)
         except Raw as error:
             t.record(error.__cause__)
         except Hanging as error:
