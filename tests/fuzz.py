@@ -179,20 +179,23 @@ def innermost(tb: TracebackType) -> TracebackType:
 
 
 def place(error: BaseException) -> str:
-    """The last function of the package that the error went through, and where it came from."""
+    """The last function of the package that the error went through; the first one where the input was sparse."""
     names, tb = [], error.__traceback__
     while tb is not None:
         code = tb.tb_frame.f_code
         if code.co_filename.startswith(HOME):
-            names.append(f"{os.path.basename(code.co_filename).removesuffix('.py')}.{code.co_qualname}")
+            name = code.co_qualname.split(".<locals>")[0]
+            names.append(f"{os.path.basename(code.co_filename).removesuffix('.py')}.{name}")
         tb = tb.tb_next
-    return names[-1] if names else "no frame of the package"
+    return names["parse" not in str(error) and -1] if names else "no frame of the package"
 
 
 def gist(message: str) -> str:
     """A message without what differs from one try to the next."""
+    if "parse" in message:  # a sparse tensor, whichever operation met it first
+        return "sparse tensor"
     first = message.strip().split("\n")[0] if message.strip() else ""
-    return re.sub(r"0x[0-9a-f]+|[-+]?\d[\d.e+-]*", "#", first)[:110]
+    return re.sub(r"0x[0-9a-f]+|[-+]?\d[\d.e+-]*|not '?\w+'?$|'\w+' object", "#", first)[:90]
 
 
 def same_error(error: BaseException, excuse: Callable[[], Any]) -> bool:
@@ -491,8 +494,6 @@ def network(t: Try) -> Net:
             lambda: Forward(lambda s, x: s.head(act(s.one(x.flip(0))).flip(0)), one=L(n, m), head=L(m, c)), (n,),
         ),
         "slow precision": (lambda: Forward(lambda s, x: s.one(x).float(), one=L(n, c)), (n,)),
-        "two types": (lambda: Forward(lambda s, x: s.head(s.one(x.float()).to(x)), one=L(n, m).float(),
-                                      head=L(m, c)), (n,)),
     }  # fmt: skip
     if t.chance(0.12):
         words = t.whole(1, 5)
@@ -735,7 +736,11 @@ def condition(X: Tensor) -> float:
 
 
 def norm(X: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(X)) if X.numel() else 0.0
+    """Root of the sum of squares, without their overflow or underflow."""
+    largest = float(X.detach().abs().max()) if X.numel() else 0.0
+    if not 0 < largest < math.inf:
+        return largest
+    return largest * float((X.detach().to(F64) / largest).square().sum().sqrt())
 
 
 def allowance(dtype: torch.dtype, condition: float, size: float) -> float:
@@ -1049,6 +1054,7 @@ def operators(t: Try) -> None:
             blocks, moves = kfac_inverse(kron_factors(F, convention), λ, rule)
             judge_matrix(t, f"{what}.with_damping", other, torch.block_diag(*blocks), (None, moves))
     if what == "damped":
+        λ = op.damping
         v = t.normal(P, dtype=F.dtype) if t.chance(0.6) else t.normal(P, 2, dtype=F.dtype)
         x = t.call(lambda: op.solve(v))
         A = exact + λ * eye
@@ -1088,8 +1094,8 @@ def judge_matrix(
         t.benign, v = False, spoiled(t, v)
     with surroundings(t) if t.chance(0.1) else contextlib.nullcontext():
         product = t.call(lambda: op @ v)
-    v64 = torch.as_tensor(v).detach().to(F64)
-    v64 = v64.to_dense() if v64.layout != torch.strided else v64
+    v64 = torch.as_tensor(v).detach().to_dense().to(F64)
+    t.check(product.dtype == dtype, "a product has another dtype than its operator", f"{product.dtype}, {dtype}")
     t.close(f"{what} @ v", product, found @ v64, allowance(dtype, 1, largest * float(v64.norm())))
     l, m = t.whole(0, len(slices) - 1), t.whole(0, len(slices) - 1)
     block = t.call(lambda: op.block(op.partition.names[l] if t.chance(0.3) else l, m))
@@ -1185,7 +1191,7 @@ def levels(t: Try) -> Levels:
     worst = condition(scaled.T @ scaled) * condition(Es) if Z64.numel() else 1.0
     q = norm(scaled @ pinv(Es) @ scaled.T) if Z64.numel() else 0.0
     grow = 1 + norm(A64) * q
-    size = q + grow**2 * norm(M64)
+    size = q + grow * grow * norm(M64)
     return Levels(T, A, M, A64, two_level_matrix(A64, M64, scaled, Es, correction), size, worst)
 
 
@@ -1252,17 +1258,18 @@ def worth(t: Try) -> None:
             longest = max(float(s.solution.to(F64).norm()), *(float(c.to(F64).norm()) for c, _ in calls), 0.0) + (
                 float(options["x0"].detach().to(F64).norm()) if options.get("x0") is not None else 0.0)  # fmt: skip
             slack = 100 * eps * P * (1 + s.iterations) * (1 + norm(x.A64) * longest / max(float(g64.norm()), 1e-300))
-            if s.converged:
+            if s.converged and rtol < 1e300:
                 t.check(not true > 2 * float(rtol) + slack, "pcg converged, and the residual is large", f"{true:.3g}")
         t.check(not calls or len(calls) == s.iterations, "pcg called back another number of times", len(calls))
     elif what in ("spectrum", "condition_number"):
         if T is not None and not T.symmetric and x.T.galerkin and x.T.M.symmetric:
             t.benign = False
         d = t.call(lambda: kv.spectrum(A, T))
-        allowed = allowance(dtype, max(x.condition if T is x.T else 1, norm(T64) * norm(x.A64)), norm(T64) * norm(x.A64))
+        size = norm(x.A64) * (x.size if T is x.T else norm(T64))
+        allowed = allowance(dtype, x.condition if T is x.T else 1, size)
         expected = torch.linalg.eigvals(T64 @ x.A64)
         if bool(torch.isfinite(x.A64).all()):
-            t.close("spectrum", d, expected.real.sort().values, allowed + 1e-6 * norm(T64) * norm(x.A64))
+            t.close("spectrum", d, expected.real.sort().values, allowed + eps**0.5 * size)
         if what == "condition_number":
             c = t.call(lambda: kv.condition_number(A, T))
             t.check(c >= 1 - 1e-6, "condition_number is below 1 or NaN", c)
@@ -1325,8 +1332,10 @@ def partitions(t: Try) -> None:
             pieces = t.pick(pieces[:-1], [*pieces, pieces[0]], pieces[::-1], None, 3, [None] * len(p), tuple(pieces),
                             [x.flatten() for x in pieces], [x.numpy() for x in pieces] if dtype != torch.bfloat16 else [])  # fmt: skip
         joined = t.call(lambda: p.join(pieces))
+        if v.layout != torch.strided or v.device.type == "meta":
+            return t.wrong(f"Partition.join(split(v)) took a {v.layout} tensor on {v.device}")
         t.check(tuple(joined.shape) == tuple(v.shape) and torch.equal(joined, v.to(joined.dtype)) or bool((v != v).any())
-                or v.layout != torch.strided or v.device.type == "meta" or len(p) > 1 and pieces != p.split(v),
+                or len(p) > 1 and pieces != p.split(v),
                 "Partition.join(split(v)) is another vector")  # fmt: skip
     elif way == "gradient":
         for q in model.parameters():
@@ -1380,7 +1389,7 @@ def losses(t: Try) -> None:
         total = (f.logsumexp(-1) - f.gather(-1, y.long()[..., None])[..., 0]).sum()
         size = f.abs().sum() + 1
     elif likelihood == "bernoulli":
-        total, size = (functional.softplus(f) - y.to(F64) * f).sum(), f.abs().sum() + 1
+        total, size = (torch.logaddexp(f, 0 * f) - y.to(F64) * f).sum(), f.abs().sum() + 1
     else:
         total = size = 0.5 * (y.to(F64) - f).square().sum()
         size = size + (y.to(F64).square() + f.square()).sum()
@@ -1455,7 +1464,7 @@ class Report:
     """Counts per kind, and every distinct failure with the first try that shows it."""
 
     counts: dict[str, Counter] = field(default_factory=dict)
-    failures: dict[tuple[str, str, str], list[Outcome]] = field(default_factory=dict)
+    failures: dict[tuple[str, str], list[Outcome]] = field(default_factory=dict)
 
     def add(self, outcome: Outcome) -> None:
         count = self.counts.setdefault(outcome.kind, Counter())
@@ -1463,7 +1472,7 @@ class Report:
         count.update(tries=1, accepted=outcome.accepted, refused=outcome.refused)
         count.update(raw="raw" in sorts, silent="silent" in sorts)
         for sort, what in outcome.failures:
-            self.failures.setdefault((sort, outcome.kind, what), []).append(outcome)
+            self.failures.setdefault((sort, what), []).append(outcome)
 
     def __str__(self) -> str:
         heads = ("tries", "accepted", "refused", "raw", "silent")
@@ -1474,8 +1483,8 @@ class Report:
             total.update(count)
             lines.append(f"{kind:14}" + "".join(f"{count[h]:>{len(n) + 3}}" for h, n in zip(heads, names, strict=True)))
         lines.append(f"{'all':14}" + "".join(f"{total[h]:>{len(n) + 3}}" for h, n in zip(heads, names, strict=True)))
-        for (sort, kind, what), outcomes in sorted(self.failures.items(), key=lambda item: -len(item[1])):
-            again = f"--only {kind} --seed {outcomes[0].seed} --tries 1"
+        for (sort, what), outcomes in sorted(self.failures.items(), key=lambda item: -len(item[1])):
+            again = f"--only {outcomes[0].kind} --seed {outcomes[0].seed} --tries 1"
             lines.append(f"\n{sort}, {len(outcomes)} times: {what}\n    python tests/fuzz.py {again}")
         return "\n".join(lines)
 
