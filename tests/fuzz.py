@@ -1518,10 +1518,10 @@ class Training:
     def observe(self, opt: kv.TwoLevelKFAC, x: list[Any], y: Any, context: Any = contextlib.nullcontext) -> None:
         given = {"targets": y} if opt.curvature.fisher == "empirical" else {}
         twin = self.copied()
-        before = opt.diagnostics["observations"]
+        before = told(opt, "observations")
         with context():
             self.atomic(opt, "observe", lambda: opt.observe(*x, **given), lambda: twin(*x))
-        if opt.diagnostics["observations"] == before:
+        if told(opt, "observations") == before:
             return
         noisy = any(isinstance(m, (nn.BatchNorm1d, nn.Dropout)) for m in twin.modules()) or self.net.name == "transformer"
         if not self.simple or opt.curvature.fisher == "mc" or twin.training and noisy or self.dtype not in (F64, torch.float32):
@@ -1565,15 +1565,15 @@ class Training:
             T = self.atomic(opt, "preconditioner", lambda: opt.preconditioner)
             self.judge_levels(opt, T)
             expected = self.expected(opt, T)
-        marks = {k: opt.diagnostics.get(k, 0) for k in ("shortened", "rejected")}
+        marks = {k: told(opt, k) for k in ("shortened", "rejected")}
         with context():
             self.atomic(opt, "step", lambda: opt.step(closure) if closure is not None else opt.step(), buffers=False)
         finite = all(bool(p.isfinite().all()) for p in model.parameters())
         if not t.check(finite or not was_finite, "a step left NaN or inf in the parameters"):
             return
-        t.check(all(math.isfinite(x) for x in opt.diagnostics.values() if isinstance(x, float)),
-                "diagnostics hold NaN or inf", opt.diagnostics)  # fmt: skip
-        if any(opt.diagnostics.get(k, 0) != v for k, v in marks.items()) or not finite:
+        for name in ("clip", "step length", "momentum coefficient"):
+            t.finite(f"diagnostics[{name!r}]", told(opt, name))
+        if any(told(opt, k) != v for k, v in marks.items()) or not finite:
             return
         self.judge_moves(opt, before, grads)
         if expected is not None:
@@ -1583,11 +1583,16 @@ class Training:
     def judge_moves(self, opt: kv.TwoLevelKFAC, before: dict[Tensor, Tensor], grads: dict[Tensor, Tensor]) -> None:
         """No layer with a gradient stands still while others go."""
         moved = {p: not torch.equal(p, old) for p, old in before.items()}
-        given = {p for group in opt.param_groups if isinstance(group["lr"], float) and group["lr"] > 0 for p in group["params"]}
+        given = {
+            p for group in opt.param_groups if isinstance(group.get("lr"), float) and group["lr"] > 0
+            for p in group["params"] if p.requires_grad
+        }  # fmt: skip
         sizes = {p: float(g.abs().max()) if g.layout == torch.strided and g.numel() else 0.0 for p, g in grads.items()}
         most = max(sizes.values(), default=0.0)
-        if not any(moved.values()) or self.dtype not in (F64, torch.float32) or opt.diagnostics.get("clip", 1) < 1e-4:
+        if not any(moved.values()) or self.dtype not in (F64, torch.float32) or told(opt, "clip", 1.0) < 1e-4:
             return
+        if not (isinstance(opt.damping, float) and opt.damping < 1e3):
+            return  # the step may be less than a unit in the last place
         for name, module in self.model.named_modules():
             mine = [p for p in module.parameters(recurse=False) if p in given and p in grads]
             if mine and not any(moved[p] for p in mine) and max(sizes[p] for p in mine) > 0.01 * most:
@@ -1651,6 +1656,12 @@ class Training:
             bound = group["lr"] * loose + 1e2 * eps * float(target.abs().max() + start.abs().max() + (group["lr"] * along).abs().max())
             targets[p] = (target, bound)
         return targets
+
+
+def told(opt: kv.TwoLevelKFAC, name: str, default: float = 0.0) -> float:
+    """One of the diagnostics, whatever has become of them."""
+    value = opt.diagnostics.get(name, default) if isinstance(opt.diagnostics, dict) else default
+    return value if isinstance(value, (int, float)) else default
 
 
 def matrices(T: kv.TwoLevel) -> tuple[Tensor, Tensor, float, float]:
