@@ -118,7 +118,7 @@ class Fisher(Operator):
                 block = self._fill(matrix[slices[l], slices[m]], l, m)
                 if l != m:
                     matrix[slices[m], slices[l]] = block.T
-        return matrix
+        return self._in_range(matrix, "The matrix")
 
     def block(self, l: int | str, m: int | str) -> Tensor:
         """The exact block of layers l and m, (P_l, P_m).

@@ -34,6 +34,8 @@ def nll(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
     tensor(4.5000)
     """
     check_targets(outputs, targets, likelihood)
+    if targets.is_inference() and outputs.requires_grad:
+        targets = targets.clone()  # autograd keeps it, and must be able to
     if likelihood == "categorical":
         total = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten().long(), reduction="sum")
     elif likelihood == "bernoulli":
@@ -122,6 +124,8 @@ def check_outputs(outputs: Tensor) -> None:
     """Refuse what is not one floating point tensor (N, …) with at least one example."""
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         raise TypeError(f"The model must return one floating point tensor; got {_kind(outputs)}.")
+    if outputs.layout != torch.strided:
+        raise TypeError(f"The model must return a dense tensor; got one of layout {outputs.layout}.")
     if outputs.ndim < 2:
         raise ValueError(f"The model must return (examples, outputs, …); got shape {tuple(outputs.shape)}.")
     if outputs.numel() == 0:

@@ -112,7 +112,7 @@ class Partition:
             )
         found = {name: module for name, module in modules.items() if is_kronecker_layer(module)}
         if layers is not None and found:
-            if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
+            if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(x, str) for x in layers):
                 raise ValueError(f"layers must be a list of names out of {list(found)}; got {layers!r}.")
             unknown = [name for name in layers if name not in found]
             if unknown:
@@ -130,7 +130,7 @@ class Partition:
                 "the layers to keep with layers=[...]."
             )
         for name, module in found.items():
-            if not all(isinstance(p, nn.Parameter) for p in (module.weight, module.bias) if p is not None):
+            if own_parameters(module) is None:
                 raise ValueError(
                     f"A parameter of layer {name!r} is computed from others (weight norm, spectral norm, "
                     "pruning); make it a plain one first, or name the other layers with layers=[...]."
@@ -291,6 +291,17 @@ def is_kronecker_layer(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and type(module).forward is nn.Conv2d.forward
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter] | None:
+    """Weight and, if there is one, bias of a layer; None where one is computed from other tensors.
+
+    A parametrised weight must not even be looked at: reading it may change it (spectral norm).
+    """
+    own = module._parameters
+    if not isinstance(own.get("weight"), nn.Parameter) or "bias" not in own:
+        return None
+    return [p for p in (own["weight"], own["bias"]) if p is not None]
 
 
 def describe(name: str, module: nn.Module) -> Layer:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
 from ..method.checks import check_damping, check_number, finite, warn
-from ..method.partition import Layer, Partition, describe, is_kronecker_layer
+from ..method.partition import Layer, Partition, describe, is_kronecker_layer, own_parameters
 from ..method.two_level import TwoLevel
 from . import state as states
 from .curvature import RunningCurvature
@@ -125,7 +125,7 @@ class TwoLevelKFAC(Optimizer):
                 f"The model comes first, not its parameters; got {type(model).__name__}. Write "
                 "TwoLevelKFAC(model, likelihood=…), or TwoLevelKFAC(model, params, likelihood=…) to train a part of it."
             )
-        if params is not None and not isinstance(params, Iterable):
+        if params is not None and (isinstance(params, Tensor) or not isinstance(params, Iterable)):
             raise TypeError(
                 f"The second argument holds parameters or their groups; got {params!r}. Every other option is given "
                 "by name, as in lr=0.1."
@@ -140,8 +140,9 @@ class TwoLevelKFAC(Optimizer):
         self._only = layers if layers is None else _layer_names(layers, self.model)
         lr = LENGTHS[self.options.step_rule] if lr is None else lr
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": bool(maximize)}
-        if params is None:
-            params = [p for p in self.model.parameters() if p.requires_grad]
+        params = [p for p in self.model.parameters() if p.requires_grad] if params is None else list(params)
+        if not params:
+            raise ValueError("There is no trainable parameter to optimize.")
         self._told: set[str] = set()
         self._facts: dict[str, float | Tensor] = {}  # the last values of the step rule
         self._skipped: Tensor | None = None  # steps with NaN or inf that a capturable optimizer left out
@@ -473,9 +474,13 @@ class TwoLevelKFAC(Optimizer):
         Raises:
             ValueError, TypeError: an option out of range; the groups are as before then.
         """
-        group = self.defaults | param_group
-        _check_group(group)
-        super().add_param_group(param_group)
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"A group is a dictionary with its 'params'; got {type(param_group).__name__}.")
+        _check_group(self.defaults | param_group)
+        try:
+            super().add_param_group(param_group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"These parameters cannot be trained: {error}") from None
         if hasattr(self, "curvature"):  # PyTorch's constructor comes here too
             try:
                 partition = self._layers()
@@ -488,12 +493,13 @@ class TwoLevelKFAC(Optimizer):
     def _eligible(self, *, frozen: bool = False) -> tuple[str, ...]:
         """Names of the layers all of whose parameters are in a group, and trainable or also ``frozen``."""
         given = {p for group in self.param_groups for p in group["params"]}
+        own = {name: own_parameters(m) for name, m in self.model.named_modules() if is_kronecker_layer(m)}
         return tuple(
             name
-            for name, module in self.model.named_modules()
-            if is_kronecker_layer(module)
-            and (self._only is None or name in self._only)
-            and all(p is None or ((p.requires_grad or frozen) and p in given) for p in (module.weight, module.bias))
+            for name, parameters in own.items()
+            if (self._only is None or name in self._only)
+            and parameters is not None
+            and all((p.requires_grad or frozen) and p in given for p in parameters)
         )
 
     def _all_layers(self) -> list[Layer]:
@@ -529,7 +535,7 @@ class TwoLevelKFAC(Optimizer):
         self._group = {p: group for group in self.param_groups for p in group["params"]}
         self._names = {p: name for name, p in self.model.named_parameters()}
         modules = (self.model.get_submodule(name) for name in self.partition.names)
-        self._params = [p for m in modules for p in (m.weight, m.bias) if p is not None]
+        self._params = [p for module in modules for p in own_parameters(module)]
         self._index = set(self._params)
 
     def _tell(self, key: str, message: str) -> None:
