@@ -18,9 +18,10 @@ _MOVES = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", 
 def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
     """Refuse a model whose weights act elsewhere than in the calls that were recorded, or that mixes the examples.
 
-    A random cotangent, zero on half of the examples, is pulled back once: ``Σ g aᵀ`` must then be what autograd says
-    of each weight, and the rows of the other half must be zero. One backward pass per model; a batch of one
-    example cannot tell examples apart, and the next one is looked at again.
+    A random cotangent that is zero on half of the examples is pulled back: ``Σ g aᵀ`` must then be what autograd says
+    of each weight, and the rows of the other half must be zero; and once more with the halves exchanged, since one
+    example may act on another but not be acted on. Two backward passes per model; a batch of one example
+    cannot tell examples apart, and the next one is looked at again.
 
     Raises:
         ValueError: what was found, by the layer's name, with the ``layers=[...]`` that leaves it out.
@@ -30,19 +31,9 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
     if key in _trusted.get(model, ()):
         return
     N, outputs = len(record.outputs), record.outputs
-    cotangent = _random_like(outputs)
-    cotangent[(N + 1) // 2 :] = 0
     weights = [list(_parameters(model, name)) for name in record.partition.names]
-    g, grads = record.pull_back(cotangent[None], also=[p for own in weights for p in own])
-    left, facts = iter(grads), []
-    for own, a_l, g_l in zip(weights, record.inputs(), g, strict=True):
-        a_l, g_l = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a_l, g_l[0]))
-        told = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(own, left, strict=False)]
-        told = torch.cat([x.flatten(1) if x.ndim > 1 else x[:, None] for x in told], dim=1).to(g_l.dtype)
-        seen = g_l.flatten(0, 1).mT @ a_l.flatten(0, 1)
-        size = a_l.norm() * g_l.norm()  # no less than either gradient, and than what rounds in it
-        facts.append(torch.stack([(seen - told).norm(), told.norm(), size, g_l[(N + 1) // 2 :].norm(), g_l.norm()]))
-    read = torch.stack(facts).tolist()
+    chosen = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(outputs.device) < (N + 1) // 2
+    read = torch.stack([_facts(record, weights, half) for half in (chosen, ~chosen)]).amax(0).tolist()
     if not all(x < float("inf") for fact in read for x in fact):
         return  # NaN, inf or an overflow, which the vectors of the Fisher are about to tell in their own words
     tolerance = _tolerance(outputs)
@@ -64,6 +55,22 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
     _warn_of_probabilities(outputs, likelihood)
     if N > 1:
         _trusted.setdefault(model, set()).add(key)
+
+
+def _facts(record: Record, weights: list[list[Tensor]], half: Tensor) -> Tensor:
+    """Per layer, with a cotangent on ``half`` of the examples: the difference of the two gradients, the norm of
+    autograd's, a bound on both, the norm of the rows of g that must be zero, and of all rows."""
+    cotangent = _random_like(record.outputs) * half.view(-1, *[1] * (record.outputs.ndim - 1))
+    g, grads = record.pull_back(cotangent[None], also=[p for own in weights for p in own])
+    left, facts = iter(grads), []
+    for own, a_l, g_l in zip(weights, record.inputs(), g, strict=True):
+        a_l, g_l = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a_l, g_l[0]))
+        told = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(own, left, strict=False)]
+        told = torch.cat([x.flatten(1) if x.ndim > 1 else x[:, None] for x in told], dim=1).to(g_l.dtype)
+        seen = g_l.flatten(0, 1).mT @ a_l.flatten(0, 1)
+        size = a_l.norm() * g_l.norm()  # no less than either gradient, and than what rounds in it
+        facts.append(torch.stack([(seen - told).norm(), told.norm(), size, g_l[~half].norm(), g_l.norm()]))
+    return torch.stack(facts)
 
 
 def _check_unused(model: nn.Module, record: Record) -> None:
