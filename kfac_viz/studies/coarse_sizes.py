@@ -12,7 +12,7 @@ from torch import Tensor
 from ..method import coarse as spaces
 from ..method.columns import CoarseSpace
 from ..method.kfac import KFAC
-from ..method.krylov import pcg
+from ..method.krylov import pcg, spectrum
 from ..method.operator import Dense, cholesky
 from ..method.two_level import TwoLevel
 from ..parameters import Device, Range, Seed, check
@@ -22,7 +22,8 @@ from ..show.style import FAINT, METHODS, SPACES
 from .coarse_space import Damping, Rule
 from .curves import Study, captured, curve
 from .depth import largest_eigenvalue
-from .setting import Data, Flavour, Setting, Widths, setting
+from .exercises import exercise
+from .setting import Data, Flavour, Setting, Widths, first_network, setting
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -227,3 +228,26 @@ def describe(result: CoarseSizesResult) -> str:
 
 
 plot_coarse_sizes = CoarseSizesPlot.draw
+
+
+# ---- the exercises ------------------------------------------------------------------------------------
+
+
+@exercise("05c", "Look at a column x of the space: M A x = μ x, and what is Q A x?", 1e-3)
+def _what_the_optimal_space_adds() -> float:
+    s = first_network(steps=0)
+    A, M = s.matrix.damped(0.01), KFAC(s.F, 0.01)
+    T = TwoLevel(A, M, spaces.optimal(A, M, 1), "additive")
+    return float(spectrum(A, T)[-1] - spectrum(A, M)[-1])
+
+
+@exercise("05d", "kv.pcg(A, g, T).iterations, for one size after the other, beside kv.pcg(A, g).iterations.")
+def _eigenvectors_that_are_quicker_than_none() -> int:
+    s = first_network(steps=0)
+    A, M = s.matrix.damped(0.01), KFAC(s.F, 0.01)
+
+    def iterations(T: TwoLevel | None) -> int:
+        return pcg(A, s.g, T, rtol=1e-6, reorthogonalize=True).iterations
+
+    none = iterations(None)
+    return next(k for k in range(17) if iterations(TwoLevel(A, M, spaces.spectral(s.F, k))) < none)
