@@ -14,8 +14,8 @@ ROOT = Path(kv.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 # Each may import those before it.
 METHOD = (
-    "checks", "stacks", "partition", "columns", "operator", "likelihood", "kronecker", "fisher", "capture",
-    "kronecker_fisher", "preconditioner", "kfac", "tridiagonal", "coarse", "two_level", "krylov",
+    "checks", "stacks", "partition", "columns", "operator", "likelihood", "kronecker", "fisher", "record", "witness",
+    "capture", "kronecker_fisher", "preconditioner", "kfac", "tridiagonal", "coarse", "two_level", "krylov",
 )  # fmt: skip
 TRAIN = ("statistics", "curvature", "step", "optimizer")
 CORE = (*(f"method.{name}" for name in METHOD), *(f"train.{name}" for name in TRAIN))

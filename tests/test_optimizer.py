@@ -1045,30 +1045,16 @@ def test_arguments_in_the_wrong_place_are_said(arguments, options, error, senten
         TwoLevelKFAC(*arguments, **FIXED, **options)
 
 
-def test_more_columns_than_a_layer_has_parameters_are_refused_at_once():
+@pytest.mark.parametrize("space", ["nicolaides", "spectral", "smooth", "krylov", "random"])
+def test_a_layer_with_fewer_parameters_than_columns_gives_what_it_has(space):
     model = mlp()  # layer "2" has 18 parameters, layer "0" has 25
-    with pytest.raises(ValueError, match="per_layer=19 exceeds layer '2', which has 18"):
-        TwoLevelKFAC(model, **FIXED, per_layer=19)
-    assert TwoLevelKFAC(model, **FIXED, per_layer=18).partition.names == ("0", "2")
-
-    with pytest.warns(UserWarning, match="Left out"):
-        opt = TwoLevelKFAC(model, model[0].parameters(), **FIXED, per_layer=19)
+    opt = TwoLevelKFAC(model, **FIXED | {"coarse": space, "per_layer": 19})
     train(opt, model)
-    T, state = opt.preconditioner, str(opt.state_dict())
-    with pytest.raises(ValueError, match="exceeds layer '2'"):
-        opt.add_param_group({"params": list(model[2].parameters())})
-    assert opt.preconditioner is T and str(opt.state_dict()) == state and opt.partition.names == ("0",)
-    train(opt, model)
-
-    model[2].requires_grad_(False)
-    with pytest.warns(UserWarning, match="Left out"):
-        opt = TwoLevelKFAC(model, list(model.parameters()), **FIXED, per_layer=19)
-    train(opt, model)
-    T, state = opt.preconditioner, str(opt.state_dict())
-    model[2].requires_grad_(True)
-    with pytest.raises(ValueError, match="exceeds layer '2'"):
-        opt.observe(X)
-    assert opt.preconditioner is T and str(opt.state_dict()) == state and opt.partition.names == ("0",)
+    assert opt.preconditioner.Z.per_layer[1] <= 18 < opt.preconditioner.Z.per_layer[0] or space == "krylov"
+    assert max(opt.preconditioner.Z.per_layer) <= 19
+    tiny = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1, bias=False)).double()
+    defaults = TwoLevelKFAC(tiny, likelihood="gaussian", per_layer=9)
+    assert defaults.partition.names == ("0", "2")
 
 
 @settings(max_examples=40)

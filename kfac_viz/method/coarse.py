@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checks import check_count
+from .checks import check_count, check_seed
 from .columns import CoarseSpace, LocalSpace, RankOneSpace, gram_schmidt
 from .kronecker import KroneckerFactors
-from .operator import Operator, check_same_space, check_symmetric, cholesky
+from .operator import Operator, check_same_space, check_symmetric, cholesky, eigh
 from .partition import Layer
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random", "optimal")
@@ -86,9 +86,10 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
 def random(F: Operator, per_layer: int, seed: int = 0) -> RankOneSpace:
     """Gaussian rank-one columns, as a control: what any space of this size would do."""
     check_count("per_layer", per_layer, least=0)
+    check_seed(seed)
     factors = []
     for l, layer in enumerate(F.partition.layers):
-        generator = torch.Generator().manual_seed(seed * 100_003 + l)
+        generator = torch.Generator().manual_seed((seed * 100_003 + l) % 2**63)
         both = torch.empty(sum(layer.shape), min(per_layer, layer.size), dtype=torch.float64)
         for column in both.unbind(1):  # one after another, so that a larger space contains the smaller
             column.copy_(torch.randn(len(both), generator=generator, dtype=torch.float64))
@@ -110,7 +111,7 @@ def optimal(A: Operator, M: Operator, per_layer: int) -> CoarseSpace:
     if k == 0:
         return CoarseSpace(A.partition, A.eye()[:, :0], name="optimal")
     L = cholesky(M.dense(), "The preconditioner")
-    _, Y = torch.linalg.eigh(L.T @ A.dense() @ L)
+    _, Y = eigh(L.T @ A.dense() @ L, "The preconditioned matrix")
     return CoarseSpace(A.partition, L @ Y.flip(1)[:, :k], name="optimal")
 
 
@@ -123,7 +124,11 @@ def _kronecker_eigenvectors(
     kronecker = F if isinstance(F, KroneckerFactors) else F.kronecker()
     factors = []
     for (d_A, U_A), (d_G, U_G) in zip(kronecker.eigen_A, kronecker.eigen_G, strict=True):
-        order = torch.outer(d_G, d_A).flatten().argsort(descending=largest, stable=True)[:per_layer]
+        order = (
+            torch.outer(d_G, d_A)
+            .flatten()
+            .argsort(descending=largest, stable=True)[: min(per_layer, d_G.numel() * d_A.numel())]
+        )
         rows = torch.div(order, len(d_A), rounding_mode="floor")
         factors.append((U_G[:, rows], U_A[:, order % len(d_A)]))
     return RankOneSpace(kronecker.partition, factors, name=name)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
+from math import inf
 
 import torch
 from torch import Tensor
 
-from .checks import check_choice
+from .checks import check_choice, check_room
 from .columns import CoarseSpace, LocalSpace, RankOneSpace
 from .kronecker import CONVENTIONS, KroneckerFactors
 from .operator import Image, Operator
@@ -56,6 +57,17 @@ class Fisher(Operator):
         """(a, g) with layers of one shape and one number of positions together."""
         return list(zip(self._stacks.gather(self.a), self._stacks.gather(self.g), strict=True))
 
+    def in_range(self) -> bool:
+        """Whether its sums stay within the dtype, in one look at the device: no NaN, no inf, no overflow.
+
+        ``‖a‖² ‖g‖²`` is no less than N times the largest entry of a layer's block, ``‖a‖²`` and ``‖g‖²`` than those of
+        its factors; P times that is no less than what vectors of numbers up to 1 can make of it.
+        """
+        norms = torch.stack(torch._foreach_norm([*self.a, *self.g])).tolist()
+        a, g = norms[: len(self.a)], norms[len(self.a) :]
+        largest = max(max(x * x, y * y, x * x * y * y) if x == x and y == y else inf for x, y in zip(a, g, strict=True))
+        return largest * self.partition.size * len(a) < torch.finfo(self.dtype).max
+
     def _apply(self, v: Tensor) -> Tensor:
         width = max(layer.out for layer in self.partition.layers) * max(a.shape[1] for a in self.a)
         rows = max(1, _CHUNK // (self.N * max(width, self.S)))
@@ -88,6 +100,7 @@ class Fisher(Operator):
 
     def dense(self) -> Tensor:
         """The matrix (P, P), from the blocks on and above the diagonal: N P² products, not S N P²."""
+        self.check_dense()
         slices = self.partition.slices
         matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for l in range(len(slices)):
@@ -106,6 +119,7 @@ class Fisher(Operator):
         """
         l, m = self.partition.index(l), self.partition.index(m)
         sizes = self.partition.layers[l].size, self.partition.layers[m].size
+        check_room(f"The block of layers {l} and {m}", 2 * sizes[0] * sizes[1], self.a[l], "apply F with @")
         return self._fill(torch.empty(sizes, dtype=self.dtype, device=self.device), l, m)
 
     def _fill(self, block: Tensor, l: int, m: int) -> Tensor:

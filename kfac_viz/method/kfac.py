@@ -134,6 +134,7 @@ class KFAC(Preconditioner):
         return (left.T @ right).view(o, o, i, i).transpose(1, 2).reshape(o * i, o * i)
 
     def dense(self) -> Tensor:
+        self.check_dense()
         return torch.block_diag(*(self.layer_block(l) for l in range(len(self.partition))))
 
     def __repr__(self) -> str:

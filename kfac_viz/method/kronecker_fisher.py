@@ -43,6 +43,7 @@ class KroneckerFisher(Operator):
         return torch.kron(G, A)
 
     def dense(self) -> Tensor:
+        self.check_dense()
         layers = range(len(self.partition))
         return torch.cat([torch.cat([self.block(l, m) for m in layers], dim=1) for l in layers])
 

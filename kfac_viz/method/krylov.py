@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
+from math import frexp, inf, isfinite, nan
 
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_type
-from .operator import Damped, Operator, check_same_space, check_symmetric, cholesky, flushed, inverse
+from .checks import check_count, check_number, check_type, finite
+from .operator import Damped, Operator, check_same_space, check_symmetric, cholesky, eigvalsh, inverse
 from .two_level import TwoLevel
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Result of :func:`pcg`: the solution (P,), and the relative residual after 0, 1, 2, … iterations."""
+    """Result of :func:`pcg`.
+
+    Attributes:
+        solution: (P,).
+        residuals: ‖r‖/‖g‖ after 0, 1, 2, … iterations, with the residual r as the recursion updates it.
+        residual: the true one on leaving, ``‖g − A x‖/‖g‖``: round-off keeps it above what the recursion believes.
+        converged: whether the true one has come down to ``rtol``.
+    """
 
     solution: Tensor
     residuals: tuple[float, ...]
+    residual: float
     converged: bool
 
     @property
@@ -28,7 +36,7 @@ class Solution:
 
     def __repr__(self) -> str:
         state = "converged" if self.converged else "not converged"
-        return f"Solution({state}, {self.iterations} iterations, residual {self.residuals[-1]:.2g})"
+        return f"Solution({state}, {self.iterations} iterations, true residual {self.residual:.2g})"
 
 
 def pcg(
@@ -42,13 +50,14 @@ def pcg(
     reorthogonalize: bool = False,
     callback: Callable[[Tensor, float], None] | None = None,
 ) -> Solution:
-    """Preconditioned conjugate gradients for ``A x = g`` (Saad 2003, algorithm 9.1).
+    """Preconditioned conjugate gradients for ``A x = g`` (Saad 2003, algorithm 9.1, whose lines the code names).
 
     Args:
         A: symmetric positive definite.
         g: right-hand side (P,).
         M: a *symmetric* positive definite preconditioner; others are refused by name.
-        rtol: stop once ‖r‖ ≤ rtol · ‖g‖, with the residual r = g − A x updated in the recursion.
+        rtol: stop once ‖r‖ ≤ rtol · ‖g‖, with the residual r = g − A x updated in the recursion; ``converged``
+            then says whether the true one has come as far.
         max_iterations: 10 P by default.
         x0: first guess, 0 by default.
         reorthogonalize: keep every residual M-orthogonal to all before it, nearly as in exact arithmetic: counts
@@ -56,7 +65,7 @@ def pcg(
         callback: called with (x, relative residual) after each iteration.
 
     Raises:
-        ValueError: a non-symmetric M, by its name, or a direction along which A or M is not positive.
+        ValueError: a non-symmetric M, by its name; a direction along which A or M is not positive; an overflow.
         TypeError: A or M is no operator.
     """
     _check_vectors(A, g, *([] if x0 is None else [x0]))
@@ -65,39 +74,57 @@ def pcg(
         check_same_space(A, M)
         check_symmetric(M, "pcg")
     check_symmetric(A, "pcg")
-    if not 0 < rtol < inf:
-        raise ValueError(f"rtol must be positive and finite; got {rtol!r}.")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of (x, relative residual); got {type(callback).__name__}.")
+    check_number("rtol", rtol, 0.0, inf, open_low=True)
     limit = 10 * len(g) if max_iterations is None else check_count("max_iterations", max_iterations, least=0)
-    norm = float(torch.linalg.vector_norm(g))
-    if norm == 0:
-        return Solution(torch.zeros_like(g), (0.0,), True)
-    x = torch.zeros_like(g) if x0 is None else x0.detach().clone()
-    r = g.detach().clone() if x0 is None else g.detach() - A @ x
+    power = _power_of_two(g)
+    if power is None:
+        return Solution(torch.zeros_like(g), (0.0,), 0.0, True)
+    b = _ldexp(g.detach(), -power)  # of size 1, so that no square in the recursion over- or underflows
+    x = torch.zeros_like(b) if x0 is None else _ldexp(x0.detach(), -power)
+    norm = float(torch.linalg.vector_norm(b))
+    r = b.clone() if x0 is None else b - A._apply(x)  # line 1
     residuals = [float(torch.linalg.vector_norm(r)) / norm]
     p, rho = None, 1.0
     kept = min(limit, len(g)) if reorthogonalize else 0
-    R, Z = g.new_empty(kept, len(g)), g.new_empty(kept, len(g))  # earlier residuals r / √rᵀMr, and M times them
-    while residuals[-1] > rtol and len(residuals) <= limit:
-        z = r if M is None else M._apply(r)
+    R, Z = b.new_empty(kept, len(b)), b.new_empty(kept, len(b))  # earlier residuals r / √rᵀMr, and M times them
+    while residuals[-1] > rtol and len(residuals) <= limit:  # line 2
+        z = r if M is None else M._apply(r)  # line 5, and 1 for the first
         rho, before = float(r @ z), rho
-        p = z.clone() if p is None else z + (rho / before) * p
+        p = z.clone() if p is None else z + (rho / before) * p  # lines 6 and 7: β = rho / before
         Ap = A._apply(p)
         curvature = float(p @ Ap)
-        if not (rho > 0 and curvature > 0):
+        if not (0 < rho < inf and 0 < curvature < inf):
             raise ValueError(
                 f"After {len(residuals) - 1} iterations rᵀMr = {rho:.3g} and pᵀAp = {curvature:.3g}: the matrix and "
-                "its preconditioner must be positive definite. Choose a larger damping."
+                "its preconditioner must be positive definite, and neither may overflow. Choose a larger damping."
             )
-        x.add_(p, alpha=rho / curvature)
+        x.add_(p, alpha=rho / curvature)  # lines 3 and 4: α = rho / curvature
         if (k := len(residuals)) <= kept:
             R[k - 1], Z[k - 1] = r / rho**0.5, z / rho**0.5
-        r.sub_(Ap, alpha=rho / curvature)
+        r.sub_(Ap, alpha=rho / curvature)  # line 4
         if kept:
             r.sub_((Z[:k] @ r) @ R[:k])
         residuals.append(float(torch.linalg.vector_norm(r)) / norm)
         if callback is not None:
-            callback(x.clone(), residuals[-1])
-    return Solution(x, tuple(residuals), residuals[-1] <= rtol)
+            callback(_ldexp(x, power), residuals[-1])
+    residual = float(torch.linalg.vector_norm(b - A._apply(x))) / norm
+    solution = _ldexp(x, power)
+    if not (residual < inf and finite([solution])[0]):
+        raise ValueError(f"The solution overflows {g.dtype}; scale the right-hand side, or choose a larger damping.")
+    return Solution(solution, tuple(residuals), residual, residual <= rtol)
+
+
+def _power_of_two(x: Tensor) -> int | None:
+    """The exponent e with ``½ ≤ max |x| / 2^e < 1``, or None for zeros."""
+    largest = float(x.abs().max())
+    return frexp(largest)[1] if largest > 0 else None
+
+
+def _ldexp(x: Tensor, power: int) -> Tensor:
+    """``x · 2^power``, exact wherever the result is a normal number, a copy; in two steps, each within the dtype."""
+    return x * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
 
 
 def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
@@ -107,12 +134,13 @@ def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
     ``balanced`` (Tang et al. 2009, theorem 3.1) when they coarsen this very A; else theirs may be complex.
 
     Raises:
-        ValueError: a non-symmetric M whose spectrum may be complex, by its name; A is not positive definite.
+        ValueError: a non-symmetric M whose spectrum may be complex, by its name; A is not positive definite; the
+            product overflows.
     """
     check_type("A", A, Operator)
     check_symmetric(A, "spectrum")
     if M is None:
-        return torch.linalg.eigvalsh(flushed(A.dense()))
+        return eigvalsh(A.dense(), "The matrix")
     check_type("M", M, Operator)
     check_same_space(A, M)
     if isinstance(M, TwoLevel) and M.galerkin and M.M.symmetric and _same_matrix(A, M.A):
@@ -124,8 +152,13 @@ def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
         if not float(d[0]) > 0:
             raise ValueError("The matrix is not positive definite to working precision; choose a larger damping.")
         L = U * d.sqrt()
-    inner = L.T @ M.dense() @ L
-    return torch.linalg.eigvalsh(flushed((inner + inner.T) / 2))
+    matrix = M.dense()
+    inner = L.T @ matrix @ L
+    values = eigvalsh((inner + inner.T) / 2, "The preconditioned matrix")
+    round_off = torch.finfo(A.dtype).eps * torch.linalg.matrix_norm(matrix) * torch.linalg.matrix_norm(L) ** 2
+    if not float(round_off) < 0.1 * float(values[-1]):
+        raise ValueError("Round-off hides the spectrum, since A hardly feels this damping; choose a larger damping.")
+    return values
 
 
 def condition_number(A: Operator, M: Operator | None = None) -> float:
@@ -155,16 +188,24 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
     natural gradient step, 0 is not moving, negative is worse than not moving.
     """
     _check_vectors(A, g, v)
+    in_g, in_v = _power_of_two(g), _power_of_two(v)
+    if in_g is None:
+        raise ValueError("The gradient is zero: there is no decrease to capture.")
+    if in_v is None:
+        return 0.0
+    g, u = _ldexp(g, -in_g), _ldexp(v, -in_v)  # of size 1: the share is the same at any scale of g
     if isinstance(A, Damped):  # both quadratic forms through the eigenvectors that every λ shares
         d, U = A.operator.eigen
-        inverses = inverse(d, A.damping, "The matrix")
-        in_g, in_v = ((U.T @ x).double().square() for x in (g, v))  # squares of float32 soon overflow
-        best, curvature = float(in_g @ inverses.double()), float(in_v @ (d.double() + A.damping))
+        inverses = inverse(d, A.damping, "The matrix").double()
+        along_g, along_u = ((U.T @ x).double().square() for x in (g, u))
+        best, curvature = float(along_g @ inverses), float(along_u @ (d.double() + A.damping))
     else:
-        best, curvature = float(g @ exact_direction(A, g)), float(v @ (A @ v))
-    if not best > 0:
-        raise ValueError("The gradient is zero: there is no decrease to capture.")
-    return (2 * float(g @ v) - curvature) / best
+        best, curvature = float(g @ exact_direction(A, g)), float(u @ (A @ u))
+    t = 2.0 ** min(in_v - in_g, 1000) if in_v - in_g > -1000 else 0.0
+    share = t * (2 * float(g @ u) - t * curvature) / best if best > 0 else nan
+    if not isfinite(share):
+        raise ValueError("The captured decrease overflows; scale the direction, or choose a larger damping.")
+    return share
 
 
 def exact_direction(A: Operator, g: Tensor) -> Tensor:

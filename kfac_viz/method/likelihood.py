@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .checks import check_choice
+from .checks import check_choice, finite
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 FLAVOURS = ("exact", "mc", "empirical")
+INTEGERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 def nll(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
@@ -31,7 +35,7 @@ def nll(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
     """
     check_targets(outputs, targets, likelihood)
     if likelihood == "categorical":
-        total = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="sum")
+        total = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten().long(), reduction="sum")
     elif likelihood == "bernoulli":
         total = functional.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
     else:
@@ -65,12 +69,17 @@ def output_vectors(
     else:
         check_targets(outputs, targets, likelihood)
         if likelihood == "categorical":
-            labels = functional.one_hot(targets.reshape(f.shape[:2]), f.shape[-1])
+            labels = functional.one_hot(targets.reshape(f.shape[:2]).long(), f.shape[-1])
             vectors = f.softmax(-1) - labels
         else:
             vectors = (f.sigmoid() if likelihood == "bernoulli" else f) - targets.reshape(f.shape)
         vectors = vectors[None]
     return vectors.reshape(-1, *shape).to(outputs.dtype)
+
+
+def count_vectors(outputs: Tensor, flavour: str, samples: int) -> int:
+    """S, the number of vectors per example that :func:`output_vectors` makes."""
+    return {"exact": outputs[0].numel(), "mc": samples, "empirical": 1}[flavour]
 
 
 def _exact(f: Tensor, likelihood: str) -> Tensor:
@@ -113,7 +122,7 @@ def check_outputs(outputs: Tensor) -> None:
         raise TypeError(f"The model must return one floating point tensor; got {_kind(outputs)}.")
     if outputs.ndim < 2:
         raise ValueError(f"The model must return (examples, outputs, …); got shape {tuple(outputs.shape)}.")
-    if outputs.shape[0] == 0:
+    if outputs.numel() == 0:
         raise ValueError(f"The batch is empty: outputs have shape {tuple(outputs.shape)}.")
 
 
@@ -130,6 +139,8 @@ def check_targets(outputs: Tensor, targets: Tensor | None, likelihood: str) -> N
     check_likelihood(outputs, likelihood)
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor; got {_kind(targets)}.")
+    if targets.layout != torch.strided:
+        raise TypeError(f"targets must be a dense tensor; got one of layout {targets.layout}.")
     if targets.device != outputs.device:
         raise ValueError(f"outputs are on {outputs.device}, targets on {targets.device}; move one of them.")
     expected = outputs.shape[:-1] if likelihood == "categorical" else outputs.shape
@@ -139,17 +150,16 @@ def check_targets(outputs: Tensor, targets: Tensor | None, likelihood: str) -> N
             f"got {tuple(targets.shape)}."
         )
     if likelihood == "categorical":
-        if targets.is_floating_point() or targets.dtype == torch.bool:
+        if targets.dtype not in INTEGERS:
             raise TypeError(f"categorical targets are class indices of an integer dtype; got {targets.dtype}.")
-        if targets.numel() and not (0 <= int(targets.min()) and int(targets.max()) < outputs.shape[-1]):
-            raise ValueError(
-                f"Class indices must lie in 0…{outputs.shape[-1] - 1}; got {int(targets.min())}…{int(targets.max())}."
-            )
+        low, high = torch.stack(targets.long().aminmax()).tolist()
+        if not 0 <= low <= high < outputs.shape[-1]:
+            raise ValueError(f"Class indices must lie in 0…{outputs.shape[-1] - 1}; got {low}…{high}.")
     elif targets.dtype not in (outputs.dtype, torch.promote_types(outputs.dtype, torch.float32)):
         raise TypeError(f"{likelihood} targets must be {outputs.dtype} like the outputs; got {targets.dtype}.")
-    elif not torch.isfinite(targets).all():
+    elif not finite([targets])[0]:
         raise ValueError("targets hold NaN or inf.")
-    elif likelihood == "bernoulli" and targets.numel() and not (0 <= targets.min() and targets.max() <= 1):
+    elif likelihood == "bernoulli" and not bool(((targets >= 0) & (targets <= 1)).all()):
         raise ValueError("bernoulli targets must lie in [0, 1].")
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from .checks import check_damping, check_type
+from .checks import check_damping, check_room, check_type, finite
 from .columns import CoarseSpace
 from .partition import Partition
 
@@ -36,6 +36,35 @@ def flushed(matrix: Tensor) -> Tensor:
     return hardshrink(matrix, info.tiny / info.eps)
 
 
+def eigh(matrix: Tensor, what: str) -> Eigen:
+    """Eigendecomposition of a symmetric matrix, or a sentence where it holds NaN or inf, or none is found."""
+    _check_range(matrix, what)
+    return eigenpairs(matrix, what)
+
+
+def eigvalsh(matrix: Tensor, what: str) -> Tensor:
+    """Ascending eigenvalues of a symmetric matrix, or a sentence as from :func:`eigh`."""
+    _check_range(matrix, what)
+    return _found(torch.linalg.eigvalsh, matrix, what)
+
+
+def eigenpairs(matrix: Tensor, what: str) -> Eigen:
+    """As :func:`eigh`, for one matrix or a stack of them that are known to be finite: LAPACK may crash on others."""
+    return Eigen(*_found(torch.linalg.eigh, matrix, what))
+
+
+def _found(routine: Callable, matrix: Tensor, what: str) -> Any:
+    try:
+        return routine(flushed(matrix))
+    except torch.linalg.LinAlgError:
+        raise ValueError(f"No eigenvalues were found of: {what}. Scale what goes into it.") from None
+
+
+def _check_range(matrix: Tensor, what: str) -> None:
+    if not finite([matrix])[0]:
+        raise ValueError(f"{what} overflows {matrix.dtype}; choose another damping, or scale what goes into it.")
+
+
 def psd_eigens(matrices: Sequence[Tensor], names: Sequence[str]) -> list[Eigen]:
     """Eigendecompositions of positive semi-definite matrices (n, n) or stacks of them (m, n, n), checked in one look
     at the device; round-off below zero becomes zero.
@@ -46,14 +75,14 @@ def psd_eigens(matrices: Sequence[Tensor], names: Sequence[str]) -> list[Eigen]:
     """
     pairs, facts = [], []
     for X in matrices:
-        finite = X.isfinite().all(-1).all(-1)
-        d, U = torch.linalg.eigh(flushed(torch.where(finite[..., None, None], X, 0.0)))  # LAPACK fails on NaN
+        whole = X.isfinite().all(-1).all(-1)
+        d, U = eigenpairs(torch.where(whole[..., None, None], X, 0.0), names[len(pairs)])  # LAPACK fails on NaN
         pairs.append(Eigen(d.clamp_min(0), U))
         round_off = torch.full_like(d[..., 0], 100 * d.shape[-1] * torch.finfo(d.dtype).eps)
-        facts.append(torch.stack([finite.to(d), d[..., 0], d[..., -1], round_off], dim=-1).view(-1, 4))
+        facts.append(torch.stack([whole.to(d), d[..., 0], d[..., -1], round_off], dim=-1).view(-1, 4))
     read = torch.cat(facts).tolist() if facts else []
-    for name, (finite, smallest, largest, round_off) in zip(names, read, strict=True):
-        if not finite:
+    for name, (whole, smallest, largest, round_off) in zip(names, read, strict=True):
+        if not whole:
             raise ValueError(f"{name} holds NaN or inf.")
         if smallest < -round_off * max(-smallest, largest):
             raise ValueError(
@@ -70,9 +99,9 @@ def psd_eigen(matrix: Tensor, what: str) -> Eigen:
 class Operator(ABC):
     """A P×P matrix over a :class:`Partition`, with one dtype and one device.
 
-    ``op @ v`` takes ``v`` of shape (P,) or (P, k) and the operator's dtype and device, and returns the
-    same shape. A ValueError or TypeError says what came instead. Inside, several vectors are rows, (..., P), so
-    that every product broadcasts and one vector is no special case.
+    ``op @ v`` takes ``v`` of shape (P,) or (P, k) and the operator's dtype and device, and returns the same shape.
+    A ValueError or TypeError says what came instead, or that the product overflows. Inside, several vectors are rows,
+    (..., P), so that every product broadcasts and one vector is no special case.
     """
 
     partition: Partition
@@ -91,11 +120,21 @@ class Operator(ABC):
 
     def __matmul__(self, v: Tensor) -> Tensor:
         self.check(v)
-        return self._apply(v.mT).mT if v.ndim == 2 else self._apply(v)
+        product = self._apply(v.mT).mT if v.ndim == 2 else self._apply(v)
+        return self._in_range(product, "The product")
+
+    def _in_range(self, result: Tensor, what: str) -> Tensor:
+        """The result, or a sentence where numbers that were finite have overflowed in it."""
+        if not finite([result])[0]:
+            raise ValueError(f"{what} of {type(self).__name__} overflows {self.dtype}; scale what goes into it.")
+        return result
 
     def check(self, v: Tensor) -> None:
         """Refuse a vector that this operator cannot take, in words."""
         self.partition.check(v)
+        if v.requires_grad and torch.is_grad_enabled():
+            raise ValueError("The vector requires grad, and products here are not differentiated; pass v.detach().")
+        self._check_precision()
         if v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
                 f"{type(self).__name__} holds {self.dtype} on {self.device}; the vector is {v.dtype} on "
@@ -104,10 +143,26 @@ class Operator(ABC):
         self.partition.check_finite(v, "The vector")
 
     def eye(self) -> Tensor:
+        """The identity (P, P); a ValueError says how much memory that needs where it is not there."""
+        self.check_dense()
         return torch.eye(self.partition.size, dtype=self.dtype, device=self.device)
 
+    def _check_precision(self) -> None:
+        """Refuse to compute in another precision than the operator's own."""
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError(
+                f"{type(self).__name__} computes in {self.dtype}, and an autocast around this call would lower that; "
+                f"leave it, or write torch.autocast({self.device.type!r}, enabled=False) around the call."
+            )
+
+    def check_dense(self) -> None:
+        """Refuse to write down P² numbers where there is no room for them."""
+        self._check_precision()
+        P, like = self.partition.size, torch.empty(0, dtype=self.dtype, device=self.device)
+        check_room(f"A dense matrix of {P} parameters", 2 * P * P, like, "apply it with @, or take fewer parameters")
+
     def dense(self) -> Tensor:
-        """The matrix itself, (P, P)."""
+        """The matrix itself, (P, P); a ValueError says how much memory it needs where that is not there."""
         return self._apply(self.eye()).mT
 
     def block(self, l: int | str, m: int | str) -> Tensor:
@@ -171,15 +226,18 @@ class Dense(Operator):
     def __init__(self, matrix: Tensor, partition: Partition) -> None:
         check_type("matrix", matrix, Tensor)
         check_type("partition", partition, Partition)
+        if matrix.layout != torch.strided:
+            raise TypeError(f"Expected a dense tensor; got one of layout {matrix.layout}. Call .to_dense() first.")
         if matrix.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"Expected a float32 or float64 matrix; got {matrix.dtype}.")
         if tuple(matrix.shape) != (partition.size, partition.size):
             raise ValueError(f"Expected shape {(partition.size,) * 2} for {partition}; got {tuple(matrix.shape)}.")
         partition.check_finite(matrix, "The matrix")
+        matrix = matrix.detach()
         if not torch.allclose(matrix, matrix.T):
             raise ValueError("The matrix is not symmetric; the methods of this package assume that it is.")
         self.partition, self.dtype, self.device = partition, matrix.dtype, matrix.device
-        self._matrix = matrix.detach().clone()
+        self._matrix = matrix.clone()
 
     def _apply(self, v: Tensor) -> Tensor:
         return v @ self._matrix
@@ -197,7 +255,7 @@ class Damped(Operator):
 
     def __init__(self, operator: Operator, damping: float) -> None:
         self.operator = operator
-        self.damping = check_damping(damping)
+        self.damping = check_damping(damping, operator.dtype)
         self.partition, self.dtype, self.device = operator.partition, operator.dtype, operator.device
 
     def _apply(self, v: Tensor) -> Tensor:
@@ -227,7 +285,8 @@ class Damped(Operator):
         self.check(r)
         d, U = self.operator.eigen
         weights = inverse(d, self.damping, "The matrix")
-        return U @ ((weights if r.ndim == 1 else weights[:, None]) * (U.T @ r))
+        solution = U @ ((weights if r.ndim == 1 else weights[:, None]) * (U.T @ r))
+        return self._in_range(solution, "The solution")
 
     def with_damping(self, damping: float) -> Damped:
         return Damped(self.operator, damping)

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from math import isfinite
+from math import inf
 from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_count, check_number, finite
 from .stacks import Stacks
 
 
@@ -23,6 +24,12 @@ class Layer:
     out: int
     features: int
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"The name of a layer is text; got {self.name!r}.")
+        check_count(f"out of layer {self.name!r}", self.out, 0)
+        check_count(f"features of layer {self.name!r}", self.features, 0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,7 +62,10 @@ class Partition:
     layers: tuple[Layer, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        layers = tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,)
+        if not all(isinstance(layer, Layer) for layer in layers):
+            raise TypeError(f"A Partition is made of Layers; got {', '.join({type(x).__name__ for x in layers})}.")
+        object.__setattr__(self, "layers", layers)
         if not self.layers:
             raise ValueError("A Partition needs at least one layer; none came.")
         empty = [layer.name for layer in self.layers if layer.size < 1]
@@ -68,6 +78,8 @@ class Partition:
     @classmethod
     def from_sizes(cls, sizes: Iterable[int], names: Sequence[str] | None = None) -> Partition:
         """Subdomains of given sizes without a network behind them, each a column ``(size, 1)``."""
+        if not isinstance(sizes, Iterable) or not (names is None or isinstance(names, Iterable)):
+            raise TypeError(f"Expected a list of sizes, and of names or None; got {sizes!r} and {names!r}.")
         sizes = list(sizes)
         if not all(isinstance(size, Integral) and size > 0 for size in sizes):
             raise ValueError(f"Subdomain sizes must be positive whole numbers; got {sizes}.")
@@ -86,13 +98,21 @@ class Partition:
 
         Raises:
             ValueError: no such layer, a frozen or half-frozen one, or a parameter shared with another module.
+            TypeError: no module, or one of TorchScript, which cannot be watched.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a torch.nn.Module; got {type(model).__name__}.")
         modules = dict(model.named_modules())
+        scripts = [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
+        scripted = scripts if layers is None else scripts[: "" in scripts]
+        if scripted:
+            raise TypeError(
+                f"{f'Module {scripted[0]!r}' if scripted[0] else 'The model'} is TorchScript, inside which nothing can "
+                "be watched; pass the module that it was made from."
+            )
         found = {name: module for name, module in modules.items() if is_kronecker_layer(module)}
         if layers is not None and found:
-            if isinstance(layers, str) or not layers:
+            if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
                 raise ValueError(f"layers must be a list of names out of {list(found)}; got {layers!r}.")
             unknown = [name for name in layers if name not in found]
             if unknown:
@@ -174,6 +194,8 @@ class Partition:
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`split`."""
+        if not isinstance(pieces, Sequence) or not all(isinstance(piece, Tensor) for piece in pieces):
+            raise TypeError(f"Expected a list of {len(self)} tensors, one per layer; got {type(pieces).__name__}.")
         if len(pieces) != len(self):
             raise ValueError(f"Expected {len(self)} pieces, one per layer; got {len(pieces)}.")
         for layer, piece in zip(self.layers, pieces, strict=True):
@@ -203,8 +225,6 @@ class Partition:
             ValueError: NaN or inf, naming the layer; another dtype or device than the model's; another model.
         """
         self.check(v, vector=True)
-        if not isfinite(alpha):
-            raise ValueError(f"alpha must be finite; got {alpha!r}.")
         modules = self._modules(model)
         for layer, module in zip(self.layers, modules, strict=True):
             if (v.dtype, v.device) != (module.weight.dtype, module.weight.device):
@@ -213,23 +233,32 @@ class Partition:
                     f"on {v.device}. Convert one of them."
                 )
         self.check_finite(v, "The update")
+        alpha = check_number("alpha", alpha, -inf, inf)
+        check_number("alpha", alpha, -torch.finfo(v.dtype).max, torch.finfo(v.dtype).max)
+        sums = []
         for layer, module, piece in zip(self.layers, modules, self.split(v), strict=True):
-            weight = piece[:, : layer.features - layer.bias]
-            module.weight.add_(weight.reshape(module.weight.shape), alpha=alpha)
+            weight = piece[:, : layer.features - layer.bias].reshape(module.weight.shape)
+            sums.append((module.weight, torch.add(module.weight, weight, alpha=alpha)))
             if layer.bias:
-                module.bias.add_(piece[:, -1], alpha=alpha)
+                sums.append((module.bias, torch.add(module.bias, piece[:, -1], alpha=alpha)))
+        if not all(finite([after for _, after in sums])):
+            raise ValueError(f"With this update the parameters overflow {v.dtype}; take a smaller alpha.")
+        for p, after in sums:
+            p.copy_(after)
 
     def check(self, v: Tensor, *, vector: bool = False) -> None:
         """Refuse what is not a tensor of shape (P,) or, unless ``vector``, (P, k)."""
         if not isinstance(v, Tensor):
             raise TypeError(f"Expected a tensor of {self.size} numbers; got {type(v).__name__}.")
+        if v.layout != torch.strided:
+            raise TypeError(f"Expected a dense tensor; got one of layout {v.layout}. Call .to_dense() first.")
         if v.ndim not in ((1,) if vector else (1, 2)) or v.shape[0] != self.size:
             allowed = f"({self.size},)" if vector else f"({self.size},) or ({self.size}, k)"
             raise ValueError(f"Expected shape {allowed} for {self}; got {tuple(v.shape)}.")
 
     def check_finite(self, v: Tensor, what: str) -> None:
         """Refuse NaN and inf in ``v`` (P,) or (P, k), naming the layer that holds them."""
-        if not all_finite(v):
+        if not finite([v])[0]:
             bad = [layer.name for layer, s in zip(self.layers, self.slices, strict=True) if not v[s].isfinite().all()]
             raise ValueError(f"{what} holds NaN or inf in layer {', '.join(map(repr, bad))}.")
 
@@ -252,11 +281,6 @@ class Partition:
         sizes = [str(layer.size) for layer in self.layers]
         shown = sizes if len(sizes) <= 8 else [*sizes[:4], "…", *sizes[-2:]]
         return f"{self.size} parameters in {len(self)} layer{'s' * (len(self) > 1)} ({' + '.join(shown)})"
-
-
-def all_finite(x: Tensor) -> bool:
-    """Whether there is no NaN or inf in x: both survive a sum, so that only an overflow needs a second look."""
-    return isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
 def is_kronecker_layer(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ class Preconditioner(Operator):
 
     def _damp(self, damping: float) -> None:
         """Set λ and what depends on it."""
-        self.damping = check_damping(damping)
+        self.damping = check_damping(damping, self.dtype)
 
     def with_damping(self, damping: float) -> Preconditioner:
         """The same preconditioner at another λ; what was factorised is shared."""

@@ -25,6 +25,7 @@ class BlockTridiagonal(Preconditioner):
 
     def __init__(self, F: Fisher, damping: float, convention: str = "expand") -> None:
         check_type("F", F, Fisher)
+        F.check_dense()
         self.factors = F.kronecker(convention)
         pairs = [F.factors(l, l + 1, convention) for l in range(len(F.partition) - 1)]
         self._cross = [torch.kron(G, A) for A, G in pairs]

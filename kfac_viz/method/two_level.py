@@ -17,7 +17,7 @@ from .operator import (
     Operator,
     check_same_space,
     check_symmetric,
-    flushed,
+    eigenpairs,
     replace,
 )
 from .preconditioner import Preconditioner
@@ -41,22 +41,23 @@ class CoarseOperator:
         Z = image.Z
         self.gram, self.galerkin = Z.gram(), image.galerkin()
         L, info = torch.linalg.cholesky_ex(self.gram)
-        dependent, finite = torch.stack([info, self.galerkin.isfinite().all().to(info)]).tolist()
-        if not finite:
-            raise ValueError("The coarse operator holds NaN or inf.")
+        whole = (self.galerkin.isfinite() & self.gram.isfinite()).all()
+        dependent, whole = torch.stack([info, whole.to(info)]).tolist()
+        if not whole:
+            raise ValueError(f"The coarse operator of {Z.name!r} overflows {Z.dtype}; scale the columns of Z.")
         if dependent:
             raise ValueError(
                 f"The {Z.size} columns of the coarse space {Z.name!r} are linearly dependent in {Z.dtype}; take fewer."
             )
         half = torch.linalg.solve_triangular(L, self.galerkin, upper=False)
         reduced = torch.linalg.solve_triangular(L, half.T, upper=False)
-        σ, V = torch.linalg.eigh(flushed((reduced + reduced.T) / 2))
+        σ, V = eigenpairs((reduced + reduced.T) / 2, "The coarse operator")
         self._eigenvalues = Eigenvalues([σ.clamp_min(0) if semidefinite else σ], ["The coarse operator"], dims=1)
         self.basis = torch.linalg.solve_triangular(L.T, V, upper=True)
         self._damp(damping)
 
     def _damp(self, damping: float) -> None:
-        self.damping = check_damping(damping)
+        self.damping = check_damping(damping, self.galerkin.dtype)
         (self.weights,) = self._eigenvalues.inverse(self.damping)
 
     def with_damping(self, damping: float) -> CoarseOperator:

@@ -120,15 +120,20 @@ class RunningCurvature:
         """Whether this step has had its observation."""
         return self.observed_at == self.step
 
-    def observe(self, model: nn.Module, inputs: tuple[Tensor, ...], targets: Tensor | None) -> None:
-        """Capture the batch and take it into the averages; a further part of it in the same step joins it."""
+    def observe(
+        self, model: nn.Module, inputs: tuple[Tensor, ...], targets: Tensor | None, partition: Partition
+    ) -> None:
+        """Capture the batch and take it into the averages; a further part of it in the same step joins it.
+
+        ``partition`` may be another one than before: it is taken up once the capture has gone well.
+        """
         generator = torch.Generator(inputs[0].device)
-        generator.manual_seed(1_000_003 * self.seed + self.diagnostics["observations"])
+        generator.manual_seed((1_000_003 * self.seed + self.diagnostics["observations"]) % 2**63)
         with untouched(model, inputs[0].device):
             F, seen = observed(
                 model,
                 inputs,
-                self.partition,
+                partition,
                 likelihood=self.likelihood,
                 fisher=self.fisher,
                 targets=targets,
@@ -136,6 +141,8 @@ class RunningCurvature:
                 generator=generator,
                 partial=True,
             )
+        if partition is not self.partition:
+            self.lay_out(partition)
         self.factors.add(F, seen, same_batch=self.just_observed)
         self.window.add(F, same_batch=self.just_observed)
         self.observed_at, self._stale, self._coarse_stale = self.step, True, True
@@ -172,9 +179,7 @@ class RunningCurvature:
         self._coarse_at, self._coarse_stale = self.step, False
         self.diagnostics["coarse refreshes"] += 1
 
-    def _two_level(
-        self, A: Damped, M: KFAC, Z: CoarseSpace, kronecker: Callable[[], KroneckerFisher]
-    ) -> TwoLevel:
+    def _two_level(self, A: Damped, M: KFAC, Z: CoarseSpace, kronecker: Callable[[], KroneckerFisher]) -> TwoLevel:
         """The levels together; where E cannot be made or inverted M alone, told once and counted."""
         try:
             E = None

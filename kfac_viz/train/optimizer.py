@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
-from ..method.checks import check_choice, check_damping, check_number, warn
-from ..method.partition import Partition, all_finite, is_kronecker_layer
+from ..method.checks import check_choice, check_damping, check_number, finite, warn
+from ..method.partition import Partition, is_kronecker_layer
 from ..method.two_level import TwoLevel
 from .curvature import RunningCurvature, converted
 from .step import STEP_RULES, QuadraticModel, adapted_damping, best_coefficients, kl_scale
@@ -80,7 +80,8 @@ class TwoLevelKFAC(Optimizer):
             ``step_rule="quadratic"`` 1, the rule's own length.
         damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
         rule: ``"factored"`` (two products per layer) or ``"eigen"`` (four).
-        coarse, per_layer: coarse space and its columns per layer; ``per_layer=0`` is one-level K-FAC.
+        coarse, per_layer: coarse space and its columns per layer, at most so many (a small layer gives what it
+            has); ``per_layer=0`` is one-level K-FAC.
         correction: ``"additive"``, ``"a-def1"``, ``"a-def2"`` or ``"balanced"``.
         coarse_operator: ``"captured"`` coarsens A itself; ``"kronecker"`` the Kronecker model, as the 2020 paper.
         fisher, samples: ``"mc"`` with so many labels drawn per example, ``"exact"`` or ``"empirical"``.
@@ -184,7 +185,8 @@ class TwoLevelKFAC(Optimizer):
             params = [p for p in self.model.parameters() if p.requires_grad]
         self._told: set[str] = set()
         super().__init__(params, defaults)
-        self._lay_out()
+        self.curvature.lay_out(self._layers())
+        self._take_up()
 
     @classmethod
     def as_published_2020(cls, model: nn.Module, **options: Any) -> TwoLevelKFAC:
@@ -214,10 +216,12 @@ class TwoLevelKFAC(Optimizer):
         if not all(p in present for p in self._params):
             raise ValueError("The model's layers have changed since the optimizer was built; build a new optimizer.")
         check_inputs(self.model, self.partition, inputs)
-        if self._eligible() != self.partition.names:
-            self._lay_out()  # a layer was frozen or unfrozen since
+        before = self.partition.names
+        partition = self.partition if self._eligible() == self.partition.names else self._layers()
         self._follow()
-        self.curvature.observe(self.model, inputs, targets)
+        self.curvature.observe(self.model, inputs, targets, partition)
+        if partition.names != before:  # a layer was frozen or unfrozen since
+            self._take_up()
 
     @property
     @torch.no_grad()
@@ -312,7 +316,7 @@ class TwoLevelKFAC(Optimizer):
         g = self._joined(grads)
         self.partition.check_finite(g, "The gradient")
         for p, grad in grads.items():
-            if p not in self._index and not all_finite(grad):
+            if p not in self._index and not finite([grad])[0]:
                 raise ValueError(f"The gradient holds NaN or inf in parameter {self._names.get(p, '?')!r}.")
         return g, grads
 
@@ -463,8 +467,7 @@ class TwoLevelKFAC(Optimizer):
         """Add parameters; layers that they complete join the curvature at the next :meth:`observe`.
 
         Raises:
-            ValueError, TypeError: an option out of range, or a layer with fewer than ``per_layer`` parameters; the
-                groups are as before then.
+            ValueError, TypeError: an option out of range; the groups are as before then.
         """
         group = self.defaults | param_group
         check_number("lr", group["lr"], 0.0, math.inf)
@@ -473,10 +476,12 @@ class TwoLevelKFAC(Optimizer):
         super().add_param_group(param_group)
         if hasattr(self.curvature, "partition"):
             try:
-                self._lay_out()
+                partition = self._layers()
             except ValueError:
                 self.param_groups.pop()
                 raise
+            self.curvature.lay_out(partition)
+            self._take_up()
 
     def _eligible(self) -> tuple[str, ...]:
         """Names of the layers all of whose parameters are trainable and in a group."""
@@ -489,8 +494,8 @@ class TwoLevelKFAC(Optimizer):
             and all(p is None or (p.requires_grad and p in given) for p in (module.weight, module.bias))
         )
 
-    def _lay_out(self) -> None:
-        """(Re)build the partition; factors are kept by name, captured vectors are not."""
+    def _layers(self) -> Partition:
+        """The layers that can have curvature as groups and parameters are now."""
         names = self._eligible()
         missing = [name for name in self._only or () if name not in names]
         if missing or not names:
@@ -500,8 +505,11 @@ class TwoLevelKFAC(Optimizer):
                 if missing
                 else "The model has no trainable Linear or ungrouped Conv2d layer with all its parameters given."
             )
-        partition = Partition.from_model(self.model, names)
-        self.curvature.lay_out(partition)
+        return Partition.from_model(self.model, names)
+
+    def _take_up(self) -> None:
+        """Find the parameters of the layers that the curvature has now, and tell once what is not among them."""
+        names = self.partition.names
         self._lookup()
         left = [n for n, m in self.model.named_modules() if is_kronecker_layer(m) and n not in names]
         if left:

@@ -1,0 +1,126 @@
+"""Whether a model's scores are what its layers show: told once, at the first sight of the model, by autograd itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .checks import warn
+from .record import Record
+
+_trusted: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # what was found in order, by model
+_MOVES = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Permute", "Clone", "ToCopy", "Alias")
+
+
+def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
+    """Refuse a model whose weights act elsewhere than in the calls that were recorded, or that mixes the examples.
+
+    A random cotangent, zero on half of the examples, is pulled back once: ``Σ g aᵀ`` must then be what autograd says
+    of each weight, and the rows of the other half must be zero. One backward pass per model; a batch of one
+    example cannot tell examples apart, and the next one is looked at again.
+
+    Raises:
+        ValueError: what was found, by the layer's name, with the ``layers=[...]`` that leaves it out.
+    """
+    _check_unused(model, record)
+    key = (record.partition.names, model.training, tuple(record.unused))
+    if key in _trusted.get(model, ()):
+        return
+    N, outputs = len(record.outputs), record.outputs
+    cotangent = _random_like(outputs)
+    cotangent[(N + 1) // 2 :] = 0
+    weights = [list(_parameters(model, name)) for name in record.partition.names]
+    g, grads = record.pull_back(cotangent[None], also=[p for own in weights for p in own])
+    left, facts = iter(grads), []
+    for own, a_l, g_l in zip(weights, record.inputs(), g, strict=True):
+        a_l, g_l = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a_l, g_l[0]))
+        told = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(own, left, strict=False)]
+        told = torch.cat([x.flatten(1) if x.ndim > 1 else x[:, None] for x in told], dim=1).to(g_l.dtype)
+        seen = g_l.flatten(0, 1).mT @ a_l.flatten(0, 1)
+        size = a_l.norm() * g_l.norm()  # no less than either gradient, and than what rounds in it
+        facts.append(torch.stack([(seen - told).norm(), told.norm(), size, g_l[(N + 1) // 2 :].norm(), g_l.norm()]))
+    read = torch.stack(facts).tolist()
+    if not all(x < float("inf") for fact in read for x in fact):
+        return  # NaN, inf or an overflow, which the vectors of the Fisher are about to tell in their own words
+    tolerance = _tolerance(outputs)
+    mixes = any(module.training or module.running_mean is None for module in _batch_norms(model))
+    for name, (difference, told, size, others, all_rows) in zip(record.partition.names, read, strict=True):
+        if difference > tolerance * size:
+            share = f"{difference / told:.0%} of that gradient" if told else "the whole of it"
+            raise ValueError(
+                f"The weight of layer {name!r} is used outside the calls of this layer as well (a tied weight, or "
+                f"attention that reads it by itself), and what it does there is not seen: {share} is missing from its "
+                f"scores. {_advice(record, [name])}"
+            )
+        if others > tolerance * all_rows and not mixes:
+            raise ValueError(
+                f"In layer {name!r} the rows do not belong to one example each: either the examples are not on the "
+                "first axis there (batch_first=True puts them there), or the model mixes the examples of a batch, and "
+                "no per-example Fisher exists."
+            )
+    _warn_of_probabilities(outputs, likelihood)
+    if N > 1:
+        _trusted.setdefault(model, set()).add(key)
+
+
+def _check_unused(model: nn.Module, record: Record) -> None:
+    """Refuse layers that have a gradient although they were never called."""
+    unused = {name: list(_parameters(model, name)) for name in record.unused}
+    if not (unused and record.outputs.requires_grad):
+        return
+    flat = [p for own in unused.values() for p in own]
+    # Free where none of them is in the graph: autograd visits only what leads to them.
+    grads = iter(
+        torch.autograd.grad(record.outputs, flat, _random_like(record.outputs), allow_unused=True, retain_graph=True)
+    )
+    reached = {name: [grad for grad in (next(grads) for _ in own) if grad is not None] for name, own in unused.items()}
+    hidden = [name for name, found in reached.items() if any(bool(grad.ne(0).any()) for grad in found)]
+    if hidden:
+        raise ValueError(
+            f"Layers {hidden} have a gradient although they were never called: their weights are used without them, as "
+            f"nn.MultiheadAttention and nn.TransformerEncoderLayer do with out_proj. {_advice(record, hidden)}"
+        )
+
+
+def _random_like(x: Tensor) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(0)
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def _advice(record: Record, hidden: list[str]) -> str:
+    others = [name for name in record.partition.names if name not in [*hidden, *record.unused]]
+    if not others:
+        return "No other layer is left here; write the model with nn.Linear layers that are called."
+    return f"Leave it out by naming the others: layers={others}."
+
+
+def _parameters(model: nn.Module, name: str) -> Iterator[Tensor]:
+    module = model.get_submodule(name)
+    return (p for p in (module.weight, module.bias) if p is not None)
+
+
+def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+
+
+def _tolerance(x: Tensor) -> float:
+    """Round-off of one product of matrices, both sides of which come from the same backward pass."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return 16 * torch.finfo(x.dtype).eps
+    if x.device.type == "cuda" and x.dtype == torch.float32:
+        return 1e-2  # TensorFloat-32, where it is switched on
+    return 1000 * torch.finfo(x.dtype).eps
+
+
+def _warn_of_probabilities(outputs: Tensor, likelihood: str) -> None:
+    """The likelihoods read logits; a model that ends in softmax or sigmoid has them pass through twice."""
+    node = outputs.grad_fn
+    while node is not None and node.name().startswith(_MOVES) and node.next_functions:
+        node = node.next_functions[0][0]
+    last = "" if node is None else node.name()
+    if likelihood != "gaussian" and last.startswith(("SoftmaxBackward", "SigmoidBackward")):
+        end = "softmax" if last.startswith("Softmax") else "sigmoid"
+        warn(f"The model seems to end in {end}; likelihood={likelihood!r} expects logits, and applies it itself.")
