@@ -154,7 +154,7 @@ def setting(
 def chosen(p: Mapping[str, Any], **other: Any) -> tuple:
     """The arguments of :func:`setting` that these parameters name, but for the ``other`` ones: what caches go by."""
     p = {"fisher": "exact", **p, **other}
-    return p["data"], p["widths"], p["n"], p["seed"], p["steps"], p["fisher"], p["device"]
+    return p["data"], tuple(p["widths"]), p["n"], p["seed"], p["steps"], p["fisher"], p["device"]
 
 
 def first_network(steps: int = 100) -> Setting:
