@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a virtual environment in .venv with the pinned versions, once.
 .DEFAULT_GOAL := help
-.PHONY: help figures test lab bench test-browser voila-class constraints clean
+.PHONY: help figures test fuzz lab bench test-browser voila-class constraints clean
 
 PY      := .venv/bin/python
 EXTRAS  := test,class,browser
@@ -19,6 +19,9 @@ figures: .venv/ready  ## regenerate what is missing or changed under figures/
 test: .venv/ready  ## run the tests, then the linter
 	$(THREADS) $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 	$(PY) -m ruff check .
+
+fuzz: .venv/ready  ## try the public API at random: ARGS="--tries 100000 --jobs 2"
+	@$(PY) tests/fuzz.py $(ARGS)
 
 lab: .venv/ready  ## open JupyterLab on the notebooks
 	@$(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)

@@ -163,8 +163,10 @@ def check(run: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
     for name in values:
         if name not in parameters:
             close = difflib.get_close_matches(name, parameters, n=1)
-            raise ValueError(f"There is no parameter {name}{f' (did you mean {close[0]}?)' if close else ''}; "
-                             f"there are {', '.join(parameters)}.")
+            raise ValueError(
+                f"There is no parameter {name}{f' (did you mean {close[0]}?)' if close else ''}; "
+                f"there are {', '.join(parameters)}."
+            )
     checked = {name: parameters[name].check(value) for name, value in values.items()}
     if (device := checked.get("device", "cpu")) in ("cuda", "mps"):
         import torch  # here, as the command line must not wait for it

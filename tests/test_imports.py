@@ -17,7 +17,7 @@ METHOD = (
     "checks", "stacks", "partition", "columns", "operator", "likelihood", "kronecker", "fisher", "record", "witness",
     "capture", "kronecker_fisher", "preconditioner", "kfac", "tridiagonal", "coarse", "two_level", "krylov",
 )  # fmt: skip
-TRAIN = ("statistics", "curvature", "step", "optimizer")
+TRAIN = ("options", "statistics", "curvature", "state", "update", "optimizer")
 CORE = (*(f"method.{name}" for name in METHOD), *(f"train.{name}" for name in TRAIN))
 ROOMS = {  # what each may know, besides the packages of others
     "method": {"method"},

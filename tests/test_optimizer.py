@@ -17,8 +17,8 @@ from torch import nn
 import kfac_viz as kv
 from kfac_viz.method.kronecker import LeadingEigenvectors
 from kfac_viz.method.two_level import CORRECTIONS
-from kfac_viz.train.curvature import COARSE_OPERATORS, SPACES
 from kfac_viz.train.optimizer import TwoLevelKFAC
+from kfac_viz.train.options import COARSE_OPERATORS, SPACES
 from kfac_viz.train.statistics import RunningFactors, Window
 
 X, Y = normal(20, 4), torch.arange(20) % 3
@@ -137,10 +137,10 @@ def test_the_coarse_operator_can_be_the_kronecker_model(operator):
 
 
 def test_as_published_in_2020():
-    c = TwoLevelKFAC.as_published_2020(mlp(), **FIXED).curvature
+    c = TwoLevelKFAC.as_published_2020(mlp(), **FIXED).options
     assert (c.coarse, c.per_layer, c.correction, c.coarse_operator) == ("nicolaides", 1, "additive", "kronecker")
     mended = TwoLevelKFAC.as_published_2020(mlp(), **FIXED, correction="balanced")
-    assert mended.curvature.correction == "balanced"
+    assert mended.options.correction == "balanced"
 
 
 # ---- statistics --------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_the_window_holds_the_last_batches_from_the_first_to_the_last(batches):
     for k in range(2 * batches + 1):
         window.add(kv.capture(mlp(), X[: k + 1], likelihood="categorical"))
         expected = range(max(0, k + 1 - batches), k + 1)
-        assert [entry["N"] for entry in window.entries] == [j + 1 for j in expected]
+        assert [part.N for part in window.parts] == [j + 1 for j in expected]
 
 
 def test_the_window_keeps_few_batches_and_few_examples():
@@ -194,16 +194,16 @@ def test_parts_of_a_batch_share_its_room_evenly():
         window.add(numbered(10_000, 128))
     for part in range(8):
         window.add(numbered(64 * part, 64), same_batch=part > 0)
-    kept = torch.cat([entry["a"][0][:, 0, 0] for entry in window.entries if entry["batch"] == 5])
+    kept = torch.cat([part.F.a[0][:, 0, 0] for part in window.parts if part.batch == 5])
     assert torch.bincount(kept.long() // 64).tolist() == [16] * 8
-    assert sum(len(entry["a"][0]) for entry in window.entries) == 512
+    assert sum(part.F.N for part in window.parts) == 512
 
 
 def test_a_window_with_room_for_few_examples_holds_few_batches():
     window = Window(4, 2, 0.95)
     for k in range(5):
         window.add(numbered(10 * k, 5))
-    assert [float(entry["a"][0][0, 0, 0]) for entry in window.entries] == [30.0, 40.0]
+    assert [float(part.F.a[0][0, 0, 0]) for part in window.parts] == [30.0, 40.0]
 
 
 def test_a_layer_that_a_later_part_reaches_first_ages_like_the_others():
@@ -239,7 +239,7 @@ def test_the_kronecker_coarse_operator_does_not_count_positions_that_a_batch_lac
         F = kv.capture(model, normal(6, positions, 4, seed=positions), likelihood="gaussian", fisher="mc")
         factors.add(F, F.partition.names)
         window.add(F)
-    K = window.kronecker(F.partition, convention)
+    K = window.kronecker(convention)
     for l, name in enumerate(F.partition.names):
         A, G = K.F.factors(l, l, convention)
         assert_close(A, factors.A[name], 1e-12)
@@ -260,7 +260,7 @@ def test_layers_without_a_gradient_do_not_set_the_length_of_the_step(space):
     opt.step()
     step = opt.partition.pack(model) - before
     assert not step[opt.partition.slices[1]].any()
-    assert float(step @ (F @ step)) == pytest.approx(opt.kl_clip, rel=1e-9)
+    assert float(step @ (F @ step)) == pytest.approx(opt.options.kl_clip, rel=1e-9)
 
 
 def test_the_kl_clip_leaves_weight_decay_out():
@@ -272,7 +272,7 @@ def test_the_kl_clip_leaves_weight_decay_out():
     before, F = opt.partition.pack(model), kv.capture(model, X, likelihood="categorical").damped(1e-3)
     opt.step()
     step = opt.partition.pack(model) - before
-    assert float(step @ (F @ step)) == pytest.approx(opt.kl_clip, rel=1e-9)
+    assert float(step @ (F @ step)) == pytest.approx(opt.options.kl_clip, rel=1e-9)
 
 
 @pytest.mark.parametrize("overshoot", ["off", "count", "shorten"])
@@ -801,7 +801,7 @@ def test_a_state_saved_with_other_options_is_said():
         other.load_state_dict(state)
     assert len(told) == 1 and told[0].filename == __file__
     assert "saved with per_layer=2 (here 3), fisher='mc' (here 'exact')" in str(told[0].message)
-    assert other.damping == 0.05 and (other.curvature.per_layer, other.curvature.fisher) == (3, "exact")
+    assert other.damping == 0.05 and (other.options.per_layer, other.options.fisher) == (3, "exact")
     train(other, model, 2)
     assert other.preconditioner.Z.size == 6
 

@@ -125,8 +125,6 @@ def observed(
         except Exception:
             _check_data(model, partition, inputs)  # NaN may be what it could not run on
             raise
-        if fisher == "mc" and not finite([run.outputs.detach()])[0]:  # no labels can be drawn from them
-            _tell_what_is_wrong(model, inputs, run, [])
         check_witnessed(model, run, likelihood)
         if run.unused and not (partial and len(run.unused) < len(partition)):
             raise ValueError(

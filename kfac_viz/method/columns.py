@@ -29,8 +29,11 @@ class CoarseSpace:
     def __init__(self, partition: Partition, columns: Tensor, *, name: str = "columns") -> None:
         check_type("partition", partition, Partition)
         check_type("columns", columns, Tensor)
-        if not columns.is_floating_point():
-            raise TypeError(f"columns must be a floating point tensor of shape (P, k); got {columns.dtype}.")
+        if columns.dtype not in (torch.float32, torch.float64) or columns.layout != torch.strided:
+            raise TypeError(
+                "columns must be a dense floating point tensor of shape (P, k), float32 or float64; got "
+                f"{columns.dtype}, {columns.layout}."
+            )
         columns = columns.detach()
         if columns.ndim != 2 or columns.shape[0] != partition.size:
             raise ValueError(f"columns must have shape ({partition.size}, k); got {tuple(columns.shape)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from math import inf
 
 import torch
@@ -53,9 +53,17 @@ class Fisher(Operator):
         return Stacks([layer.shape for layer in self.partition.layers], [a.shape[1] for a in self.a])
 
     @cached_property
-    def _stacked(self) -> list[tuple[Tensor, Tensor]]:
+    def stacked(self) -> list[tuple[Tensor, Tensor]]:
         """(a, g) with layers of one shape and one number of positions together."""
         return list(zip(self._stacks.gather(self.a), self._stacks.gather(self.g), strict=True))
+
+    def with_vectors(self, stacked: list[tuple[Tensor, Tensor]]) -> Fisher:
+        """The same layers and kind, with other (a, g), stacked as ``self.stacked`` has them."""
+        a, g = zip(*stacked, strict=True)
+        scatter = self._stacks.scatter
+        twin = Fisher(self.partition, scatter(a, 3), scatter(g, 4), likelihood=self.likelihood, flavour=self.flavour)
+        vars(twin).update(_stacks=self._stacks, stacked=stacked)
+        return twin
 
     def in_range(self) -> bool:
         """Whether its sums stay within the dtype, in one look at the device: no NaN, no inf, no overflow.
@@ -77,11 +85,12 @@ class Fisher(Operator):
 
     def scores(self, v: Tensor) -> Tensor:
         """``J v``: every score times v (..., P), shape (..., S, N)."""
-        total = 0.0
-        for (a, g), V in zip(self._stacked, self._stacks.split(v), strict=True):
-            s = _directional(a, g, V)
-            total = total + (s.sum(-3) if a.ndim == 4 else s)
-        return total
+        parts = [
+            s.sum(-3) if a.ndim == 4 else s
+            for (a, g), V in zip(self.stacked, self._stacks.split(v), strict=True)
+            for s in [_directional(a, g, V)]
+        ]
+        return reduce(torch.add, parts)
 
     def pull(self, s: Tensor) -> Tensor:
         """``Jᵀ s``: the scores summed with weights s (..., S, N), shape (..., P)."""
@@ -90,9 +99,10 @@ class Fisher(Operator):
     def add_pulled_(self, v: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
         """``v + alpha Jᵀ s``, in place."""
         pairs = []
-        for a, g in self._stacked:
+        for a, g in self.stacked:
             if s.ndim == 2:  # einsum would take twice as long for one vector
-                weighted = (g * s[:, :, None, None]).sum(-4)
+                weighted = g * s[:, :, None, None]
+                weighted = weighted.squeeze(-4) if self.S == 1 else weighted.sum(-4)
             else:
                 weighted = torch.einsum("...snto,...sn->...nto", g, s.unsqueeze(-3) if a.ndim == 4 else s)
             pairs.append((weighted.flatten(-3, -2).mT, a.flatten(-3, -2)))
@@ -108,7 +118,7 @@ class Fisher(Operator):
                 block = self._fill(matrix[slices[l], slices[m]], l, m)
                 if l != m:
                     matrix[slices[m], slices[l]] = block.T
-        return matrix
+        return self._in_range(matrix, "The matrix")
 
     def block(self, l: int | str, m: int | str) -> Tensor:
         """The exact block of layers l and m, (P_l, P_m).
@@ -186,7 +196,7 @@ class Fisher(Operator):
     def kronecker(self, convention: str = "expand") -> KroneckerFactors:
         """The factors of every diagonal block, computed once and shared by all that is built from them."""
         if convention not in self._factors:
-            pairs = [independent(a, g, convention) for a, g in self._stacked]
+            pairs = [independent(a, g, convention) for a, g in self.stacked]
             A, G = (self._stacks.scatter([x.mT @ x / self.N for x in side], 2) for side in zip(*pairs, strict=True))
             self._factors[convention] = KroneckerFactors(self.partition, tuple(A), tuple(G))
         return self._factors[convention]

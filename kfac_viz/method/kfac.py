@@ -135,7 +135,8 @@ class KFAC(Preconditioner):
 
     def dense(self) -> Tensor:
         self.check_dense()
-        return torch.block_diag(*(self.layer_block(l) for l in range(len(self.partition))))
+        blocks = (self.layer_block(l) for l in range(len(self.partition)))
+        return self._in_range(torch.block_diag(*blocks), "The matrix")
 
     def __repr__(self) -> str:
         return self._describe(f"λ = {self.damping:.3g}", f"rule {self.rule}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .operator import Eigen, psd_eigens
+from .operator import Eigen, eigenpairs, psd_eigens
 from .partition import Partition
 
 CONVENTIONS = ("expand", "reduce")
@@ -68,17 +69,12 @@ class KroneckerFactors:
     @property
     def eigen_A(self) -> list[Eigen]:
         """Eigendecompositions of A, one per layer."""
-        return self._per_layer(1)
+        return _scattered(self.partition, [A for _, A in self.eigen])
 
     @property
     def eigen_G(self) -> list[Eigen]:
         """Eigendecompositions of G, one per layer."""
-        return self._per_layer(0)
-
-    def _per_layer(self, side: int) -> list[Eigen]:
-        scatter = self.partition.stacks.scatter
-        d, U = zip(*(pair[side] for pair in self.eigen), strict=True)
-        return [Eigen(*both) for both in zip(scatter(d, 1), scatter(U, 2), strict=True)]
+        return _scattered(self.partition, [G for G, _ in self.eigen])
 
 
 class LeadingEigenvectors:
@@ -90,20 +86,37 @@ class LeadingEigenvectors:
     """
 
     def __init__(self, factors: KroneckerFactors, count: int, *, full: int = 200, iterations: int = 8) -> None:
-        self.partition, matrices = factors.partition, [*factors.A, *factors.G]
-        small = [i for i, X in enumerate(matrices) if len(X) <= max(full, 4 * count)]
-        exact = iter(psd_eigens([matrices[i] for i in small], ["A factor"] * len(small)))
-        pairs = [next(exact) if i in small else _leading(X, count, iterations) for i, X in enumerate(matrices)]
-        self.eigen_A, self.eigen_G = pairs[: len(factors.A)], pairs[len(factors.A) :]
+        self.partition = factors.partition
+        G, A = zip(*factors.stacked, strict=True)
+        members = [(which, i) for which in "GA" for i in self.partition.stacks.groups]
+        small = [X.shape[-1] <= max(full, 4 * count) for X in (*G, *A)]
+        names = [
+            f"Factor {which} of layer {self.partition.names[l]!r}"
+            for (which, group), fits in zip(members, small, strict=True)
+            for l in group
+            if fits
+        ]
+        exact = iter(psd_eigens([X for X, fits in zip((*G, *A), small, strict=True) if fits], names))
+        pairs = [
+            next(exact) if fits else _leading(X, count, iterations) for X, fits in zip((*G, *A), small, strict=True)
+        ]
+        self.eigen_G, self.eigen_A = (_scattered(self.partition, side) for side in (pairs[: len(G)], pairs[len(G) :]))
 
     def kronecker(self) -> LeadingEigenvectors:
         return self
 
 
+def _scattered(partition: Partition, stacks: Sequence[Eigen]) -> list[Eigen]:
+    """One pair per layer from one per shape."""
+    d, U = zip(*stacks, strict=True)
+    scatter = partition.stacks.scatter
+    return [Eigen(*both) for both in zip(scatter(d, 1), scatter(U, 2), strict=True)]
+
+
 def _leading(X: Tensor, count: int, iterations: int) -> Eigen:
     generator = torch.Generator().manual_seed(0)
-    Q = torch.randn(len(X), count + 8, generator=generator, dtype=torch.float64).to(X)
+    Q = torch.randn(X.shape[-1], count + 8, generator=generator, dtype=torch.float64).to(X)
     for _ in range(iterations):
         Q = torch.linalg.qr(X @ Q).Q
-    d, V = torch.linalg.eigh(Q.T @ X @ Q)
+    d, V = eigenpairs(Q.mT @ X @ Q, "A Kronecker factor")
     return Eigen(d.clamp_min(0), Q @ V)

@@ -45,7 +45,8 @@ class KroneckerFisher(Operator):
     def dense(self) -> Tensor:
         self.check_dense()
         layers = range(len(self.partition))
-        return torch.cat([torch.cat([self.block(l, m) for m in layers], dim=1) for l in layers])
+        matrix = torch.cat([torch.cat([self.block(l, m) for m in layers], dim=1) for l in layers])
+        return self._in_range(matrix, "The matrix")
 
     def image(self, Z: CoarseSpace) -> Image:
         return KroneckerImage(self, Z) if isinstance(Z, RankOneSpace) else super().image(Z)

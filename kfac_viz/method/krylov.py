@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import frexp, inf, isfinite, nan
+from math import frexp, inf, isfinite, ldexp, nan
 
 import torch
 from torch import Tensor
@@ -113,6 +113,8 @@ def pcg(
     solution = _ldexp(x, power)
     if not (residual < inf and finite([solution])[0]):
         raise ValueError(f"The solution overflows {g.dtype}; scale the right-hand side, or choose a larger damping.")
+    if 0 < ldexp(float(x.abs().max()), power) < torch.finfo(g.dtype).tiny:
+        raise ValueError(f"The solution underflows {g.dtype}; scale the right-hand side, or choose a smaller damping.")
     return Solution(solution, tuple(residuals), residual, residual <= rtol)
 
 

@@ -34,6 +34,8 @@ def nll(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
     tensor(4.5000)
     """
     check_targets(outputs, targets, likelihood)
+    if targets.is_inference() and outputs.requires_grad:
+        targets = targets.clone()  # autograd keeps it, and must be able to
     if likelihood == "categorical":
         total = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten().long(), reduction="sum")
     elif likelihood == "bernoulli":
@@ -105,8 +107,10 @@ def _sampled(f: Tensor, likelihood: str, samples: int, generator: torch.Generato
     N, R, C = f.shape
     if likelihood == "categorical":
         p = f.softmax(-1)
-        labels = torch.multinomial(p.flatten(0, 1), samples, replacement=True, generator=generator)
-        vectors = p - functional.one_hot(labels.T, C).reshape(samples, N, R, C)
+        # NaN would stop multinomial, on a GPU for good; it stays in p, where the capture finds and names it.
+        labels = torch.multinomial(p.flatten(0, 1).nan_to_num(1.0), samples, replacement=True, generator=generator)
+        where = labels.T.reshape(samples, N, R, 1)
+        vectors = p.repeat(samples, 1, 1, 1).scatter_add_(3, where, -p.new_ones(1).expand(where.shape))
     elif likelihood == "bernoulli":
         p = f.sigmoid()
         draws = torch.rand((samples, N, R, C), dtype=f.dtype, device=f.device, generator=generator)
@@ -120,6 +124,8 @@ def check_outputs(outputs: Tensor) -> None:
     """Refuse what is not one floating point tensor (N, …) with at least one example."""
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         raise TypeError(f"The model must return one floating point tensor; got {_kind(outputs)}.")
+    if outputs.layout != torch.strided:
+        raise TypeError(f"The model must return a dense tensor; got one of layout {outputs.layout}.")
     if outputs.ndim < 2:
         raise ValueError(f"The model must return (examples, outputs, …); got shape {tuple(outputs.shape)}.")
     if outputs.numel() == 0:

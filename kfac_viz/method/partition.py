@@ -112,7 +112,7 @@ class Partition:
             )
         found = {name: module for name, module in modules.items() if is_kronecker_layer(module)}
         if layers is not None and found:
-            if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
+            if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(x, str) for x in layers):
                 raise ValueError(f"layers must be a list of names out of {list(found)}; got {layers!r}.")
             unknown = [name for name in layers if name not in found]
             if unknown:
@@ -130,7 +130,7 @@ class Partition:
                 "the layers to keep with layers=[...]."
             )
         for name, module in found.items():
-            if not all(isinstance(p, nn.Parameter) for p in (module.weight, module.bias) if p is not None):
+            if own_parameters(module) is None:
                 raise ValueError(
                     f"A parameter of layer {name!r} is computed from others (weight norm, spectral norm, "
                     "pruning); make it a plain one first, or name the other layers with layers=[...]."
@@ -144,7 +144,7 @@ class Partition:
                         f"Modules {other!r} and {name!r} share a parameter, and then neither has a Fisher of its own; "
                         "call one module twice instead, which is captured exactly."
                     )
-        return cls(tuple(_describe(name, module) for name, module in found.items()))
+        return cls(tuple(describe(name, module) for name, module in found.items()))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -269,7 +269,7 @@ class Partition:
                 module = model.get_submodule(layer.name)
             except AttributeError:
                 raise ValueError(f"The model has no layer {layer.name!r}; it is not the one captured.") from None
-            if not is_kronecker_layer(module) or _describe(layer.name, module) != layer:
+            if not is_kronecker_layer(module) or describe(layer.name, module) != layer:
                 raise ValueError(f"The model's layer {layer.name!r} no longer is {layer}; capture it again.")
             modules.append(module)
         return modules
@@ -293,7 +293,19 @@ def is_kronecker_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _describe(name: str, module: nn.Module) -> Layer:
+def own_parameters(module: nn.Module) -> list[nn.Parameter] | None:
+    """Weight and, if there is one, bias of a layer; None where one is computed from other tensors.
+
+    A parametrised weight must not even be looked at: reading it may change it (spectral norm).
+    """
+    own = module._parameters
+    if not isinstance(own.get("weight"), nn.Parameter) or "bias" not in own:
+        return None
+    return [p for p in (own["weight"], own["bias"]) if p is not None]
+
+
+def describe(name: str, module: nn.Module) -> Layer:
+    """The layer that a Linear or Conv2d module is."""
     if isinstance(module.weight, nn.UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and has no shape yet; run the model once first.")
     bias = module.bias is not None

@@ -97,4 +97,5 @@ class BlockDiagonal(Preconditioner):
         return torch.cat([((v[..., s] @ U) * w) @ U.T for (_, U), w, s in layers], dim=-1)
 
     def dense(self) -> Tensor:
-        return torch.block_diag(*((U * w) @ U.T for (_, U), w in zip(self._eigen, self._weights, strict=True)))
+        blocks = ((U * w) @ U.T for (_, U), w in zip(self._eigen, self._weights, strict=True))
+        return self._in_range(torch.block_diag(*blocks), "The matrix")

@@ -56,7 +56,7 @@ class BlockTridiagonal(Preconditioner):
         return v @ self._matrix
 
     def dense(self) -> Tensor:
-        return self._matrix.clone()
+        return self._in_range(self._matrix.clone(), "The matrix")
 
 
 def _plus(X: Tensor, shift: Tensor) -> Tensor:

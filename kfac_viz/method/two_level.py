@@ -105,7 +105,7 @@ class CoarseCorrection(Operator):
         return self.Z.prolong(self.E.basis.mT).mT
 
     def dense(self) -> Tensor:
-        return (self.columns * self.E.weights) @ self.columns.T
+        return self._in_range((self.columns * self.E.weights) @ self.columns.T, "The matrix")
 
     def __repr__(self) -> str:
         return self._describe(f"{self.Z.name}, {self.Z.size} columns", f"λ = {self.damping:.3g}")
@@ -201,7 +201,7 @@ class TwoLevel(Operator):
 
     def dense(self) -> Tensor:
         """The matrix (P, P): M plus a product of rank at most twice the coarse dimension."""
-        return self.M.dense() + self.contribution()
+        return self._in_range(self.M.dense() + self.contribution(), "The matrix")
 
     def contribution(self) -> Tensor:
         """What the coarse level adds to M, dense (P, P)."""

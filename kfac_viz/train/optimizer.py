@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
-from ..method.checks import check_choice, check_damping, check_number, finite, warn
-from ..method.partition import Partition, is_kronecker_layer
+from ..method.checks import check_damping, check_number, finite, warn
+from ..method.partition import Layer, Partition, describe, is_kronecker_layer, own_parameters
 from ..method.two_level import TwoLevel
-from .curvature import RunningCurvature, converted
-from .step import STEP_RULES, QuadraticModel, adapted_damping, best_coefficients, kl_scale
+from . import state as states
+from .curvature import RunningCurvature
+from .options import Options, shows_options
+from .update import QuadraticModel, Update, adapted_damping, update
 
-GUARDS = ("off", "count", "shorten")
 LENGTHS = {"fixed": 0.1, "kl_clip": 0.3, "quadratic": 1.0}  # the lr that goes with each step rule
 ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
 REJECTION = 4.0  # factor on λ after a step that went up
@@ -107,44 +107,25 @@ class TwoLevelKFAC(Optimizer):
         ValueError, TypeError: a hyperparameter out of range, in words.
     """
 
+    @shows_options
     def __init__(
         self,
         model: nn.Module,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
         *,
-        likelihood: str,
         lr: float | None = None,
-        damping: float = 0.1,
-        rule: str = "factored",
-        coarse: str = "spectral",
-        per_layer: int = 4,
-        correction: str = "balanced",
-        coarse_operator: str = "captured",
-        fisher: str = "mc",
-        samples: int = 1,
-        decay: float = 0.95,
-        observe_every: int = 5,
-        refresh_every: int = 10,
-        coarse_every: int | None = None,
-        coarse_examples: int = 512,
-        coarse_window: int = 4,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        decoupled: bool = False,
         maximize: bool = False,
-        step_rule: str = "kl_clip",
-        kl_clip: float = 5e-4,
-        overshoot: str = "count",
-        convention: str = "expand",
         layers: Iterable[str] | None = None,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"The model comes first, not its parameters; got {type(model).__name__}. Write "
                 "TwoLevelKFAC(model, likelihood=…), or TwoLevelKFAC(model, params, likelihood=…) to train a part of it."
             )
-        if params is not None and not isinstance(params, Iterable):
+        if params is not None and (isinstance(params, Tensor) or not isinstance(params, Iterable)):
             raise TypeError(
                 f"The second argument holds parameters or their groups; got {params!r}. Every other option is given "
                 "by name, as in lr=0.1."
@@ -154,46 +135,32 @@ class TwoLevelKFAC(Optimizer):
             raise ValueError(
                 "Curvature is not averaged between processes, so that the replicas would drift apart; train in one."
             )
-        self.curvature = RunningCurvature(
-            likelihood=likelihood,
-            damping=damping,
-            rule=rule,
-            coarse=coarse,
-            per_layer=per_layer,
-            correction=correction,
-            coarse_operator=coarse_operator,
-            fisher=fisher,
-            samples=samples,
-            decay=decay,
-            observe_every=observe_every,
-            refresh_every=refresh_every,
-            coarse_every=coarse_every,
-            coarse_examples=coarse_examples,
-            coarse_window=coarse_window,
-            convention=convention,
-            seed=seed,
-        )
-        self.step_rule = check_choice("step_rule", step_rule, STEP_RULES)
-        self.overshoot = check_choice("overshoot", overshoot, GUARDS)
-        self.kl_clip = check_number("kl_clip", kl_clip, 0.0, math.inf, open_low=True)
-        self.decoupled = bool(decoupled)
+        self.options = Options.read(options)
         self.model = getattr(model, "_orig_mod", model)
         self._only = layers if layers is None else _layer_names(layers, self.model)
-        lr = LENGTHS[step_rule] if lr is None else lr
+        lr = LENGTHS[self.options.step_rule] if lr is None else lr
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": bool(maximize)}
-        if params is None:
-            params = [p for p in self.model.parameters() if p.requires_grad]
+        params = [p for p in self.model.parameters() if p.requires_grad] if params is None else list(params)
+        if not params:
+            raise ValueError("There is no trainable parameter to optimize.")
         self._told: set[str] = set()
+        self._facts: dict[str, float | Tensor] = {}  # the last values of the step rule
+        self._skipped: Tensor | None = None  # steps with NaN or inf that a capturable optimizer left out
         super().__init__(params, defaults)
-        self.curvature.lay_out(self._layers())
+        self.curvature = RunningCurvature(self.options, self._layers())
         self._take_up()
 
     @classmethod
-    def as_published_2020(cls, model: nn.Module, **options: Any) -> TwoLevelKFAC:
+    def as_published_2020(
+        cls,
+        model: nn.Module,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> TwoLevelKFAC:
         """The choice of Tselepidis, Kohler and Orvieto, mended: one constant per layer, its coarse operator from
         the Kronecker model, added to K-FAC. The coarse matrix is rebuilt at each refresh and damped by ``λ ZᵀZ``."""
         published = {"coarse": "nicolaides", "per_layer": 1, "correction": "additive", "coarse_operator": "kronecker"}
-        return cls(model, **{**published, **options})
+        return cls(model, params, **{**published, **options})
 
     # ---- curvature ------------------------------------------------------------------------------------
 
@@ -210,7 +177,8 @@ class TwoLevelKFAC(Optimizer):
         """
         if not self.curvature.due:
             return
-        if (self.curvature.fisher == "empirical") != (targets is not None):
+        self._check_last_step()
+        if (self.options.fisher == "empirical") != (targets is not None):
             raise ValueError("fisher='empirical' needs the true labels as targets=…, and no other kind takes them.")
         present = set(self.model.parameters())
         if not all(p in present for p in self._params):
@@ -237,8 +205,9 @@ class TwoLevelKFAC(Optimizer):
 
     @property
     def diagnostics(self) -> dict[str, float]:
-        """Counters and the last values of the step rule; plain numbers."""
-        return self.curvature.diagnostics
+        """Counters and the last values of the step rule, as plain numbers: a copy, read when asked for."""
+        facts = {name: float(x) for name, x in self._facts.items()}
+        return self.curvature.counters | facts
 
     @property
     def damping(self) -> float:
@@ -262,9 +231,17 @@ class TwoLevelKFAC(Optimizer):
                 undone, its momentum forgotten and λ raised fourfold.
 
         Raises:
-            ValueError: no observation yet, no gradient, or one with NaN or inf (naming the layer); parameters and
-                momentum have not been changed then.
+            ValueError, TypeError: no observation yet, no gradient, one with NaN or inf (naming the layer), a step that
+                overflows the parameters, or a group whose options were edited out of range; parameters and momentum
+                have not been changed then.
         """
+        for group in self.param_groups:
+            _check_group(group)
+        judged = closure is not None and self.options.step_rule == "quadratic"
+        if judged and self.options.capturable:
+            raise ValueError(
+                "capturable=True decides nothing on the host; step_rule='quadratic' takes no closure then."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -272,34 +249,26 @@ class TwoLevelKFAC(Optimizer):
         self._follow()
         g, grads = self._gradient()
         T = self.preconditioner
-        v = T._apply(g)
-        for name, s in zip(self.partition.names, self.partition.slices, strict=True):
-            if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
-                v[s] = 0
-                self.diagnostics["layers without statistics"] += 1
-        for p, piece in zip(self._params, self._split(v), strict=True):
-            if p not in grads:  # it takes no step, so that the others' length must not depend on it
-                piece.zero_()
-        self.partition.check_finite(v, "The preconditioned gradient")
         model = QuadraticModel(T.A.operator, g, self._ridge())
-        judged = closure is not None and self.step_rule == "quadratic"
-        before = {p: p.clone() for p in grads} if judged else {}
-        along = self._quadratic_steps if self.step_rule == "quadratic" else self._steps_along
-        steps = along(v, grads, model)
-        predicted = self._guarded(steps, model) if judged or self._on_guard else None
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p in steps]
-            if params and self.decoupled and group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            if params:
-                torch._foreach_add_(params, [steps[p] for p in params])
+        proposed = update(
+            self._moving(T._apply(g), grads),
+            self._joined(self._buffers(grads)) if any(self._momentum(p) for p in self._params) else None,
+            model,
+            self.options,
+            lr=self._per_parameter("lr"),
+            momentum=self._per_parameter("momentum"),
+            damping=T.damping,
+            guarded=judged or self._on_guard,
+        )
+        before = [p.clone() for p in grads] if judged else []
+        self._write(proposed, g, grads)
         if judged:
-            self._judge(closure, loss, before, predicted)
+            self._judge(closure, loss, dict(zip(grads, before, strict=True)), self._facts["predicted"])
         self.curvature.step += 1
         return loss
 
     def _gradient(self) -> tuple[Tensor, dict[Tensor, Tensor]]:
-        """The gradient over the partition (P,), and of each parameter that has one: checked, with weight decay."""
+        """The gradient over the partition (P,), and of each parameter that has one, with weight decay."""
         grads: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -308,88 +277,116 @@ class TwoLevelKFAC(Optimizer):
                 raise ValueError("Sparse gradients are not supported; build the embedding with sparse=False.")
             if params and group["maximize"]:
                 found = torch._foreach_neg(found)
-            if params and group["weight_decay"] and not self.decoupled:
+            if params and group["weight_decay"] and not self.options.decoupled:
                 found = torch._foreach_add(found, params, alpha=group["weight_decay"])
             grads.update(zip(params, found, strict=True))
         if not grads:
             raise ValueError("No parameter of the optimizer has a gradient; call loss.backward() first.")
-        g = self._joined(grads)
-        self.partition.check_finite(g, "The gradient")
-        for p, grad in grads.items():
-            if p not in self._index and not finite([grad])[0]:
-                raise ValueError(f"The gradient holds NaN or inf in parameter {self._names.get(p, '?')!r}.")
-        return g, grads
+        return self._joined(grads), grads
 
-    def _steps_along(self, v: Tensor, grads: dict[Tensor, Tensor], model: QuadraticModel) -> dict[Tensor, Tensor]:
-        """Steps of a given length along v, clipped or not, and along the gradient of other parameters."""
-        if self.step_rule == "kl_clip":
-            moved = self._scaled(v, {p: self._group[p]["lr"] for p in self._params})
-            form = dataclasses.replace(model, ridge=self.damping).along(moved[None])[1]
-            self.diagnostics["clip"] = scale = kl_scale(float(form), self.kl_clip)
-            v = v * scale
-        directions = {p: grad for p, grad in grads.items() if p not in self._index}
-        directions |= {p: x.to(p.dtype) for p, x in zip(self._params, self._split(v), strict=True) if p in grads}
-        return self._plain_steps(directions)
+    def _moving(self, v: Tensor, grads: dict[Tensor, Tensor]) -> Tensor:
+        """v, zero where no step is taken: its length must not depend on what stays."""
+        for name, s in zip(self.partition.names, self.partition.slices, strict=True):
+            if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
+                v[s] = 0
+                self.curvature.counters["layers without statistics"] += 1
+        if not self._index <= grads.keys():
+            for p, piece in zip(self._params, self._split(v), strict=True):
+                if p not in grads:
+                    piece.zero_()
+        return v
 
-    def _plain_steps(self, directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """``-lr · buffer`` with ``buffer ← momentum · buffer + direction``, parameter by parameter."""
-        steps = {}
+    def _write(self, proposed: Update, g: Tensor, grads: dict[Tensor, Tensor]) -> None:
+        """Take the step if all that it would write is finite; one look at the device, or none if capturable."""
+        steps = dict(zip(self._params, self._split(proposed.step), strict=True))
+        buffers = (
+            {} if proposed.momentum is None else dict(zip(self._params, self._split(proposed.momentum), strict=True))
+        )
+        steps, buffers = ({p: x for p, x in some.items() if p in grads} for some in (steps, buffers))
+        self._plain_steps({p: grad for p, grad in grads.items() if p not in self._index}, steps, buffers)
+        params, new = list(steps), [step.to(p.dtype) for p, step in steps.items()]
+        for group in self.param_groups if self.options.decoupled else ():
+            if group["weight_decay"]:
+                shrunk = {p for p in group["params"] if p in steps}
+                left = -group["lr"] * group["weight_decay"]
+                new = [torch.add(x, p, alpha=left) if p in shrunk else x for p, x in zip(params, new, strict=True)]
+        new = torch._foreach_add(params, new)
+        kept = [self._buffer(p) for p in buffers]
+        left = list(buffers.values())
+        facts = list(proposed.facts.values())
+        numbers = torch.stack([*facts, g.sum(), *torch._foreach_norm(new, dtype=g.dtype)])
+        if self.options.capturable:
+            fine = numbers.isfinite().all()
+            new = [torch.where(fine, x, p) for p, x in zip(params, new, strict=True)]
+            left = [torch.where(fine, x.to(b.dtype), b) for b, x in zip(kept, left, strict=True)]
+            self._skipped = ~fine + (0 if self._skipped is None else self._skipped)
+            self._facts.update(proposed.facts)
+        else:
+            read = numbers.tolist()
+            if not all(map(math.isfinite, read)):
+                self._check_update(g, new, read[: len(facts)], grads)
+            self._facts.update(zip(proposed.facts, read, strict=False))
+        torch._foreach_copy_(params, new)
+        if kept:
+            torch._foreach_copy_(kept, left)
+        if "overshoot" in proposed.facts and not self.options.capturable:
+            self._count_overshoot(self._facts["overshoot"])
+
+    def _plain_steps(
+        self, directions: dict[Tensor, Tensor], steps: dict[Tensor, Tensor], buffers: dict[Tensor, Tensor]
+    ) -> None:
+        """For parameters without curvature ``-lr · buffer`` with ``buffer ← momentum · buffer + gradient``."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p in directions]
             along = [directions[p] for p in params]
             if not params:
                 continue
             if group["momentum"]:
-                buffers = [self._buffer(p) for p in params]
-                torch._foreach_mul_(buffers, group["momentum"])
-                torch._foreach_add_(buffers, along)
-                along = buffers
+                along = torch._foreach_add(
+                    torch._foreach_mul([self._buffer(p) for p in params], group["momentum"]), along
+                )
+                buffers |= zip(params, along, strict=True)
             steps |= zip(params, torch._foreach_mul(along, -group["lr"]), strict=True)
-        return steps
 
-    def _quadratic_steps(self, v: Tensor, grads: dict[Tensor, Tensor], model: QuadraticModel) -> dict[Tensor, Tensor]:
-        """The best combination of −v and of the last step; ``lr`` scales it, and layers against each other."""
-        top = max(group["lr"] for group in self.param_groups)
-        v = self._scaled(v, {p: self._group[p]["lr"] / top if top else 0.0 for p in self._params})
-        directions = [-v]
-        going_on = [p for p in self._params if p in grads and self._group[p]["momentum"] and self._group[p]["lr"]]
-        if going_on:
-            directions.append(self._joined({p: self._buffer(p) for p in going_on}))
-        D = torch.stack(directions)
-        c = best_coefficients(*model.along(D))
-        self.diagnostics["step length"], self.diagnostics["momentum coefficient"] = [*c.tolist(), 0.0][:2]
-        best = (top * c) @ D
-        rest = {p: grad for p, grad in grads.items() if p not in self._index}
-        steps = {p: x.to(p.dtype) for p, x in zip(self._params, self._split(best), strict=True) if p in grads}
-        for p, step in steps.items():
-            self._buffer(p).copy_(step)
-        return steps | self._plain_steps(rest) if rest else steps
+    def _check_update(self, g: Tensor, new: list[Tensor], facts: list[float], grads: dict[Tensor, Tensor]) -> None:
+        """Raise the sentence for a step that is not finite, where it comes in; sums may overflow by themselves."""
+        if all(map(math.isfinite, facts)) and all(finite([g, *new])):
+            return
+        self.partition.check_finite(g, "The gradient")
+        for p, grad in grads.items():
+            if not finite([grad])[0]:
+                raise ValueError(f"The gradient holds NaN or inf in parameter {self._names.get(p, '?')!r}.")
+        self.partition.check_finite(self.preconditioner._apply(g), "The preconditioned gradient")
+        raise ValueError(
+            f"The step would overflow parameters of {self._params[0].dtype}, or the model of the loss does so in "
+            f"{g.dtype}; nothing was written. Scale the loss, lower lr, or raise damping."
+        )
+
+    def _check_last_step(self) -> None:
+        """Tell of steps that were skipped on the device since the last observation."""
+        if self._skipped is not None and int(self._skipped):
+            skipped, self._skipped = int(self._skipped), None
+            warn(f"{skipped} steps since the last observation were skipped: their gradients or steps held NaN or inf.")
 
     @property
     def _on_guard(self) -> bool:
         """Whether this step is looked at for overshoot."""
-        return self.overshoot == "shorten" or (self.overshoot == "count" and self.curvature.just_observed)
+        guard = self.options.overshoot
+        return guard == "shorten" or (guard == "count" and self.curvature.just_observed)
 
-    def _guarded(self, steps: dict[Tensor, Tensor], model: QuadraticModel) -> float:
-        """The change that the captured model predicts, after its own overshoot has been counted or cut."""
-        slope, curvature = (float(x) for x in model.along(self._joined(steps)[None]))
-        change = slope + 0.5 * curvature
-        if change <= 0 or not self._on_guard:
-            return change
-        self.diagnostics["overshoots"] += 1
-        if self.overshoot == "count":
+    def _count_overshoot(self, change: float) -> None:
+        """Count, and tell once, a step along which the captured model itself goes up."""
+        if not change > 0 or not self._on_guard:
+            return
+        self.curvature.counters["overshoots"] += 1
+        if self.options.overshoot == "shorten":
+            self.curvature.counters["shortened"] += 1
+        else:
             self._tell(
                 "overshoot",
                 "By the captured quadratic model this step goes up: it is too long. Lower lr, raise damping, or take "
                 "step_rule='quadratic' or overshoot='shorten'. Counted from now on in diagnostics['overshoots'].",
             )
-            return change
-        scale = max(0.0, -slope / curvature)
-        self.diagnostics["shortened"] += 1
-        mine = [p for p in self._params if p in steps]
-        torch._foreach_mul_([steps[p] for p in mine], scale)
-        torch._foreach_mul_([self._buffer(p) for p in mine], scale)
-        return 0.5 * scale * slope
 
     def _judge(
         self, closure: Callable[[], Tensor], loss: Tensor, before: dict[Tensor, Tensor], predicted: float
@@ -399,27 +396,25 @@ class TwoLevelKFAC(Optimizer):
             after = float(closure().detach())
         sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
         change = sign * (after - float(loss.detach()))
-        if not self.decoupled:
+        if not self.options.decoupled:
             for p, value in before.items():
                 decay = self._group[p]["weight_decay"]
                 change += 0.5 * decay * float(p.square().sum() - value.square().sum()) if decay else 0.0
-        ratio = self.diagnostics["reduction ratio"] = change / predicted if predicted else 0.0
+        ratio = self._facts["reduction ratio"] = change / predicted if predicted else 0.0
         if not change <= 0:
             for p, value in before.items():
                 p.copy_(value)
                 self._buffer(p).zero_()
-            self.diagnostics["rejected"] += 1
+            self.curvature.counters["rejected"] += 1
             self.damping = max(REJECTION * self.damping, 1e-8)
         elif self.curvature.step % ADAPT_EVERY == 0:
             self.damping = adapted_damping(self.damping, ratio, ADAPT_EVERY)
 
     def _ridge(self) -> float | Tensor:
         """λ, plus each parameter's weight decay where that is part of the loss."""
-        if self.decoupled or not any(group["weight_decay"] for group in self.param_groups):
+        if self.options.decoupled or not any(group["weight_decay"] for group in self.param_groups):
             return self.damping
-        return self.damping + self._scaled(
-            self._like().new_ones(self.partition.size), {p: self._group[p]["weight_decay"] for p in self._params}
-        )
+        return self.damping + self._per_parameter("weight_decay")
 
     # ---- flat vectors and parameters ------------------------------------------------------------------
 
@@ -440,20 +435,30 @@ class TwoLevelKFAC(Optimizer):
 
     def _joined(self, tensors: dict[Tensor, Tensor]) -> Tensor:
         """The inverse of :meth:`_split`; parameters that are missing have zeros."""
-        v = self._like().new_zeros(self.partition.size)
+        make = torch.empty if self._index <= tensors.keys() else torch.zeros
+        v = make(self.partition.size, dtype=self._like().dtype, device=self._like().device)
         views = [(view, tensors[p]) for p, view in zip(self._params, self._split(v), strict=True) if p in tensors]
         if views:
             torch._foreach_copy_(*map(list, zip(*views, strict=True)))
         return v
 
-    def _scaled(self, v: Tensor, factors: dict[Tensor, float]) -> Tensor:
-        """v with one factor per parameter."""
-        if len(set(factors.values())) == 1:
-            return v * next(iter(factors.values()))
-        v = v.clone()
+    def _per_parameter(self, option: str) -> float | Tensor:
+        """An option of the groups: one number where they agree, else one per parameter of the partition, (P,)."""
+        values = {float(self._group[p][option]) for p in self._params}
+        if len(values) == 1:
+            return values.pop()
+        v = torch.empty(self.partition.size, dtype=self._like().dtype, device=self._like().device)
         for p, view in zip(self._params, self._split(v), strict=True):
-            view.mul_(factors[p])
+            view.fill_(float(self._group[p][option]))
         return v
+
+    def _momentum(self, p: Tensor) -> float:
+        """Of a parameter; with the quadratic rule a layer that is not to move has none."""
+        group = self._group[p]
+        return group["momentum"] if self.options.step_rule != "quadratic" or group["lr"] else 0.0
+
+    def _buffers(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        return {p: self._buffer(p) for p in self._params if p in grads and self._momentum(p)}
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -469,12 +474,14 @@ class TwoLevelKFAC(Optimizer):
         Raises:
             ValueError, TypeError: an option out of range; the groups are as before then.
         """
-        group = self.defaults | param_group
-        check_number("lr", group["lr"], 0.0, math.inf)
-        check_number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
-        check_number("weight_decay", group["weight_decay"], 0.0, math.inf)
-        super().add_param_group(param_group)
-        if hasattr(self.curvature, "partition"):
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"A group is a dictionary with its 'params'; got {type(param_group).__name__}.")
+        _check_group(self.defaults | param_group)
+        try:
+            super().add_param_group(param_group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"These parameters cannot be trained: {error}") from None
+        if hasattr(self, "curvature"):  # PyTorch's constructor comes here too
             try:
                 partition = self._layers()
             except ValueError:
@@ -483,16 +490,21 @@ class TwoLevelKFAC(Optimizer):
             self.curvature.lay_out(partition)
             self._take_up()
 
-    def _eligible(self) -> tuple[str, ...]:
-        """Names of the layers all of whose parameters are trainable and in a group."""
+    def _eligible(self, *, frozen: bool = False) -> tuple[str, ...]:
+        """Names of the layers all of whose parameters are in a group, and trainable or also ``frozen``."""
         given = {p for group in self.param_groups for p in group["params"]}
+        own = {name: own_parameters(m) for name, m in self.model.named_modules() if is_kronecker_layer(m)}
         return tuple(
             name
-            for name, module in self.model.named_modules()
-            if is_kronecker_layer(module)
-            and (self._only is None or name in self._only)
-            and all(p is None or (p.requires_grad and p in given) for p in (module.weight, module.bias))
+            for name, parameters in own.items()
+            if (self._only is None or name in self._only)
+            and parameters is not None
+            and all((p.requires_grad or frozen) and p in given for p in parameters)
         )
+
+    def _all_layers(self) -> list[Layer]:
+        """Those that a saved state may have had: what is frozen now may not have been then."""
+        return [describe(name, self.model.get_submodule(name)) for name in self._eligible(frozen=True)]
 
     def _layers(self) -> Partition:
         """The layers that can have curvature as groups and parameters are now."""
@@ -523,7 +535,7 @@ class TwoLevelKFAC(Optimizer):
         self._group = {p: group for group in self.param_groups for p in group["params"]}
         self._names = {p: name for name, p in self.model.named_parameters()}
         modules = (self.model.get_submodule(name) for name in self.partition.names)
-        self._params = [p for m in modules for p in (m.weight, m.bias) if p is not None]
+        self._params = [p for module in modules for p in own_parameters(module)]
         self._index = set(self._params)
 
     def _tell(self, key: str, message: str) -> None:
@@ -535,7 +547,7 @@ class TwoLevelKFAC(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As PyTorch's, with ``"curvature"`` beside it: tensors, numbers, strings, lists and dictionaries only."""
-        return super().state_dict() | {"curvature": self.curvature.state()}
+        return super().state_dict() | {"curvature": states.saved(self.curvature)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit, with the saved λ, lr, momentum and weight decay in place of the constructor's.
@@ -544,23 +556,53 @@ class TwoLevelKFAC(Optimizer):
         state: where they differ, a warning names both values, and this optimizer's hold from now on.
 
         Raises:
-            ValueError: a state of another optimizer, or of other layers; nothing has been changed then.
+            ValueError, TypeError: a state of another optimizer, of other layers, or with something missing or out of
+                range, in words; nothing has been changed then.
         """
-        saved = state_dict.get("curvature")
-        if saved is None:
+        if not isinstance(state_dict, dict) or "curvature" not in state_dict:
             raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
-        self.curvature.check_state(saved)
-        super().load_state_dict(copy.deepcopy({k: v for k, v in state_dict.items() if k != "curvature"}))
-        self.curvature.restore(saved, self._like())
+        rest = copy.deepcopy({k: v for k, v in state_dict.items() if k != "curvature"})
+        self._check_groups_of(rest)
+        curvature = states.restored(state_dict["curvature"], self.options, self._all_layers(), self._like())
+        super().load_state_dict(rest)
+        self.curvature = curvature
+        self._lookup()
+
+    def _check_groups_of(self, saved: dict[str, Any]) -> None:
+        """Refuse saved groups that do not fit these, or whose options are out of range."""
+        groups, kept = saved.get("param_groups"), saved.get("state")
+        if not isinstance(groups, list) or not isinstance(kept, dict) or not all(isinstance(x, dict) for x in groups):
+            raise ValueError("The state has no 'param_groups' and 'state' as PyTorch's optimizers write them.")
+        sizes = [len(group.get("params", ())) for group in groups]
+        mine = [len(group["params"]) for group in self.param_groups]
+        if sizes != mine:
+            raise ValueError(f"The state has groups of {sizes} parameters; this optimizer has groups of {mine}.")
+        for group in groups:
+            missing = [name for name in ("lr", "momentum", "weight_decay", "maximize") if name not in group]
+            if missing:
+                raise ValueError(f"A group of the state has no {missing[0]!r}.")
+            _check_group(group)
+        numbers = [i for group in groups for i in group["params"]]
+        shapes = dict(zip(numbers, (p.shape for group in self.param_groups for p in group["params"]), strict=True))
+        for i, own in kept.items():
+            buffer = own.get("momentum_buffer") if isinstance(own, dict) else None
+            if i not in shapes or not isinstance(buffer, Tensor) or buffer.shape != shapes[i]:
+                raise ValueError(f"The state of parameter {i!r} has no momentum_buffer of that parameter's shape.")
+            if not finite([buffer])[0]:
+                raise ValueError(f"The momentum_buffer of parameter {i!r} holds NaN or inf.")
 
     def _follow(self) -> None:
         """Move the state after the model to another device or dtype."""
-        if self.curvature.follow(self._like()):
+        like, factors = self._like(), self.curvature.factors
+        kept = next(iter(factors.A.values()), like)
+        if (kept.dtype, kept.device) != (like.dtype, like.device):
+            saved = states.saved(self.curvature)
+            self.curvature = states.restored(saved, self.options, self._all_layers(), like)
             for p, state in self.state.items():
-                self.state[p] = converted(state, p)
+                self.state[p] = {name: x.to(p) if isinstance(x, Tensor) else x for name, x in state.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "curvature", "decoupled", "step_rule", "kl_clip", "overshoot", "_told", "_only")
+        own = ("model", "options", "curvature", "_told", "_only", "_facts", "_skipped")
         return super().__getstate__() | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -574,9 +616,16 @@ class TwoLevelKFAC(Optimizer):
         )
         return (
             f"TwoLevelKFAC({self.curvature}\n"
-            f"  step: {self.step_rule}, overshoot {self.overshoot}; {groups}\n"
+            f"  step: {self.options.step_rule}, overshoot {self.options.overshoot}; {groups}\n"
             f"  so far: {', '.join(f'{key} {value:.4g}' for key, value in self.diagnostics.items() if value)})"
         )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Refuse options of a group that are out of range: they may be edited at any time."""
+    check_number("lr", group["lr"], 0.0, math.inf)
+    check_number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
+    check_number("weight_decay", group["weight_decay"], 0.0, math.inf)
 
 
 def _layer_names(layers: Iterable[str], model: nn.Module) -> tuple[str, ...]:

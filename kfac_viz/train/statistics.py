@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -52,23 +53,38 @@ class RunningFactors:
 
     def add(self, F: Fisher, seen: tuple[str, ...], *, same_batch: bool = False) -> None:
         """Take in the layers ``seen`` of F; ``same_batch`` for a further part of the newest batch."""
-        if not same_batch:
+        new = F.kronecker(self.convention)
+        before = {name: self.weight.get(name, 0.0) for name in seen}
+        if same_batch:
+            before = {name: w * (1.0 if name in self.newest else self.decay) for name, w in before.items()}
+        else:
+            before = {name: w * self.decay for name, w in before.items()}
             self.newest = set()
-        for name in seen:
-            A, G = F.factors(name, name, self.convention)
-            before = self.weight.get(name, 0.0) * (1.0 if name in self.newest else self.decay)
-            self.weight[name] = before + F.N
-            share = F.N / self.weight[name]
-            self.A[name] = torch.lerp(self.A[name], A, share) if before else A
-            self.G[name] = torch.lerp(self.G[name], G, share) if before else G
+        for share, names in _grouped({name: F.N / (w + F.N) for name, w in before.items()}).items():
+            where = [F.partition.index(name) for name in names]
+            for mine, theirs in ((self.A, new.A), (self.G, new.G)):
+                fresh = [theirs[l] for l in where]
+                if share < 1:  # one operation for all layers of one share, which mostly are all layers
+                    fresh = torch._foreach_lerp([mine[name] for name in names], fresh, share)
+                mine.update(zip(names, fresh, strict=True))
+        self.weight.update({name: w + F.N for name, w in before.items()})
         self.newest.update(seen)
 
     def factors(self, partition: Partition) -> KroneckerFactors:
         """The factors as K-FAC takes them, once a layer was seen; one that was never seen has zeros."""
-        like = next(iter(self.A.values()))
-        A = tuple(self.A.get(x.name, like.new_zeros(1).expand(x.features, x.features)) for x in partition.layers)
-        G = tuple(self.G.get(x.name, like.new_zeros(1).expand(x.out, x.out)) for x in partition.layers)
+        zeros = next(iter(self.A.values())).new_zeros
+        A = tuple(self.A[x.name] if x.name in self.A else zeros(x.features, x.features) for x in partition.layers)
+        G = tuple(self.G[x.name] if x.name in self.G else zeros(x.out, x.out) for x in partition.layers)
         return KroneckerFactors(partition, A, G)
+
+
+@dataclass
+class Part:
+    """What is kept of a part of an observed batch: the batch's number, and how many examples F stands for."""
+
+    batch: int
+    N: int
+    F: Fisher
 
 
 class Window:
@@ -80,61 +96,88 @@ class Window:
 
     def __init__(self, batches: int, examples: int, decay: float) -> None:
         self.batches, self.examples, self.decay = min(batches, examples), examples, decay
-        # Parts, newest last: {"batch": its number, "N": examples it stands for, "a": [...], "g": [...]}
-        self.entries: list[dict] = []
+        self.parts: list[Part] = []  # newest last
 
     def add(self, F: Fisher, *, same_batch: bool = False) -> None:
         """Take in F; ``same_batch`` for a further part of the newest batch."""
-        if self.entries and self.entries[-1]["g"][0].shape[0] != F.S:
-            self.entries = []  # another number of vectors per example cannot be stacked
-        newest = (self.entries[-1]["batch"] if self.entries else 0) + (not same_batch)
-        entries = [*self.entries, {"batch": newest, "N": F.N, "a": list(F.a), "g": list(F.g)}]
-        self.entries = [entry for entry in entries if entry["batch"] > newest - self.batches]
+        if self.parts and self.parts[-1].F.S != F.S:
+            self.parts = []  # another number of vectors per example cannot be stacked
+        newest = (self.parts[-1].batch if self.parts else 0) + (not same_batch)
+        parts = [*self.parts, Part(newest, F.N, F.with_vectors(F.stacked))]
+        self.parts = [part for part in parts if part.batch > newest - self.batches]
         sizes = Counter()
-        for entry in self.entries:
-            sizes[entry["batch"]] += entry["N"]
-        for entry in self.entries:
-            room = max(1, self.examples * entry["N"] // (len(sizes) * sizes[entry["batch"]]))
-            kept = entry["a"][0].shape[0]
-            if kept > room:
-                chosen = torch.arange(room, device=F.device) * kept // room
-                entry["a"] = [a[chosen] for a in entry["a"]]
-                entry["g"] = [g[:, chosen] for g in entry["g"]]
+        for part in self.parts:
+            sizes[part.batch] += part.N
+        for part in self.parts:
+            room = max(1, self.examples * part.N // (len(sizes) * sizes[part.batch]))
+            if part.F.N > room:
+                chosen = torch.arange(room, device=F.device) * part.F.N // room
+                few = [(a.index_select(-3, chosen), g.index_select(-3, chosen)) for a, g in part.F.stacked]
+                part.F = part.F.with_vectors(few)
 
-    def fisher(self, partition: Partition, likelihood: str, flavour: str) -> Fisher:
+    def fisher(self) -> Fisher:
         """``Σ w F`` over the batches, with weights of sum 1 folded into the output-side vectors."""
-        a = _stacked([entry["a"] for entry in self.entries], 0)
-        return Fisher(partition, a, self._weighted_g(), likelihood=likelihood, flavour=flavour)
+        return _joined([part.F for part in self.parts], self._scales())
 
-    def kronecker(self, partition: Partition, convention: str) -> KroneckerFisher:
-        """All blocks ``G ⊗ A`` of the averaged factors: the weights are on both sides, and positions that a batch
-        does not have do not count."""
-        most = [max(a.shape[1] for a in layer) for layer in zip(*(e["a"] for e in self.entries), strict=True)]
-        power = 0.5 if convention == "expand" else 1.0
-        a = [
-            [x * (scale * (T / x.shape[1]) ** power) for x, T in zip(entry["a"], most, strict=True)]
-            for entry, scale in zip(self.entries, self._scales(), strict=True)
+    def kronecker(self, convention: str) -> KroneckerFisher:
+        """All blocks ``G ⊗ A`` of the averaged factors, which have the weights on both sides, a and g.
+
+        Where batches differ in their number of positions, ``a`` is scaled so that each batch is averaged over its own.
+        """
+        Fs, power = [part.F for part in self.parts], 0.5 if convention == "expand" else 1.0
+        most = [max(a.shape[1] for a in layer) for layer in zip(*(F.a for F in Fs), strict=True)]
+        weighted = [
+            Fisher(
+                F.partition,
+                [a * (scale * (T / a.shape[1]) ** power) for a, T in zip(F.a, most, strict=True)],
+                list(F.g),
+                likelihood=F.likelihood,
+                flavour=F.flavour,
+            )
+            for F, scale in zip(Fs, self._scales(), strict=True)
         ]
-        return KroneckerFisher(Fisher(partition, _stacked(a, 0), self._weighted_g()), convention)
-
-    def _weighted_g(self) -> list[Tensor]:
-        batches = zip(self.entries, self._scales(), strict=True)
-        return _stacked([e["g"] if scale == 1 else [g * scale for g in e["g"]] for e, scale in batches], 1)
+        return KroneckerFisher(_joined(weighted, self._scales()), convention)
 
     def _scales(self) -> list[float]:
-        """Root of the weight of every entry over its share of the examples kept."""
-        kept = [entry["a"][0].shape[0] for entry in self.entries]
-        ages = [self.entries[-1]["batch"] - entry["batch"] for entry in self.entries]
-        weights = [entry["N"] * self.decay**age for entry, age in zip(self.entries, ages, strict=True)]
+        """Root of the weight of every part over its share of the examples kept."""
+        kept = [part.F.N for part in self.parts]
+        ages = [self.parts[-1].batch - part.batch for part in self.parts]
+        weights = [part.N * self.decay**age for part, age in zip(self.parts, ages, strict=True)]
         return [(w / sum(weights) * sum(kept) / n) ** 0.5 for w, n in zip(weights, kept, strict=True)]
 
 
-def _stacked(batches: list[list[Tensor]], axis: int) -> list[Tensor]:
-    """One tensor per layer, batches joined along ``axis``; missing positions become zeros, which add nothing."""
-    if len(batches) == 1:
-        return list(batches[0])
-    layers = []
-    for tensors in zip(*batches, strict=True):
-        positions = max(x.shape[axis + 1] for x in tensors)
-        layers.append(torch.cat([functional.pad(x, (0, 0, 0, positions - x.shape[axis + 1])) for x in tensors], axis))
-    return layers
+def _joined(Fs: list[Fisher], scales: list[float]) -> Fisher:
+    """One Fisher of all examples, the vectors g of each part scaled."""
+    if len(Fs) == 1 and scales[0] == 1:
+        return Fs[0]
+    if len({tuple(a.shape[1] for a in F.a) for F in Fs}) > 1:
+        Fs = [_with_positions(F, Fs) for F in Fs]
+    layers = list(zip(*(F.stacked for F in Fs), strict=True))
+    return Fs[0].with_vectors(
+        [
+            (
+                torch.cat([a for a, _ in pairs], dim=-3),
+                torch.cat(
+                    [g if scale == 1 else g * scale for (_, g), scale in zip(pairs, scales, strict=True)], dim=-3
+                ),
+            )
+            for pairs in layers
+        ]
+    )
+
+
+def _with_positions(F: Fisher, others: list[Fisher]) -> Fisher:
+    """F with as many positions as any of the others has; the new ones are zeros, which add nothing."""
+    more = [
+        max(a.shape[1] for a in layer) - layer[0].shape[1] for layer in zip(F.a, *(o.a for o in others), strict=True)
+    ]
+    a, g = ([functional.pad(x, (0, 0, 0, n)) for x, n in zip(side, more, strict=True)] for side in (F.a, F.g))
+    return Fisher(F.partition, a, g, likelihood=F.likelihood, flavour=F.flavour)
+
+
+def _grouped(values: dict[str, float]) -> dict[float, list[str]]:
+    """Names by their value."""
+    groups: dict[float, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value, []).append(name)
+    return groups

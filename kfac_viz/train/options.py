@@ -1,0 +1,109 @@
+"""The choices that one optimizer makes for all of its layers, checked and frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..method.checks import check_choice, check_count, check_damping, check_number, check_seed
+from ..method.kfac import RULES
+from ..method.kronecker import CONVENTIONS
+from ..method.likelihood import FLAVOURS, LIKELIHOODS
+from ..method.two_level import CORRECTIONS
+
+SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
+COARSE_OPERATORS = ("captured", "kronecker")
+STEP_RULES = ("fixed", "kl_clip", "quadratic")
+GUARDS = ("off", "count", "shorten")
+
+_CHOICES = {
+    "likelihood": LIKELIHOODS,
+    "rule": RULES,
+    "coarse": SPACES,
+    "correction": CORRECTIONS,
+    "coarse_operator": COARSE_OPERATORS,
+    "fisher": FLAVOURS,
+    "convention": CONVENTIONS,
+    "step_rule": STEP_RULES,
+    "overshoot": GUARDS,
+}
+_LEAST = {"per_layer": 0} | dict.fromkeys(
+    ("samples", "observe_every", "refresh_every", "coarse_every", "coarse_examples", "coarse_window"), 1
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What :class:`kfac_viz.TwoLevelKFAC` explains and passes on, one for one.
+
+    Raises:
+        ValueError, TypeError: an option out of range, in words.
+    """
+
+    likelihood: str
+    damping: float = 0.1
+    rule: str = "factored"
+    coarse: str = "spectral"
+    per_layer: int = 4
+    correction: str = "balanced"
+    coarse_operator: str = "captured"
+    fisher: str = "mc"
+    samples: int = 1
+    decay: float = 0.95
+    observe_every: int = 5
+    refresh_every: int = 10
+    coarse_every: int | None = None
+    coarse_examples: int = 512
+    coarse_window: int = 4
+    convention: str = "expand"
+    seed: int = 0
+    step_rule: str = "kl_clip"
+    kl_clip: float = 5e-4
+    overshoot: str = "count"
+    decoupled: bool = False
+    capturable: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for name, least in _LEAST.items():
+            if not (name == "coarse_every" and self.coarse_every is None):
+                check_count(name, getattr(self, name), least)
+        check_seed(self.seed)
+        check_damping(self.damping)
+        check_number("decay", self.decay, 0.0, 1.0)
+        check_number("kl_clip", self.kl_clip, 0.0, math.inf, open_low=True)
+
+    @classmethod
+    def read(cls, given: dict[str, Any]) -> Options:
+        """From keywords; one that does not exist, or ``likelihood`` missing, is told in words."""
+        unknown = [name for name in given if name not in NAMES]
+        if unknown:
+            raise TypeError(f"TwoLevelKFAC has no option {unknown[0]!r}; it has {', '.join(NAMES)}.")
+        if "likelihood" not in given:
+            raise TypeError(f"Name the likelihood of the loss: likelihood= one of {', '.join(map(repr, LIKELIHOODS))}.")
+        return cls(**given)
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """Those that shape the curvature, which a saved state remembers."""
+        return {name: getattr(self, name) for name in SHAPING}
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Options))
+SHAPING = (
+    *("likelihood", "rule", "coarse", "per_layer", "correction"),
+    *("coarse_operator", "fisher", "samples", "convention"),
+)
+
+
+def shows_options(method: Any) -> Any:
+    """Give a method that passes ``**options`` on the signature that its callers see: every option by name."""
+    signature = inspect.signature(method)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = inspect.signature(Options).parameters.values()
+    method.__signature__ = signature.replace(parameters=[*own, *options])
+    return method

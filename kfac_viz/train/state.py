@@ -1,0 +1,187 @@
+"""Running curvature as tensors, numbers and text that can be saved, and back, all of it checked before any is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+from torch import Tensor
+
+from ..method.checks import check_count, check_damping, check_number, finite, warn
+from ..method.columns import LocalSpace, RankOneSpace
+from ..method.fisher import Fisher
+from ..method.kfac import KFAC
+from ..method.kronecker import KroneckerFactors
+from ..method.kronecker_fisher import KroneckerFisher
+from ..method.partition import Layer, Partition
+from .curvature import RunningCurvature
+from .options import SHAPING, Options
+from .statistics import Part
+
+
+def saved(curvature: RunningCurvature) -> dict[str, Any]:
+    """All of it as tensors, numbers, strings, lists and dictionaries."""
+    c, T, level = curvature, curvature._T, None
+    if T is not None:
+        F = T.A.operator
+        level = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), "a": list(F.a), "g": list(F.g)}
+        columns = list(T.Z.blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
+        level |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
+        if not T.galerkin:  # g is the same
+            level["kronecker a"] = list(T.coarse_operator.operator.F.a)
+    return {
+        "layers": shapes(c.partition),
+        "options": c.options.shaping,
+        "damping": c.damping,
+        "steps": c.step,
+        "diagnostics": dict(c.counters),
+        "marks": [c.observed_at, c._built_at, c._coarse_at, c._stale, c._coarse_stale],
+        "factors": {name: [A, c.factors.G[name]] for name, A in c.factors.A.items()},
+        "weights": dict(c.factors.weight),
+        "newest": sorted(c.factors.newest),
+        "window": [
+            {"batch": part.batch, "N": part.N, "a": list(part.F.a), "g": list(part.F.g)} for part in c.window.parts
+        ],
+        "level": level,
+    }
+
+
+def shapes(partition: Partition) -> dict[str, list[int]]:
+    """Of every layer, by name."""
+    return {layer.name: list(layer.shape) for layer in partition.layers}
+
+
+def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor) -> RunningCurvature:
+    """What :func:`saved` gave, with the options of now, in the dtype and on the device of ``like``.
+
+    ``layers`` are all that the optimizer's parameters make up. The state may be of some of them: a layer that was
+    frozen since is left out at the next observation.
+
+    Raises:
+        ValueError, TypeError: what the state lacks or has wrong, in words.
+    """
+    state = converted(_of_kind(state, dict, "curvature"), like)
+    wanted = _field(state, "layers", dict)
+    known = {layer.name: layer for layer in layers}
+    if not wanted or any(name not in known or list(known[name].shape) != shape for name, shape in wanted.items()):
+        mine = {layer.name: list(layer.shape) for layer in layers}
+        raise ValueError(f"The state belongs to layers {wanted}; this optimizer has {mine}.")
+    partition = Partition(tuple(known[name] for name in wanted))
+    numbers = _tensors(state)
+    if not all(finite(numbers)):
+        raise ValueError("The state of the curvature holds NaN or inf.")
+
+    new = RunningCurvature(options, partition)
+    new.damping = check_damping(_field(state, "damping"), like.dtype)
+    new.step = check_count("The state's 'steps'", _field(state, "steps"), 0)
+    counted = _field(state, "diagnostics", dict)
+    for name in new.counters.keys() & counted.keys():
+        new.counters[name] = check_count(f"diagnostics[{name!r}]", counted[name], 0)
+    for name, pair in _field(state, "factors", dict).items():
+        features, out = (known[name].features, known[name].out) if name in known else (None, None)
+        new.factors.A[name], new.factors.G[name] = (
+            _shaped(X, (n, n), f"factor {which} of layer {name!r}")
+            for X, n, which in zip(_of_kind(pair, list, "factors", 2), (features, out), "AG", strict=True)
+        )
+    weights = _field(state, "weights", dict)
+    if weights.keys() != new.factors.A.keys():
+        raise ValueError("The state's 'weights' and 'factors' are not of the same layers.")
+    new.factors.weight = {name: check_number(f"weights[{name!r}]", w, 0.0, inf) for name, w in weights.items()}
+    new.factors.newest = set(_field(state, "newest", list)) & weights.keys()
+    for entry in _field(state, "window", list):
+        F = _fisher(partition, entry, options, "a")
+        batch, N = (check_count(f"The window's {key!r}", _field(entry, key), 0) for key in ("batch", "N"))
+        new.window.parts.append(Part(batch, N, F.with_vectors(F.stacked)))
+    level = _field(state, "level")
+    if level is not None:
+        new._T = _levels(new, _of_kind(level, dict, "level"))
+    marks = _of_kind(_field(state, "marks"), list, "marks", 5)
+    if marks[0] is not None and not new.window.parts:
+        raise ValueError("The state was observed at a step and has no window; it is incomplete.")
+    steps = [None if mark is None else check_count("A mark of the state", mark, 0) for mark in marks[:3]]
+    new.observed_at, new._built_at, new._coarse_at = steps[0], *(step or 0 for step in steps[1:])
+    new._stale, new._coarse_stale = (bool(mark) for mark in marks[3:])
+    _warn_of_other_options(state.get("options", {}), options)  # states of earlier versions have none
+    return new
+
+
+def _levels(new: RunningCurvature, level: dict[str, Any]) -> Any:
+    """The preconditioner of the last refresh."""
+    options, partition = new.options, new.partition
+    A, G = (tuple(_field(level, which, list)) for which in "AG")
+    damping = check_damping(_field(level, "damping"))
+    M = KFAC(KroneckerFactors(partition, A, G), damping, options.rule)
+    F = _fisher(partition, level, options, "a")
+    name, columns = _field(level, "space", str), _of_kind(_field(level, "columns"), list, "columns", len(partition))
+    if name == "krylov":
+        blocks = [_shaped(Z, (layer.size, None), "columns") for Z, layer in zip(columns, partition.layers, strict=True)]
+        Z = LocalSpace(partition, blocks, name=name)
+    else:
+        pairs = [_of_kind(pair, list, "columns", 2) for pair in columns]
+        for (W, U), layer in zip(pairs, partition.layers, strict=True):
+            _shaped(W, (layer.out, None), "columns")
+            _shaped(U, (layer.features, W.shape[1]), "columns")
+        Z = RankOneSpace(partition, [(W, U) for W, U in pairs], name=name)
+    K = _fisher(partition, level, options, "kronecker a" if "kronecker a" in level else "a")
+    return new._two_level(F.damped(damping), M, Z, lambda: KroneckerFisher(K, options.convention))
+
+
+def _fisher(partition: Partition, entry: Any, options: Options, key: str) -> Fisher:
+    """A Fisher from saved inputs and vectors, of the shapes that fit each other and the layers."""
+    entry = _of_kind(entry, dict, "window")
+    a, g = (_of_kind(_field(entry, which), list, which, len(partition)) for which in (key, "g"))
+    S, N = _shaped(g[0], (None,) * 4, "g").shape[:2]
+    for layer, x, y in zip(partition.layers, a, g, strict=True):
+        _shaped(x, (N, None, layer.features), f"inputs of layer {layer.name!r}")
+        _shaped(y, (S, N, x.shape[1], layer.out), f"vectors of layer {layer.name!r}")
+    return Fisher(partition, a, g, likelihood=options.likelihood, flavour=options.fisher)
+
+
+def _warn_of_other_options(was: dict[str, Any], options: Options) -> None:
+    now = options.shaping
+    other = [name for name in SHAPING if name in was and was[name] != now[name]]
+    if other:
+        differences = ", ".join(f"{name}={was[name]!r} (here {now[name]!r})" for name in other)
+        warn(
+            f"The state was saved with {differences}. It is loaded, and this optimizer keeps its own options: "
+            "the run goes on differently from the saved one."
+        )
+
+
+def _field(state: dict[str, Any], key: str, kind: type = object) -> Any:
+    if key not in state:
+        raise ValueError(f"The state of the curvature has no {key!r}; it is not whole, or of another version.")
+    return _of_kind(state[key], kind, key)
+
+
+def _of_kind(value: Any, kind: type, what: str, length: int | None = None) -> Any:
+    if not isinstance(value, kind) or (length is not None and len(value) != length):
+        size = "" if length is None else f" of {length}"
+        raise ValueError(f"The state's {what!r} must be a {kind.__name__}{size}; got {type(value).__name__}.")
+    return value
+
+
+def _shaped(x: Any, shape: tuple[int | None, ...], what: str) -> Tensor:
+    """A tensor of that shape, None standing for any size."""
+    if not isinstance(x, Tensor) or x.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape)):  # noqa: B905
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        expected = "(" + ", ".join("…" if n is None else str(n) for n in shape) + ")"
+        raise ValueError(f"In the state the {what} must have shape {expected}; got {got}.")
+    return x
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [x for item in inner for x in _tensors(item)]
+
+
+def converted(value: Any, like: Tensor) -> Any:
+    """The same nest of dictionaries and lists, its tensors in the dtype and on the device of ``like``."""
+    if isinstance(value, dict):
+        return {key: converted(item, like) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [converted(item, like) for item in value]
+    return value.to(like) if isinstance(value, Tensor) else value
