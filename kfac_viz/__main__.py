@@ -116,6 +116,8 @@ def select(names: list[str]) -> list[str]:
         found = [asked] if asked in notebooks() else [stem for stem in notebooks() if asked and asked in stem]
         if asked.isdigit():
             found = [stem for stem in notebooks() if stem.split("_")[0] == asked.zfill(2)]
+        if found and all(stem.startswith(found[0]) for stem in found):
+            found = found[:1]
         if len(found) != 1:
             which = f"may be any of {', '.join(found)}" if found else f"is none of {', '.join(notebooks())}"
             raise ValueError(f"{name or 'An empty name'} {which}.")

@@ -222,7 +222,7 @@ def test_studies_take_lists_and_refuse_what_is_out_of_range(name):
         run(**small | {"repeats": 0})
 
 
-@pytest.mark.parametrize("name", ["04a", "04b", "05b", "06a"])
+@pytest.mark.parametrize("name", ["04a", "04b", "05b", "05c", "05d", "06a"])
 def test_exercises_know_right_from_wrong(name):
     truth = kv.exercises.TRUTHS[name].truth()
     assert "right" in kv.exercises.check(name, truth)
@@ -234,7 +234,7 @@ def test_exercises_that_ask_for_a_name_and_a_size():
     assert "not yet" in kv.exercises.check("05a", "optimal")
 
 
-@pytest.mark.parametrize("stem", ["04_where_it_comes_from", "05_coarse_space", "06_depth"])
+@pytest.mark.parametrize("stem", ["04_where_it_comes_from", "05_coarse_space", "05_coarse_space_sizes", "06_depth"])
 def test_every_number_of_a_verdict_is_in_its_data(stem):
     cells = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
     verdict = next(text for cell in cells if (text := "".join(cell["source"])).startswith("## Verdict"))

@@ -221,10 +221,11 @@ def test_notebooks_that_cannot_be_read(shelf, no_kernel, capsys):
 
 
 def test_names_may_be_short(monkeypatch):
-    stems = ["00_playground", "01_fisher", "05_coarse_space", "06_depth"]
+    stems = ["00_playground", "01_fisher", "05_coarse_space", "05_coarse_space_sizes", "06_depth"]
     monkeypatch.setattr(cli, "notebooks", lambda: dict.fromkeys(stems, run_plain))
     assert cli.select([]) == stems
     assert cli.select(["5", "05", "coarse", "notebooks/05_coarse_space.ipynb"]) == ["05_coarse_space"]
+    assert cli.select(["sizes"]) == ["05_coarse_space_sizes"]
     with pytest.raises(ValueError, match="may be any of 00_playground, 05_coarse_space"):
         cli.select(["p"])
 

@@ -1,6 +1,7 @@
 """Studies of the Fisher's flavours, of K-FAC's error and of damping: identities, limits, tables, pictures."""
 
 import itertools
+import re
 
 import matplotlib
 import numpy as np
@@ -160,7 +161,7 @@ def test_two_parameters_against_closed_forms():
     np.testing.assert_allclose(result.plane.minimum, np.linalg.lstsq(X, y)[0][:, 0], rtol=1e-3)
     assert result.plane.shares["exact"] == 1
     loss = result.plane.loss[20, 50]  # bias first
-    at = result.plane.axes[0][50], result.plane.axes[1][20]
+    at = result.plane.axis[50], result.plane.axis[20]
     expected = 0.5 * np.mean((X @ np.array(at)[:, None] - y) ** 2)
     assert loss == pytest.approx(expected, rel=1e-3)
 
@@ -284,7 +285,7 @@ def test_every_block_of_every_matrix_tells_its_layers(name):
         assert (boxes[:, 2] * boxes[:, 3]).sum() == pytest.approx(width * height)
         np.testing.assert_allclose(boxes[0, :2], [x, 1 - y - height])
         np.testing.assert_allclose(boxes[-1, :2] + boxes[-1, 2:], [x + width, 1 - y])
-    assert "ayers 1 and 2" in regions[1][4]
+    assert re.search(r"ayers 1( .*)? and 2", regions[1][4])
 
 
 def test_curves_take_the_median_and_the_range():

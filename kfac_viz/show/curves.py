@@ -1,4 +1,4 @@
-"""Curves with bands over seeds and a line at the slider's value, updated in place."""
+"""Curves with bands over seeds and a line at the slider's value: drawn by seaborn, then moved in place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .parts import number
 from .style import INK, Style
 
 if TYPE_CHECKING:
@@ -16,51 +17,88 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MARKERS = 8  # on a line, at most
-NOTHING = np.empty((4, 0))
 
 
 class CurveView:
-    """One axes with one line and one band for each series; ``artists`` change, axes and ticks stay.
+    """One axes with a line and a band for each series; ``artists`` change, axes and ticks stay.
+
+    The band reaches from the lowest to the highest seed. Of two curves that lie on each other both can be seen: the
+    later one is thinner, its markers are smaller and, where there are many points, stand elsewhere. A triangle at the
+    edge marks where a curve leaves the axes.
 
     Args:
-        series: how each is drawn; a label that begins with ``_`` stays out of the legend.
+        series: how each is drawn, the lowest first.
+        curves: x, median, lowest and highest, each (n,), by series; those without a style are not drawn.
     """
 
     def __init__(
         self,
         ax: Axes,
         series: Mapping[str, Style],
+        curves: Mapping[str, Sequence[NDArray]],
         title: str,
         *,
         x: str,
-        y: str,
+        y: str = "",
         xlim: tuple[float, float],
         ylim: tuple[float, float],
         scale: tuple[str, str] = ("log", "log"),
     ) -> None:
-        from matplotlib.collections import PolyCollection
+        import pandas
+        import seaborn
 
-        self.ax = ax
-        ax.set(title=title, xlabel=x, ylabel=y, xscale=scale[0], yscale=scale[1], xlim=xlim, ylim=ylim)
-        self.lines, self.bands = {}, {}
-        for name, style in series.items():
-            self.bands[name] = ax.add_collection(PolyCollection([], color=style.color, alpha=0.18, linewidth=0))
-            self.lines[name] = empty_line(ax, style, marker=style.marker)
+        self.ax, self.styles = ax, {name: style for name, style in series.items() if name in curves}
+        ax.set(title=title, xscale=scale[0], yscale=scale[1])
+        widths = np.linspace(3.0, 1.3, len(self.styles))
+        rows = [(name, *point) for name in self.styles for point in zip(*curves[name], strict=True)]
+        table = pandas.DataFrame(rows, columns=["series", "x", "median", "low", "high"]).melt(["series", "x"])
+        seaborn.lineplot(
+            table, x="x", y="value", hue="series", size="series", legend=False, ax=ax,
+            palette={name: style.color for name, style in self.styles.items()},
+            sizes=dict(zip(self.styles, widths, strict=True)),
+            estimator="median", errorbar=("pi", 100), err_kws={"alpha": 0.18, "linewidth": 0},
+        )  # fmt: skip
+        ax.set(xlabel=x, ylabel=y, xlim=xlim, ylim=ylim)
+        self.lines: dict[str, Line2D] = dict(zip(self.styles, ax.lines, strict=True))
+        self.bands = dict(zip(self.styles, ax.collections, strict=True))
+        for (name, style), width in zip(self.styles.items(), widths, strict=True):
+            self.lines[name].set(marker=style.marker, markersize=2.5 * width + 1.5, markeredgecolor=style.color,
+                                 linestyle=style.line, label=style.label)  # fmt: skip
         self.cursor = ax.axvline(np.nan, color=INK, linewidth=0.9, alpha=0.6, zorder=0.5)
-        self.artists: list[Artist] = [*self.bands.values(), *self.lines.values(), self.cursor]
+        self.leaves = [ax.scatter([], [], s=40, marker=m, clip_on=False, zorder=4) for m in ("^", "v")]
+        for axis, kind in zip((ax.xaxis, ax.yaxis), scale, strict=True):
+            if kind == "log":
+                plain_numbers(axis)
+
+    @property
+    def artists(self) -> list[Artist]:
+        return [*self.bands.values(), *self.lines.values(), self.cursor, *self.leaves]
 
     def update(self, curves: Mapping[str, Sequence[NDArray]], at: float | None = None) -> None:
-        """Draw curves ``(x, y, low, high)`` and the upright line at x = ``at``; series without a curve vanish."""
+        """Move to these curves, of the same series, and the upright line to x = ``at``."""
         self.cursor.set_xdata([np.nan if at is None else at] * 2)
-        log = self.ax.get_yscale() == "log"
-        for name, line in self.lines.items():
-            x, *values = curves.get(name, NOTHING)
-            y, low, high = map(positive, values) if log else values
+        (left, right), (low_end, high_end) = self.ax.get_xlim(), self.ax.get_ylim()
+        above, below = [], []
+        for i, (name, line) in enumerate(self.lines.items()):
+            x, y, low, high = curves[name]
+            step = max(1, -(-len(x) // MARKERS))
             line.set_data(x, y)
-            line.set_markevery(max(1, -(-len(x) // MARKERS)))
-            seen = np.isfinite(low) & np.isfinite(high)
-            outline = np.column_stack([np.r_[x[seen], x[seen][::-1]], np.r_[low[seen], high[seen][::-1]]])
-            self.bands[name].set_verts([outline] if (low != high)[seen].any() else [])
+            line.set_markevery((i % step, step))
+            self.bands[name].set_data(x, low, high)
+            color = line.get_color()
+            inside = (left <= x) & (x <= right)
+            above += [(x, high_end, color) for x in x[_leaving(y > high_end) & inside]]
+            below += [(x, low_end, color) for x in x[_leaving(y < low_end) & inside]]
+        for marks, points in zip(self.leaves, (above, below), strict=True):
+            marks.set_offsets(np.array([point[:2] for point in points]).reshape(-1, 2))
+            marks.set_facecolor([point[2] for point in points])
+
+
+def _leaving(outside: NDArray) -> NDArray:
+    """The points outside that have a neighbour inside; the first where all are outside."""
+    if outside.all():
+        return np.arange(len(outside)) == 0
+    return outside & ~(np.r_[True, outside[:-1]] & np.r_[outside[1:], True])
 
 
 def empty_line(ax: Axes, style: Style, **options) -> Line2D:
@@ -68,6 +106,12 @@ def empty_line(ax: Axes, style: Style, **options) -> Line2D:
     return ax.plot([], [], color=style.color, linestyle=style.line, label=style.label, **options)[0]
 
 
-def positive(values: NDArray) -> NDArray:
-    """Values for a logarithmic axis: what is not positive is not drawn."""
-    return np.where(values > 0, values, np.nan)
+def plain_numbers(axis, values: Sequence[float] = ()) -> None:
+    """Ticks that say what a reader would write, at ``values`` or where they are, and none in between."""
+    low, high = axis.get_view_interval()
+    if not len(values) and high < 50 * low:
+        values = [digit * 10.0**power for power in range(-12, 12) for digit in (1, 2, 5)]
+    if len(values):
+        axis.set_ticks([value for value in values if low <= value <= high])
+    axis.set_major_formatter(lambda value, _: number(value, 5))
+    axis.set_ticks([], minor=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -28,11 +28,11 @@ class MatrixView:
     """
 
     def __init__(
-        self, ax: Axes, partition: Partition, title: str, *, logarithmic: bool = True, pixels: int = 330
+        self, ax: Axes, partition: Partition, name: str, *, logarithmic: bool = True, pixels: int = 330
     ) -> None:
         from matplotlib.collections import LineCollection
 
-        self.ax, self.partition, self.logarithmic = ax, partition, logarithmic
+        self.ax, self.partition, self.name, self.logarithmic = ax, partition, name, logarithmic
         self._shown: tuple | None = None
         self._group = -(-partition.size // pixels)
         P = partition.size
@@ -41,7 +41,7 @@ class MatrixView:
             np.zeros((1, 1)), cmap=SIGNED, vmin=-1, vmax=1, extent=(0, end, end, 0),
             interpolation="nearest", interpolation_stage="data",
         )  # fmt: skip
-        ax.set(xlim=(0, P), ylim=(P, 0), title=title, xlabel="layer", ylabel="layer")
+        ax.set(xlim=(0, P), ylim=(P, 0), title=name, xlabel="layer", ylabel="layer")
         edges = [edge for edge in partition.offsets[1:-1] for _ in "xy"]
         self.edges = LineCollection(
             [((e, 0), (e, P)) if i % 2 else ((0, e), (P, e)) for i, e in enumerate(edges)],
@@ -69,16 +69,24 @@ class MatrixView:
             names = [
                 f"{l + 1}: {layer.features - layer.bias}→{layer.out}\n{layer.size}" for l, layer in enumerate(layers)
             ]
-            self.ax.set_yticklabels(names, fontsize="small", linespacing=1.4)
+            self.ax.set_yticklabels(names, linespacing=1.4)
             self.ax.set_ylabel("")
 
-    def boxes(self) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
-        """Layers l and m of every block, and where it lies: left, top, width, height as shares of the figure."""
+    def regions(self, words: Callable[[int, int], str] | None = None) -> list[tuple[float, float, float, float, str]]:
+        """For the block of layers l and m its left, top, width, height as shares of the figure, and ``words(l, m)``, or
+        its norm."""
         x, y, width, height = self.ax.get_position().bounds
-        cuts = np.array(self.partition.offsets) / self.partition.size
+        cuts, found = np.array(self.partition.offsets) / self.partition.size, []
         for l, m in np.ndindex(len(self.partition), len(self.partition)):
             place = x + cuts[m] * width, 1 - y - (1 - cuts[l]) * height
-            yield l, m, (*place, (cuts[m + 1] - cuts[m]) * width, (cuts[l + 1] - cuts[l]) * height)
+            size = (cuts[m + 1] - cuts[m]) * width, (cuts[l + 1] - cuts[l]) * height
+            found.append((*place, *size, words(l, m) if words else self._norm(l, m)))
+        return found
+
+    def _norm(self, l: int, m: int) -> str:
+        slices, names = self.partition.slices, self.partition.names
+        norm = np.linalg.norm(np.asarray(self._matrix)[slices[l], slices[m]])
+        return f"{self.name}, layers {l + 1} ({names[l]}) and {m + 1} ({names[m]}): Frobenius norm {number(norm)}"
 
     def update(self, matrix: ArrayLike, limit: float) -> None:
         """Draw another matrix; ``limit`` is the modulus at which the colours end."""
@@ -92,6 +100,28 @@ class MatrixView:
         return np.round(compressed(share) if self.logarithmic else share, 4)
 
 
+class PairView:
+    """A number for each pair of layers, shaded, and written where there is room."""
+
+    def __init__(self, ax: Axes, values: NDArray, title: str, form: str, limit: float) -> None:
+        import seaborn
+
+        names = [str(l + 1) for l in range(len(values))]
+        seaborn.heatmap(
+            values, vmin=0, vmax=limit, cmap="Blues", annot=len(values) <= 5, fmt=form, square=True, cbar=False, ax=ax,
+            xticklabels=names, yticklabels=names, annot_kws={"fontsize": 9},
+        )  # fmt: skip
+        ax.set(title=title, xlabel="layer", ylabel="layer")
+        ax.tick_params(length=0)
+        (self.mesh,), self.form, self.limit = ax.collections, form, limit
+        self.artists = [self.mesh, *ax.texts]
+
+    def update(self, values: NDArray) -> None:
+        self.mesh.set_array(values)
+        for text, value in zip(self.artists[1:], values.flat, strict=False):
+            text.set(text=format(value, self.form), color="white" if value > 0.6 * self.limit else INK)
+
+
 class ColourBar:
     """The scale of one or several views, below them; its numbers are texts that :meth:`update` sets."""
 
@@ -100,7 +130,7 @@ class ColourBar:
         ax.imshow(np.linspace(-1, 1, 256)[None], cmap=SIGNED, extent=(-1, 1, 0, 1), aspect="auto")
         ax.set(xticks=[], yticks=[])
         sides = ("left", "center", "center", "center", "right")
-        self.texts = [ax.text(0, -0.8, "", ha=side, va="top", fontsize="small") for side in sides]
+        self.artists = self.texts = [ax.text(0, -0.8, "", ha=side, va="top", fontsize=9) for side in sides]
 
     def update(self, limit: float) -> None:
         inner = 0.1 if self.logarithmic else 0.5

@@ -23,6 +23,7 @@ NOTEBOOKS: dict[str, Callable] = {
     "03_damping": run_damping,
     "04_where_it_comes_from": run_origin,
     "05_coarse_space": run_coarse_space,
+    "05_coarse_space_sizes": run_coarse_sizes,
     "06_depth": run_depth,
     "09_speed": run_speed,
 }

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from ..method.operator import Damped
 
 if TYPE_CHECKING:
     import pandas
@@ -38,36 +34,28 @@ def curve(x: ArrayLike, seeds: ArrayLike | Sequence[Sequence[float]]) -> Curve:
     return Curve(rounded(x), *map(rounded, summary))
 
 
-def by_key(seeds: Iterable[Mapping[Any, Any]]) -> dict[Any, list]:
-    """From one mapping for each seed to one list for each key.
+def by_key(mappings: Iterable[Mapping[Any, Any]]) -> dict[Any, list]:
+    """From many mappings to one list for each key.
 
     >>> by_key([{"a": 1, "b": 2}, {"a": 3, "b": 4}])["b"]
     [2, 4]
     """
     found: dict[Any, list] = defaultdict(list)
-    for one in seeds:
+    for one in mappings:
         for key, value in one.items():
             found[key].append(value)
     return found
+
+
+def over_seeds(x: ArrayLike, seeds: Iterable[Mapping[Any, Sequence[float]]]) -> dict[Any, Curve]:
+    """A curve for each key, from the values (n,) of each seed."""
+    return {key: curve(x, values) for key, values in by_key(seeds).items()}
 
 
 def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
     """``values`` to significant digits: what is drawn does not depend on the last bits of a sum."""
     values = np.asarray(values, dtype=float)
     return np.reshape([float(f"{v:.{digits}g}") for v in values.ravel()], values.shape)
-
-
-def captured(A: Damped, g: Tensor, v: Tensor) -> tuple[float, float]:
-    """Captured decrease of the direction v as it is, and of v with its own best length ``gᵀv / vᵀAv``.
-
-    The second is the squared cosine, in the metric A, of the angle between v and the exact direction.
-    """
-    slope, curvature, best = float(g @ v), float(v @ (A @ v)), float(g @ A.solve(g))
-    return (2 * slope - curvature) / best, slope**2 / (curvature * best)
-
-
-def frobenius(matrix: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(matrix))
 
 
 @dataclass(frozen=True, eq=False)

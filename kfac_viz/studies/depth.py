@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,19 +12,20 @@ from torch import Tensor
 
 from ..method import coarse
 from ..method.kfac import KFAC
-from ..method.krylov import pcg, spectrum
+from ..method.krylov import captured_decrease, spectrum
 from ..method.operator import Dense, cholesky
 from ..method.partition import Partition
 from ..method.preconditioner import BlockDiagonal
 from ..method.two_level import TwoLevel
-from ..parameters import Device, Range, Seed, check
-from ..show.curves import CurveView
+from ..parameters import Device, Range, Repeats, Seed, check
+from ..show.curves import CurveView, plain_numbers
+from ..show.parts import number
 from ..show.plot import Plot
-from ..show.style import FAINT, METHODS, MUTED, SPACES, Style
+from ..show.style import FAINT, METHODS, MUTED, Style, styled
 from . import problems
-from .curves import Study, curve
+from .curves import Curve, Study, by_key, over_seeds
 from .exercises import exercise
-from .setting import Setting
+from .setting import Examples, Setting, Steps, Tolerance, iterations, largest_eigenvalue, seeds
 from .threads import one_thread
 
 
@@ -46,10 +45,10 @@ def run_depth(
     layers: Annotated[tuple[int, ...], Range(2, 24)] = (2, 3, 5, 9, 17),
     width: Annotated[int, Range(6, 16)] = 8,
     data: Literal["planted_bn", "planted", "digits4"] = "planted_bn",
-    n: Annotated[int, Range(1, 1797)] = 500,
-    steps: Annotated[int, Range(0, 1000)] = 100,
-    rtol: Annotated[float, Range(1e-10, 1e-1, log=True)] = 1e-6,
-    repeats: Annotated[int, Range(1, 20)] = 5,
+    n: Examples = 500,
+    steps: Steps = 100,
+    rtol: Tolerance = 1e-6,
+    repeats: Repeats = 5,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> DepthResult:
@@ -62,24 +61,13 @@ def run_depth(
         width: of the hidden layers.
         data: the planted toy problem with or without batch norm, or digits of 4×4 pixels. Without batch norm
             the signal fades from layer to layer.
-        n: examples.
-        steps: full-batch Adam steps before the Fisher is taken.
-        rtol: residual, as a share of the gradient, at which the iterations stop.
-        repeats: seeds, from ``seed`` upwards; a band shows the lowest and the highest.
-        seed: of data and weights.
-        device: where to compute.
     """
-    parameters = check(run_depth, locals())
-    values: dict[tuple[str, str], list[list[float]]] = defaultdict(list)  # one row per seed
-    for s in range(seed, seed + repeats):
-        rows = defaultdict(list)
-        for depth in layers:
-            network = _network(data, depth, width, n, steps, s, device)
-            for key, value in _measure(network, damping, per_layer, rtol).items():
-                rows[key].append(value)
-        for key, row in rows.items():
-            values[key].append(row)
-    return DepthResult(parameters, {key: curve(layers, rows) for key, rows in values.items()})
+    p = check(run_depth, locals())
+    curves = over_seeds(layers, (
+        by_key(_measure(data, depth, width, n, steps, s, device, damping, per_layer, rtol) for depth in layers)
+        for s in seeds(p)
+    ))  # fmt: skip
+    return DepthResult(p, curves)
 
 
 def methods(A: Dense, M: KFAC, F, per_layer: int) -> dict[str, Dense | TwoLevel | KFAC]:
@@ -94,153 +82,123 @@ def methods(A: Dense, M: KFAC, F, per_layer: int) -> dict[str, Dense | TwoLevel 
     }
 
 
-@dataclass(frozen=True, eq=False)
-class _Network(Setting):
-    """A setting with the eigenvalues of its Fisher alone: at 1,200 parameters these are cheap, eigenvectors not."""
-
-    @cached_property
-    def eigenvalues(self) -> Tensor:
-        return torch.linalg.eigvalsh(self.dense)
-
-
 @lru_cache(maxsize=64)
-def _network(data: str, depth: int, width: int, n: int, steps: int, seed: int, device: str) -> _Network:
+def _network(data: str, depth: int, width: int, n: int, steps: int, seed: int, device: str) -> tuple[Setting, Tensor]:
+    """A network, and the eigenvalues of its Fisher: at 1,200 parameters these are cheap, eigenvectors not."""
     if data == "digits4":
         problem = problems.digits([width] * (depth - 1), n, seed, side=4, device=device)
     else:
         problem = problems.planted(depth, width, n, seed, batch_norm=data == "planted_bn", device=device)
-    network = _Network(problem.trained(steps))
+    network = Setting(problem.trained(steps))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the parameters of batch norm stay outside the Fisher
-        network.F  # noqa: B018
-    return network
+        return network, torch.linalg.eigvalsh(network.dense)
 
 
-def _measure(network: _Network, damping: float, per_layer: int, rtol: float) -> dict[tuple[str, str], float]:
+def _measure(data, depth, width, n, steps, seed, device, damping, per_layer, rtol) -> dict[tuple[str, str], float]:
     """One number for every quantity and series. Dense throughout: quickest for some hundred parameters."""
-    F, g = network.F, network.g
-    lam = damping * float(network.eigenvalues[-1])
-    A = Dense(network.dense + lam * torch.eye(len(g), dtype=g.dtype, device=g.device), F.partition)
-    two_level = Dense(network.dense, F.partition).damped(lam)
+    s, eigenvalues = _network(data, depth, width, n, steps, seed, device)
+    λ = damping * float(eigenvalues[-1])
+    F, g, system = s.F, s.g, s.matrix.damped(λ)
+    A = Dense(system.dense(), F.partition)
     L = cholesky(A.dense(), "The damped Fisher")
-    exact = torch.cholesky_solve(g[:, None], L)[:, 0]
     found = {
-        ("above", "eigenvalues"): float((network.eigenvalues > lam).sum()),
-        ("iterations", "none"): pcg(A, g, rtol=rtol, reorthogonalize=True).iterations,
+        ("above", "eigenvalues"): float((eigenvalues > λ).sum()),
+        ("iterations", "none"): iterations(A, g, None, rtol),
     }
-    for name, method in methods(two_level, KFAC(F, lam), F, per_layer).items():
+    for name, method in methods(system, KFAC(F, λ), F, per_layer).items():
         T = Dense(method.dense(), F.partition)
-        v = T @ g
-        found["iterations", name] = pcg(A, g, T, rtol=rtol, reorthogonalize=True).iterations
+        found["iterations", name] = iterations(A, g, T, rtol)
         found["largest", name] = largest_eigenvalue(T.dense(), L)
-        found["captured", name] = float(2 * (g @ v) - v @ (A @ v)) / float(g @ exact)
+        found["captured", name] = captured_decrease(A, g, T @ g)
     return found
-
-
-def largest_eigenvalue(T: Tensor, L: Tensor) -> float:
-    """λ_max(T A) for ``A = L Lᵀ``, by Lanczos on the similar ``Lᵀ T L``."""
-    import numpy as np
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
-    T, L = T.cpu().numpy(), L.cpu().numpy()
-    similar = LinearOperator(T.shape, matvec=lambda x: L.T @ (T @ (L @ x)), dtype=T.dtype)
-    return float(eigsh(similar, 1, which="LA", v0=np.ones(len(T)), ncv=12, tol=1e-4, return_eigenvectors=False)[0])
 
 
 # ---- the picture --------------------------------------------------------------------------------------
 
 
-def _style(space: str, correction: str) -> Style:
-    style, line = SPACES[space], "-" if correction == "balanced" else ":"
-    return style._replace(label=f"{style.label.split(' (')[0]}, {correction}", line=line)
-
-
 SERIES: dict[str, Style] = {  # what is added lies close to K-FAC, and is drawn below it
     "none": METHODS["gradient"]._replace(label="no preconditioner"),
-    "constants, additive": _style("nicolaides", "additive"),
-    "leading, additive": _style("spectral", "additive"),
+    "constants, additive": styled("nicolaides", "additive"),
+    "leading, additive": styled("spectral", "additive"),
     "kfac": METHODS["kfac"],
-    "constants, balanced": _style("nicolaides", "balanced"),
-    "leading, balanced": _style("spectral", "balanced"),
+    "constants, balanced": styled("nicolaides", "balanced"),
+    "leading, balanced": styled("spectral", "balanced"),
 }
-ORDER = ("none", "kfac", "constants, additive", "constants, balanced", "leading, additive", "leading, balanced")
+ABOVE = {"eigenvalues": Style("eigenvalues of F above λ", FAINT, "")}
 
 
 class DepthPlot(Plot):
-    size = (11.6, 4.6)
+    """Largest eigenvalue, iterations and captured decrease side by side."""
+
+    size = (10.0, 4.7)
 
     def build(self, result: DepthResult) -> None:
         axes = self.figure.subplots(1, 3)
-        self.layers = layers = sorted(result.parameters["layers"])
+        layers = sorted(result.parameters["layers"])
         x = dict(x="layers", xlim=(layers[0] / 1.15, layers[-1] * 1.15))
-        above = Style("eigenvalues of F above λ", FAINT, "", "-")
         self.views = {
-            "largest": CurveView(axes[0], SERIES, "Largest eigenvalue of M A", y="", ylim=(0.9, 100), **x),
-            "iterations": CurveView(axes[1], {**SERIES, "eigenvalues": above}, "Iterations of conjugate gradients",
-                                    y="", ylim=(8, 800), **x),
-            "captured": CurveView(axes[2], SERIES, "Captured decrease of one step", y="", ylim=(-2000, 1.15),
-                                  scale=("log", "symlog"), **x),
+            "largest": self.add(CurveView(axes[0], SERIES, shown(result, "largest"), "Largest eigenvalue of M A",
+                                          ylim=(0.9, 100), **x)),
+            "iterations": self.add(CurveView(axes[1], ABOVE | SERIES, shown(result, "iterations"), "Iterations",
+                                             ylim=(8, 800), **x)),
+            "captured": self.add(CurveView(axes[2], SERIES, shown(result, "captured"), "Captured by one step",
+                                           ylim=(-2000, 1.15), scale=("log", "symlog"), **x)),
         }  # fmt: skip
-        for ax in axes:
-            ax.set_xticks(layers, [str(l) for l in layers])
-            ax.minorticks_off()
-        axes[0].plot(layers, layers, color=FAINT, linewidth=1, zorder=0.5)
-        axes[0].annotate("one for each layer", (layers[-2], layers[-2]), (5, -3), textcoords="offset points",
-                         va="top", color=MUTED, fontsize="small")  # fmt: skip
-        axes[0].set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
-        axes[1].set_yticks([10, 30, 100, 300], ["10", "30", "100", "300"])
         axes[2].set_yscale("symlog", linthresh=1, linscale=0.7)
-        axes[2].set_yticks([1, 0, -1, -10, -100, -1000], ["1: exact", "0: no step", "−1", "−10", "−100", "−1000"])
         axes[2].axhline(0, color=FAINT, linewidth=1, zorder=0.5)
-        self.title = self.figure.suptitle("", x=0.01, ha="left", weight="bold", fontsize=11)
+        axes[0].plot(layers, layers, color=FAINT, linewidth=1, zorder=0.5)
+        axes[0].annotate("one for each layer", (layers[-2], layers[-2]), (5, -3), textcoords="offset points", va="top",
+                         color=MUTED)  # fmt: skip
+        numbers = (1, 3, 10, 30, 100), (10, 30, 100, 300), (1, 0, -1, -10, -100, -1000)
+        for ax, ticks in zip(axes, numbers, strict=True):
+            plain_numbers(ax.xaxis, layers)
+            plain_numbers(ax.yaxis, ticks)
         lines = self.views["iterations"].lines
-        for view in self.views.values():
-            for name in ("constants, additive", "leading, additive"):
-                view.lines[name].set(markersize=8, markerfacecolor="none")
-        handles = [lines[name] for name in (*ORDER, "eigenvalues")]
-        self.figure.legend(handles=handles, loc="outside lower center", ncols=4)
-        self.animated = [*(artist for view in self.views.values() for artist in view.artists), self.title]
+        self.legend([lines[name] for name in (*SERIES, *ABOVE)], 3)
 
-    def update(self, result: DepthResult) -> None:
+    def move(self, result: DepthResult) -> None:
         for quantity, view in self.views.items():
-            curves = result.of(quantity)
-            if quantity == "iterations":
-                curves |= result.of("above")
-            # Bands where the lines are solid: five of them would hide each other.
-            view.update({k: c._replace(low=c.y, high=c.y) if "additive" in k else c for k, c in curves.items()})
-        self.title.set_text(headline(result))
-        self.figure.set_label(describe(result))
+            view.update(shown(result, quantity))
 
-    def fits(self, result: DepthResult) -> bool:
-        return sorted(result.parameters["layers"]) == self.layers
+    @staticmethod
+    def headline(result: DepthResult) -> str:
+        p, captured = result.parameters, result.of("captured")
+        at = int(np.argmax(p["layers"]))
+        return (f"At {p['layers'][at]} layers one step of K-FAC captures {number(captured['kfac'].y[at])} of the best "
+                f"decrease, balanced eigenvectors {number(captured['leading, balanced'].y[at])}")
+
+    @staticmethod
+    def where(result: DepthResult) -> str:
+        p = result.parameters
+        data = {"planted_bn": "planted, batch norm", "planted": "planted", "digits4": "digits 4×4"}[p["data"]]
+        return (f"{data}, {p['n']} examples, hidden width {p['width']}, after {p['steps']} Adam steps, "
+                f"λ = {number(p['damping'])} λ_max, {p['per_layer']} eigenvectors per layer; median and range of "
+                f"{p['repeats']} seeds")
+
+    @staticmethod
+    def describe(result: DepthResult) -> str:
+        p, at = result.parameters, int(np.argmax(result.parameters["layers"]))
+        deepest = "; ".join(
+            f"{SERIES[name].label}: λ_max {c.y[at]:.3g}, captured {result.of('captured')[name].y[at]:.3g}, "
+            f"{result.of('iterations')[name].y[at]:.0f} iterations"
+            for name, c in result.of("largest").items()
+        )
+        none = result.of("iterations")["none"].y[at]
+        return (
+            "Largest eigenvalue, iterations of conjugate gradients and captured decrease against the number of layers. "
+            f"At {p['layers'][at]} layers: {deepest}; {none:.0f} iterations with no preconditioner."
+        )
+
+    @staticmethod
+    def frame(result: DepthResult) -> list[int]:
+        return sorted(result.parameters["layers"])
 
 
-def headline(result: DepthResult) -> str:
-    """What to see, in one line."""
-    p, iterations = result.parameters, result.of("iterations")
-    first, last = np.argmin(p["layers"]), np.argmax(p["layers"])
-
-    def span(name: str) -> str:
-        return f"{iterations[name].y[first]:.0f} to {iterations[name].y[last]:.0f}"
-
-    return (
-        f"Iterations from {min(p['layers'])} to {max(p['layers'])} layers: {span('kfac')} with K-FAC, "
-        f"{span('leading, balanced')} with {p['per_layer']} eigenvectors per layer balanced, {span('none')} without"
-    )
-
-
-def describe(result: DepthResult) -> str:
-    """The alternative text."""
-    p, last = result.parameters, np.argmax(result.parameters["layers"])
-    deepest = "; ".join(
-        f"{SERIES[name].label}: λ_max {c.y[last]:.3g}, captured {result.of('captured')[name].y[last]:.3g}"
-        for name, c in result.of("largest").items()
-    )
-    return (
-        f"{headline(result)}. Medians over {p['repeats']} seeds with a band from the lowest to the highest; hidden "
-        f"width {p['width']}, λ = {p['damping']:g} of the largest eigenvalue of F. "
-        f"At {max(p['layers'])} layers: {deepest}."
-    )
+def shown(result: DepthResult, quantity: str) -> dict[str, Curve]:
+    """The curves of one axes, with bands where the lines are solid: five of them would hide each other."""
+    curves = result.of(quantity) | (result.of("above") if quantity == "iterations" else {})
+    return {name: c._replace(low=c.y, high=c.y) if "additive" in name else c for name, c in curves.items()}
 
 
 plot_depth = DepthPlot.draw

@@ -14,21 +14,20 @@ from ..method.fisher import Fisher
 from ..method.likelihood import nll
 from ..method.partition import Partition
 from ..method.preconditioner import Diagonal, Identity
-from ..parameters import Device, Range, Seed, check
+from ..parameters import Device, Range, Repeats, Seed, Widths, check
 from ..show.curves import CurveView, empty_line
-from ..show.parts import MatrixView, limit_of
+from ..show.parts import MatrixView, limit_of, number
 from ..show.plot import Plot
-from ..show.style import FAINT, FLAVOURS, INK, METHODS, Style
-from .curves import Curve, Study, captured, curve, frobenius, rounded
+from ..show.style import FAINT, INK, METHODS, Style
+from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
 from .problems import Problem
-from .setting import DAMPINGS, OVER_DAMPINGS, Widths, first_network, setting
+from .setting import DAMPINGS, OVER_DAMPINGS, Examples, Steps, captured, chosen, first_network, setting, where
 from .threads import one_thread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
-
 
 SAMPLES = tuple(2**k for k in range(8))
 
@@ -37,7 +36,7 @@ SAMPLES = tuple(2**k for k in range(8))
 class Plane:
     """A model with two parameters: its loss around the data, and what each Fisher makes of one point."""
 
-    axes: tuple[NDArray, NDArray]  # weight (n,), bias (n,)
+    axis: NDArray  # of weight and of bias (n,)
     loss: NDArray  # (bias, weight)
     minimum: NDArray  # (2,)
     metrics: dict[str, NDArray]  # flavour: F + λI, (2, 2)
@@ -67,9 +66,9 @@ def run_fisher(
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian",
     data: Literal["digits4", "digits8"] = "digits4",
     widths: Widths = (12, 12, 12),
-    n: Annotated[int, Range(10, 1797)] = 500,
-    steps: Annotated[int, Range(0, 2000)] = 20,
-    repeats: Annotated[int, Range(1, 20)] = 5,
+    n: Examples = 500,
+    steps: Steps = 20,
+    repeats: Repeats = 5,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> FisherResult:
@@ -82,15 +81,11 @@ def run_fisher(
         bias: its second parameter.
         likelihood: of the small model: least squares or logistic regression.
         data: digits pooled to 4×4 pixels, or in full.
-        widths: of the hidden layers.
-        n: examples.
-        steps: of Adam before the network is looked at.
         repeats: independent draws of the Monte Carlo labels.
         seed: of data, weights and draws.
-        device: where to compute.
     """
     parameters = check(run_fisher, locals())
-    partition, matrices, curves, largest = _network(data, tuple(widths), n, steps, samples, repeats, seed, device)
+    partition, matrices, curves, largest = _network(chosen(parameters), samples, repeats, seed)
     plane = _plane(damping, samples, (weight, bias), likelihood, seed, device)
     shares = {("plane", name): curve([damping], [share]) for name, share in plane.shares.items()}
     return FisherResult(parameters, curves | shares, partition, matrices, largest, plane)
@@ -116,28 +111,29 @@ def sampling_error(F: Fisher, probabilities: Tensor) -> float:
 
 
 @lru_cache(maxsize=4)
-def _network(data, widths, n, steps, samples, repeats, seed, device):
-    """What λ and the small model do not change: matrices, and curves over samples and over λ."""
-    s = setting(data, widths, n, seed, steps, "exact", device)
+def _network(network: tuple, samples: int, repeats: int, seed: int):
+    """What λ and the small model do not change: partition, matrices, curves over samples and λ, largest eigenvalue."""
+    s = setting(*network)
 
     def draw(k: int, repeat: int) -> Fisher:
-        generator = torch.Generator(device).manual_seed(seed + 1000 * k + repeat)
+        generator = torch.Generator(s.g.device).manual_seed(seed + 1000 * k + repeat)
         return s.problem.capture("mc", samples=k, generator=generator)
 
-    norm, largest = frobenius(s.dense), float(s.F.eigen.d.max())
+    norm, largest = float(s.dense.norm()), float(s.F.eigen.d.max())
     flavours = {
         "exact": [s.F],
         "mc": [draw(samples, r) for r in range(repeats)],
         "empirical": [s.problem.capture("empirical")],
     }
     matrices = {name: Fs[0].dense() for name, Fs in flavours.items()}
-    errors = [[frobenius(draw(k, r).dense() - s.dense) / norm for k in SAMPLES] for r in range(repeats)]
+    errors = [[float((draw(k, r).dense() - s.dense).norm()) / norm for k in SAMPLES] for r in range(repeats)]
     with torch.no_grad():
         predicted = sampling_error(s.F, s.problem.model(s.problem.inputs).softmax(1)) / norm
+    missed = float((matrices["empirical"] - s.dense).norm()) / norm
     curves: dict[tuple[str, str], Curve] = {
         ("error", "mc"): curve(SAMPLES, errors),
         ("error", "theory"): curve(SAMPLES, [predicted / k**0.5 for k in SAMPLES]),
-        ("error", "empirical"): curve(SAMPLES, [frobenius(matrices["empirical"] - s.dense) / norm] * len(SAMPLES)),
+        ("error", "empirical"): curve(SAMPLES, [missed] * len(SAMPLES)),
     }
     λs = DAMPINGS.positions[::2]
     for name, Fs in flavours.items():
@@ -164,15 +160,11 @@ def _plane(damping, samples, point, likelihood, seed, device) -> Plane:
         "adam": Diagonal(F["empirical"], damping, power=0.5) @ g,
         **{name: fisher.damped(damping).solve(g) for name, fisher in F.items()},
     }
-    best = {name: float(g @ v) / float(v @ (A @ v)) * v for name, v in directions.items()}
-    axis, loss, minimum = _landscape(likelihood, seed)
     return Plane(
-        (axis, axis),
-        loss,
-        minimum,
+        *_landscape(likelihood, seed),
         {name: fisher.damped(damping).dense().cpu().numpy() for name, fisher in F.items()},
-        {name: rounded(v.cpu()) for name, v in best.items()},
-        {name: float(rounded(captured(A, g, v)[0])) for name, v in best.items()},
+        {name: rounded((float(g @ v) / float(v @ (A @ v)) * v).cpu()) for name, v in directions.items()},
+        {name: float(rounded(captured(A, g, v)[1])) for name, v in directions.items()},
     )
 
 
@@ -212,58 +204,55 @@ def _landscape(likelihood: str, seed: int) -> tuple[NDArray, NDArray, NDArray]:
 # ---- the picture --------------------------------------------------------------------------------------
 
 
+FLAVOURS: dict[str, Style] = {
+    "exact": Style("exact Fisher", "#000000", "*", "-"),
+    "mc": Style("Monte Carlo Fisher", "#009E73", "s", "-"),
+    "empirical": Style("empirical Fisher", "#CC79A7", "P", "--"),
+}
 RADIUS = 0.25  # ½ vᵀ(F + λI)v on the ellipses
 STEPS: dict[str, Style] = {"gradient": METHODS["gradient"], "adam": METHODS["adam"], **FLAVOURS}
-THEORY = Style("exact expectation of the sampling error", INK, "", ":")
+THEORY = Style("sampling error, expected", INK, "", ":")
 
 
 class FisherPlot(Plot):
-    size = (13.0, 7.2)
+    """Two parameters and errors above; the three matrices and their spectra below."""
+
+    size = (10.0, 5.9)
 
     def build(self, result: FisherResult) -> None:
         top, bottom = self.figure.subplots(2, 4)
-        self.landscapes = [
-            Landscape(top[0], "Two parameters: three metrics"),
-            Landscape(top[1], "… and steps, with the share captured"),
-        ]
-        self.ellipses = {name: empty_line(top[0], style, linewidth=2) for name, style in FLAVOURS.items()}
+        titles = "Three metrics", "Share that steps capture"
+        self.landscapes = [self.add(Landscape(ax, title)) for ax, title in zip(top, titles, strict=False)]
+        self.ellipses = {name: self.add(empty_line(top[0], style)) for name, style in FLAVOURS.items()}
         self.steps = {
-            name: empty_line(top[1], style, marker=style.marker, markevery=[1], markersize=8)
+            name: self.add(empty_line(top[1], style, marker=style.marker, markevery=[1], markersize=8))
             for name, style in STEPS.items()
         }
-        self.points = [ax.plot([], [], "o", color=INK, markersize=6, zorder=5)[0] for ax in top[:2]]
         self.shares = {
-            name: top[1].text(0.03, 0.27 - 0.06 * i, "", transform=top[1].transAxes, color=s.color, weight="bold")
+            name: self.add(top[1].text(0.03, 0.4 - 0.095 * i, "", transform=top[1].transAxes, color=s.color, size=9))
             for i, (name, s) in enumerate(STEPS.items())
         }
-        self.error = CurveView(
-            top[2], {**FLAVOURS, "theory": THEORY}, "Network: error of the matrix", x="labels drawn per example",
-            y="‖F̂ − F‖ / ‖F‖", xlim=(0.9, 1.1 * SAMPLES[-1]), ylim=(0.005, 3),
-        )  # fmt: skip
-        self.rescaled = CurveView(
-            top[3], FLAVOURS, "Network: captured decrease", y="share captured at best length",
-            ylim=(0, 1.03), scale=("log", "linear"), **OVER_DAMPINGS,
-        )  # fmt: skip
-        self.spectrum = CurveView(
-            bottom[3], FLAVOURS, "Spectra, and λ", x="rank", y="eigenvalue / largest of F",
+        self.points = [self.add(ax.plot([], [], "o", color=INK, zorder=5)[0]) for ax in top[:2]]
+        self.error = self.add(CurveView(
+            top[2], FLAVOURS | {"theory": THEORY}, result.of("error"), "‖F̂ − F‖ / ‖F‖", x="labels per example",
+            xlim=(0.9, 1.1 * SAMPLES[-1]), ylim=(0.005, 3),
+        ))  # fmt: skip
+        self.rescaled = self.add(CurveView(
+            top[3], FLAVOURS, result.of("rescaled"), "Captured, best length", ylim=(0, 1.03),
+            scale=("log", "linear"), **OVER_DAMPINGS,
+        ))  # fmt: skip
+        self.spectrum = self.add(CurveView(
+            bottom[3], FLAVOURS, result.of("spectrum"), "Spectra / λ_max(F)", x="rank",
             xlim=(0.9, 1.1 * result.partition.size), ylim=(1e-10, 3),
-        )  # fmt: skip
-        self.level = bottom[3].axhline(1, color=INK, linewidth=0.9, alpha=0.6)
+        ))  # fmt: skip
+        self.level = self.add(bottom[3].axhline(1, color=INK, linewidth=0.9, alpha=0.6))
         self.views = [
-            MatrixView(ax, result.partition, style.label, pixels=162, logarithmic=False)
+            self.add(MatrixView(ax, result.partition, style.label, pixels=162, logarithmic=False))
             for ax, style in zip(bottom, FLAVOURS.values(), strict=False)
         ]
-        self.ends = bottom[0].text(1, 1.015, "", transform=bottom[0].transAxes, ha="right", fontsize="small")
-        handles = [*self.steps.values(), self.error.lines["theory"]]
-        self.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        self.animated = [
-            *(view.lines for view in self.landscapes), *(view.minimum for view in self.landscapes),
-            *self.ellipses.values(), *self.steps.values(), *self.points, *self.shares.values(),
-            *self.error.artists, *self.rescaled.artists, *self.spectrum.artists, self.level,
-            *(artist for view in self.views for artist in view.artists), self.ends,
-        ]  # fmt: skip
+        self.legend([*self.steps.values(), self.error.lines["theory"]], 3)
 
-    def update(self, result: FisherResult) -> None:
+    def move(self, result: FisherResult) -> None:
         plane, p = result.plane, result.parameters
         here = np.array([p["weight"], p["bias"]])
         for landscape, point in zip(self.landscapes, self.points, strict=True):
@@ -276,37 +265,46 @@ class FisherPlot(Plot):
             line.set_data(*(here[:, None] + axes @ np.stack([np.cos(angle), np.sin(angle)])))
         for name, line in self.steps.items():
             line.set_data(*np.stack([here, here - plane.steps[name]], axis=1))
-            self.shares[name].set_text(f"{plane.shares[name]:.2f}  {STEPS[name].label}")
-        # The diagonal of the first layers would outshine the rest: colours end at a fifth of the largest entry.
-        limit = limit_of(result.matrices["exact"] / 5)
+            self.shares[name].set_text(f"{plane.shares[name]:.2f}")
+        limit = colour_limit(result)
         for view, matrix in zip(self.views, result.matrices.values(), strict=True):
             view.update(matrix, limit)
-        self.ends.set_text(f"colours end at ±{limit:.2g}")
         self.error.update(result.of("error"), at=p["samples"])
         self.rescaled.update(result.of("rescaled"), at=p["damping"])
         self.spectrum.update(result.of("spectrum"))
         self.level.set_ydata([p["damping"] / result.largest] * 2)
-        error = {name: float(c.y[0]) for name, c in result.of("error").items()}
-        self.figure.set_label(
-            "Exact, Monte Carlo and empirical Fisher. Top left: contours of the loss of a model with two parameters, "
-            "an ellipse for each Fisher, and steps with the decrease each captures: "
-            + ", ".join(f"{STEPS[name].label} {share:.2f}" for name, share in plane.shares.items())
-            + f". Network of {result.partition.size} parameters: one label per example gives a relative error of "
-            f"{error['mc']:.2g}, falling with the root of the samples; the empirical Fisher stays at "
-            f"{error['empirical']:.2g}. Then the decrease captured against damping, the three matrices in one signed "
-            "colour scale, and their spectra."
+
+    @staticmethod
+    def headline(result: FisherResult) -> str:
+        error = {name: c.y[0] for name, c in result.of("error").items()}
+        return (f"Drawn labels miss {error['mc']:.2f} of the Fisher, and more of them less; true ones (empirical) miss "
+                f"{error['empirical']:.2f}")
+
+    @staticmethod
+    def where(result: FisherResult) -> str:
+        return f"{where(result.parameters)}; colours end at ±{number(colour_limit(result), 2)}"
+
+    @staticmethod
+    def describe(result: FisherResult) -> str:
+        shares = ", ".join(f"{STEPS[name].label} {share:.2f}" for name, share in result.plane.shares.items())
+        return (
+            "Contours of the loss of a model with two parameters, an ellipse for each Fisher, and steps at their best "
+            f"length with the decrease each captures: {shares}. For a network of {result.partition.size} parameters: "
+            "the error of the matrix, which falls with the root of the labels, the decrease captured against damping, "
+            "the three matrices in one signed colour scale, and their spectra."
         )
 
-    def fits(self, result: FisherResult) -> bool:
-        return result.partition == self.views[0].partition
+    @staticmethod
+    def frame(result: FisherResult) -> Partition:
+        return result.partition
 
     def regions(self, result: FisherResult) -> list[tuple[float, float, float, float, str]]:
-        slices, found = result.partition.slices, []
-        for view, (name, matrix) in zip(self.views, result.matrices.items(), strict=True):
-            for l, m, box in view.boxes():
-                norm = float(matrix[slices[l], slices[m]].norm())
-                found.append((*box, f"{FLAVOURS[name].label}, layers {l + 1} and {m + 1}: Frobenius norm {norm:.3g}"))
-        return found
+        return [region for view in self.views for region in view.regions()]
+
+
+def colour_limit(result: FisherResult) -> float:
+    """The diagonal of the first layers would outshine the rest: colours end at a fifth of the largest entry."""
+    return limit_of(result.matrices["exact"] / 5)
 
 
 class Landscape:
@@ -317,6 +315,7 @@ class Landscape:
 
         self.lines = ax.add_collection(LineCollection([], colors=FAINT, linewidths=0.7))
         (self.minimum,) = ax.plot([], [], "+", color=INK, markersize=10)
+        self.artists = [self.lines, self.minimum]
         ax.set(title=title, xlabel="weight", ylabel="bias", xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), aspect="equal")
 
     def update(self, plane: Plane) -> None:
@@ -324,7 +323,7 @@ class Landscape:
 
         lowest = plane.loss.min()
         levels = lowest + (plane.loss.max() - lowest) * np.geomspace(1e-3, 1, 14)[:-1]
-        contours = contour_generator(*plane.axes, plane.loss)
+        contours = contour_generator(plane.axis, plane.axis, plane.loss)
         self.lines.set_segments([np.round(line, 4) for level in levels for line in contours.lines(level)])
         self.minimum.set_data(*plane.minimum[:, None])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
@@ -13,24 +12,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..method.coarse import nicolaides
-from ..method.krylov import pcg, spectrum
-from ..method.operator import Damped, Dense, Operator
+from ..method.krylov import spectrum
+from ..method.operator import Damped, Dense
 from ..method.partition import Partition
 from ..method.preconditioner import BlockDiagonal, Identity
 from ..method.two_level import TwoLevel
-from ..parameters import Device, Range, Seed, check
-from ..show.curves import CurveView
-from ..show.parts import MatrixView, limit_of
+from ..parameters import Device, Range, Repeats, Seed, check
+from ..show.curves import CurveView, empty_line, plain_numbers
+from ..show.parts import MatrixView, limit_of, number
 from ..show.plot import Plot
-from ..show.style import FAINT, INK, METHODS, MUTED, SPACES, Style
-from .curves import Study, curve, rounded
+from ..show.style import FAINT, INK, METHODS, SPACES, Style
+from .curves import Curve, Study, by_key, curve, over_seeds, rounded
 from .exercises import exercise
+from .setting import Tolerance, iterations, seeds
 from .threads import one_thread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-
+    from matplotlib.lines import Line2D
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +60,8 @@ def run_origin(
     sweeps: Annotated[int, Range(0, 100)] = 10,
     clusters: Annotated[tuple[int, ...], Range(2, 200)] = (2, 5, 10, 20, 40, 80),
     n: Annotated[int, Range(50, 1797)] = 500,
-    rtol: Annotated[float, Range(1e-12, 1e-1, log=True)] = 1e-6,
-    repeats: Annotated[int, Range(1, 20)] = 5,
+    rtol: Tolerance = 1e-6,
+    repeats: Repeats = 5,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> OriginResult:
@@ -77,28 +76,20 @@ def run_origin(
         sweeps: of the stationary iteration before the errors are pictured.
         clusters: how many clusters of examples, for the ridge regression.
         n: examples, digits of 8×8 pixels.
-        rtol: residual, as a share of the right-hand side, at which the iterations stop.
-        repeats: seeds, from ``seed`` upwards; a band shows the lowest and the highest.
         seed: of right-hand sides, examples and clusters.
-        device: where to compute.
     """
-    parameters = check(run_origin, locals())
-    seeds = range(seed, seed + repeats)
-    curves = {}
-    for quantity, x, measure in (
-        ("poisson", subdomains, lambda size, s: _poisson_iterations(size, local, per_subdomain, rtol, s, device)),
-        ("ridge", clusters, lambda size, s: _ridge_iterations(size, n, damping, rtol, s, device)),
-    ):
-        found = defaultdict(list)
-        for s in seeds:
-            for series, counts in _transposed([measure(size, s) for size in x]).items():
-                found[series].append(counts)
-        curves |= {(quantity, series): curve(x, rows) for series, rows in found.items()}
+    p = check(run_origin, locals())
+    curves = over_seeds(subdomains, (
+        by_key(_poisson_iterations(size, local, per_subdomain, rtol, s, device) for size in subdomains)
+        for s in seeds(p)
+    ))  # fmt: skip
+    curves |= over_seeds(clusters, (
+        by_key(_ridge_iterations(size, n, damping, rtol, s, device) for size in clusters) for s in seeds(p)
+    ))  # fmt: skip
     errors, modes = _errors(shown, local, per_subdomain, sweeps, seed, device)
     curves |= {("modes", series): curve(np.arange(1, len(y) + 1), np.abs(y)) for series, y in modes.items()}
-    ten = min(clusters, key=lambda k: abs(k - 10))
-    ridge = _ridge(ten, n, seed, device)
-    return OriginResult(parameters, curves, errors, ridge.B.dense().cpu().numpy(), ridge.B.partition, ridge.means)
+    ridge = _ridge(min(clusters, key=lambda k: abs(k - 10)), n, seed, device)
+    return OriginResult(p, curves, errors, ridge.B.dense().cpu().numpy(), ridge.B.partition, ridge.means)
 
 
 def poisson(subdomains: int, local: int, device: str = "cpu") -> Dense:
@@ -110,22 +101,13 @@ def poisson(subdomains: int, local: int, device: str = "cpu") -> Dense:
     )
 
 
-def _transposed(dicts: list[dict[str, int]]) -> dict[str, list[int]]:
-    return {key: [d[key] for d in dicts] for key in dicts[0]}
-
-
 @lru_cache(maxsize=256)
 def _poisson_iterations(size: int, local: int, per_subdomain: int, rtol: float, seed: int, device: str) -> dict:
     A = poisson(size, local, device)
     M, Z = BlockDiagonal(A, 0.0), nicolaides(A, per_subdomain)
     b = torch.randn(len(A.eye()), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
     methods = {"none": None, "blocks": M, "additive": TwoLevel(A, M, Z, "additive"), "balanced": TwoLevel(A, M, Z)}
-    return {name: _iterations(A, b, T, rtol) for name, T in methods.items()}
-
-
-def _iterations(A: Operator, b: Tensor, T: Operator | None, rtol: float) -> int:
-    """Of conjugate gradients nearly as in exact arithmetic. Dense, which is the quickest at some hundred unknowns."""
-    return pcg(A, b, None if T is None else Dense(T.dense(), A.partition), rtol=rtol, reorthogonalize=True).iterations
+    return {("poisson", name): iterations(A, b, T, rtol) for name, T in methods.items()}
 
 
 @lru_cache(maxsize=16)
@@ -180,7 +162,7 @@ def _ridge(clusters: int, n: int, seed: int, device: str) -> _Ridge:
 
 
 @lru_cache(maxsize=512)
-def _ridge_iterations(clusters: int, n: int, damping: float, rtol: float, seed: int, device: str) -> dict[str, int]:
+def _ridge_iterations(clusters: int, n: int, damping: float, rtol: float, seed: int, device: str) -> dict:
     """``(X Xᵀ + λI) α = y``: the ridge regression of whether a digit is a 3, in its dual form."""
     ridge = _ridge(clusters, n, seed, device)
     (R, r), A, M = ridge.random, ridge.B.damped(damping), BlockDiagonal(ridge.B, damping)
@@ -189,93 +171,68 @@ def _ridge_iterations(clusters: int, n: int, damping: float, rtol: float, seed: 
     def constants(A: Damped) -> TwoLevel:
         return TwoLevel(A, Identity(A), nicolaides(A, 1))
 
-    return {
-        "none": _iterations(A, ridge.b, None, rtol),
-        "blocks": _iterations(A, ridge.b, M, rtol),
-        "balanced": _iterations(A, ridge.b, TwoLevel(A, M, nicolaides(A, 1)), rtol),
-        "clusters": _iterations(A, ridge.b, constants(A), rtol),
-        "random": _iterations(shuffled, r, constants(shuffled), rtol),
-    }
+    methods = {"none": None, "blocks": M, "balanced": TwoLevel(A, M, nicolaides(A, 1)), "clusters": constants(A)}
+    found = {("ridge", name): iterations(A, ridge.b, T, rtol) for name, T in methods.items()}
+    return found | {("ridge", "random"): iterations(shuffled, r, constants(shuffled), rtol)}
 
 
 # ---- the picture --------------------------------------------------------------------------------------
 
 
 NONE = METHODS["gradient"]._replace(label="no preconditioner")
-BLOCKS = METHODS["block-diagonal"]._replace(label="block Jacobi", line="-")
+BLOCKS = METHODS["kfac"]._replace(label="block Jacobi")
 BALANCED = METHODS["balanced"]._replace(label="block Jacobi and constants, balanced")
-POISSON = {
-    "none": NONE,
-    "blocks": BLOCKS,
-    "additive": METHODS["additive"]._replace(label="block Jacobi and constants, additive"),
-    "balanced": BALANCED,
-}
-RIDGE = {
-    "none": NONE,
-    "blocks": BLOCKS,
-    "balanced": BALANCED,
-    "clusters": SPACES["nicolaides"]._replace(label="constants of clusters alone", color="#0072B2"),
-    "random": SPACES["random"]._replace(label="constants of random groups alone", color="#CC79A7"),
-}
+ADDITIVE = METHODS["additive"]._replace(label="block Jacobi and constants, additive")
+CONSTANTS = SPACES["nicolaides"]._replace(label="constants of clusters alone")
+RANDOM = SPACES["random"]._replace(label="constants of random groups alone")
+POISSON = {"none": NONE, "blocks": BLOCKS, "additive": ADDITIVE, "balanced": BALANCED}
+RIDGE = {"none": NONE, "random": RANDOM, "blocks": BLOCKS, "balanced": BALANCED, "clusters": CONSTANTS}
+ERRORS = {"start": Style("error at the start", FAINT, ""), "blocks": BLOCKS, "balanced": BALANCED}
 FRAME = ("local", "subdomains", "shown", "clusters", "n", "seed")  # what else than lines depends on
-START = Style("at the start", FAINT, "", "-")
 
 
 class OriginPlot(Plot):
-    size = (11.6, 6.6)
+    """Poisson's equation above, ridge regression below."""
+
+    size = (10.0, 6.6)
 
     def build(self, result: OriginResult) -> None:
         p = result.parameters
-        self.frame = {name: p[name] for name in FRAME}
         top, bottom = self.figure.subplots(2, 3)
         self.lines = self._interval(top[0], result)
-        errors = {"start": START, "blocks": BLOCKS, "balanced": BALANCED}
         modes = min(4, p["local"]) * p["shown"]
-        self.modes = CurveView(top[1], errors, "Poisson: energy left in each sine mode", x="mode", y="",
-                               xlim=(0, modes), ylim=(1e-2, 1.5), scale=("linear", "log"))  # fmt: skip
-        for line in self.modes.lines.values():
-            line.set_marker("")
-        top[1].axvline(p["shown"], color=FAINT, linewidth=1, zorder=0.5)
-        top[1].text(p["shown"], 1.12, " as many as subdomains", color=MUTED, fontsize="small")
-        _numbers(top[1].yaxis, (0.01, 0.1, 1))
-        x = p["subdomains"]
-        self.poisson = CurveView(top[2], POISSON, "Poisson: iterations", x="subdomains", y="",
-                                 xlim=(min(x) / 1.15, max(x) * 1.15), ylim=(2, 1.6 * max(x) * p["local"]))  # fmt: skip
-        _numbers(top[2].xaxis, x)
-        _numbers(top[2].yaxis, (10, 100))
+        errors = {name: style._replace(marker="") for name, style in ERRORS.items()}
+        self.modes = self.add(CurveView(
+            top[1], errors, result.of("modes"), "Energy left in each sine mode", x="mode; a line at the subdomains",
+            xlim=(0, modes), ylim=(1e-2, 1.5), scale=("linear", "log"),
+        ))  # fmt: skip
+        self.poisson = self._iterations(top[2], POISSON, result.of("poisson"), "Poisson: iterations", "subdomains",
+                                        (2, 1.6 * max(p["subdomains"]) * p["local"]))  # fmt: skip
         self._clusters(bottom[0], result)
-        self.gram = MatrixView(bottom[1], result.groups, "Ridge: Gram matrix by cluster", logarithmic=False)
-        self.gram.update(result.gram, limit_of(result.gram))
-        bottom[1].set(xticks=[], yticks=[], xlabel="examples", ylabel="")
-        x = p["clusters"]
-        self.ridge = CurveView(bottom[2], RIDGE, "Ridge: iterations", x="clusters", y="",
-                               xlim=(min(x) / 1.15, max(x) * 1.15), ylim=(3, 1000))  # fmt: skip
-        _numbers(bottom[2].xaxis, x)
-        _numbers(bottom[2].yaxis, (10, 100))
-        handles = [*self.poisson.lines.values(), *(self.ridge.lines[name] for name in ("clusters", "random"))]
-        self.figure.legend(handles=handles, loc="outside lower center", ncols=3)
-        self.title = self.figure.suptitle("", x=0.01, ha="left", weight="bold", fontsize=11)
-        views = (self.modes, self.poisson, self.ridge)
-        self.animated = [*self.lines.values(), *(artist for view in views for artist in view.artists), self.title]
+        gram = MatrixView(bottom[1], result.groups, "Ridge: Gram matrix", logarithmic=False)
+        gram.update(result.gram, limit_of(result.gram))
+        bottom[1].set(xticks=[], yticks=[], xlabel="examples by cluster", ylabel="")
+        self.ridge = self._iterations(bottom[2], RIDGE, result.of("ridge"), "Ridge: iterations", "clusters", (3, 1000))
+        lines = {**self.poisson.lines, **self.ridge.lines}
+        self.legend([self.lines["start"], *lines.values()], 3)
 
-    def _interval(self, ax: Axes, result: OriginResult) -> dict:
+    def _iterations(
+        self, ax: Axes, series: dict[str, Style], curves: dict[str, Curve], title: str, x: str, ylim: tuple
+    ) -> CurveView:
+        counts = curves["none"].x
+        xlim = counts.min() / 1.15, counts.max() * 1.15
+        view = self.add(CurveView(ax, series, curves, title, x=x, xlim=xlim, ylim=ylim))
+        plain_numbers(ax.xaxis, counts)
+        return view
+
+    def _interval(self, ax: Axes, result: OriginResult) -> dict[str, Line2D]:
         p, start = result.parameters, result.errors["start"]
-        low, high = start.min(), start.max()
-        ax.set(title="Poisson: error over the interval", xlabel="point; every other subdomain is shaded", ylabel="",
-               xlim=(0, len(start) - 1), ylim=(1.1 * low - 0.3 * (high - low), 1.1 * high))  # fmt: skip
-        ax.set_yticks([])
+        ax.set(title="Poisson: error", xlabel="point; every other subdomain shaded", xlim=(0, len(start) - 1),
+               ylim=(1.1 * start.min(), 1.1 * start.max()), yticks=[])  # fmt: skip
         for i in range(0, p["shown"], 2):
-            ax.axvspan(i * p["local"] - 0.5, (i + 1) * p["local"] - 0.5, color=FAINT, alpha=0.25, linewidth=0,
-                       label="_" * (i > 0) + "one coarse constant")  # fmt: skip
+            ax.axvspan(i * p["local"] - 0.5, (i + 1) * p["local"] - 0.5, color=FAINT, alpha=0.25, linewidth=0)
         ax.axhline(0, color=INK, linewidth=0.6)
-        styles = {
-            "start": START._replace(label="at the start"),
-            "blocks": BLOCKS._replace(label="after sweeps, one level"),
-            "balanced": BALANCED._replace(label="after sweeps, two levels"),
-        }
-        lines = {name: ax.plot([], [], color=s.color, linestyle=s.line, label=s.label)[0] for name, s in styles.items()}
-        ax.legend(loc="lower center", ncols=2, fontsize="small")
-        return lines
+        return {name: self.add(empty_line(ax, style)) for name, style in ERRORS.items()}
 
     def _clusters(self, ax: Axes, result: OriginResult) -> None:
         """Mean images side by side, with a white line between."""
@@ -286,57 +243,53 @@ class OriginPlot(Plot):
             row, column = divmod(i, columns)
             tiles[9 * row : 9 * row + 8, 9 * column : 9 * column + 8] = mean
         ax.imshow(tiles, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(f"Ridge: means of {len(result.means)} clusters")
+        ax.set(xticks=[], yticks=[], title=f"Ridge: means of {len(result.means)} clusters")
         ax.spines[:].set_visible(False)
 
-    def update(self, result: OriginResult) -> None:
+    def move(self, result: OriginResult) -> None:
         for name, line in self.lines.items():
             line.set_data(np.arange(len(result.errors[name])), result.errors[name])
-        self.modes.update(result.of("modes"))
+        self.modes.update(result.of("modes"), at=result.parameters["shown"])
         self.poisson.update(result.of("poisson"))
         self.ridge.update(result.of("ridge"))
-        self.title.set_text(headline(result))
-        self.figure.set_label(describe(result))
 
-    def fits(self, result: OriginResult) -> bool:
-        return all(result.parameters[name] == value for name, value in self.frame.items())
+    @staticmethod
+    def headline(result: OriginResult) -> str:
+        s, blocks, balanced = last(result, "poisson", "blocks", "balanced")
+        k, none, clusters = last(result, "ridge", "none", "clusters")
+        return (f"A constant for each of {s} subdomains saves {blocks - balanced} of {blocks} iterations, one for each "
+                f"of {k} clusters {none - clusters} of {none}")
+
+    @staticmethod
+    def where(result: OriginResult) -> str:
+        p = result.parameters
+        return (f"Poisson on an interval, {p['local']} points a subdomain, {p['sweeps']} sweeps; ridge regression on "
+                f"{p['n']} digits, λ = {number(p['damping'])} λ_max; median and range of {p['repeats']} seeds")
+
+    @staticmethod
+    def describe(result: OriginResult) -> str:
+        p = result.parameters
+        poisson, ridge = (
+            ", ".join(f"{styles[name].label} {c.y[0]:.0f} to {c.y[-1]:.0f}" for name, c in result.of(quantity).items())
+            for quantity, styles in (("poisson", POISSON), ("ridge", RIDGE))
+        )
+        return (
+            f"Above: an error over {p['shown']} subdomains before and after the sweeps, the energy left in each sine "
+            f"mode, and iterations from {p['subdomains'][0]} to {p['subdomains'][-1]} subdomains: {poisson}. Below: "
+            "mean images of clusters of digits, their Gram matrix, and iterations of the ridge regression from "
+            f"{p['clusters'][0]} to {p['clusters'][-1]} clusters: {ridge}."
+        )
+
+    @staticmethod
+    def frame(result: OriginResult) -> list:
+        return [result.parameters[name] for name in FRAME]
 
 
-def _numbers(axis: Axis, values: tuple[float, ...]) -> None:
-    """Plain numbers on a logarithmic axis."""
-    axis.set_ticks(values, [str(v) for v in values])
-    axis.set_ticks([], minor=True)
-
-
-def headline(result: OriginResult) -> str:
-    """What to see, in one line."""
-    p, poisson, ridge = result.parameters, result.of("poisson"), result.of("ridge")
-    s, k = max(p["subdomains"]), max(p["clusters"])
-    at, there = p["subdomains"].index(s), p["clusters"].index(k)
-    return (
-        f"Poisson, {s} subdomains: {poisson['blocks'].y[at]:.0f} iterations, {poisson['balanced'].y[at]:.0f} with "
-        f"balanced constants. Ridge, {k} clusters: {ridge['none'].y[there]:.0f}, {ridge['clusters'].y[there]:.0f} "
-        "with constants"
-    )
-
-
-def describe(result: OriginResult) -> str:
-    """The alternative text."""
-    p = result.parameters
-    lines = [
-        f"{styles[name].label} {c.y[0]:.0f} to {c.y[-1]:.0f}"
-        for quantity, styles in (("poisson", POISSON), ("ridge", RIDGE))
-        for name, c in result.of(quantity).items()
-    ]
-    half = len(POISSON)
-    return (
-        f"{headline(result)}. Above: an error over {p['shown']} subdomains of the interval before and after "
-        f"{p['sweeps']} sweeps, the energy left in each sine mode, and iterations from {p['subdomains'][0]} to "
-        f"{p['subdomains'][-1]} subdomains: {', '.join(lines[:half])}. Below: mean images of clusters of digits, their "
-        f"Gram matrix, and iterations of the ridge regression from {p['clusters'][0]} to {p['clusters'][-1]} clusters: "
-        f"{', '.join(lines[half:])}. Medians over {p['repeats']} seeds."
-    )
+def last(result: OriginResult, quantity: str, *names: str) -> list[int]:
+    """The largest x of some curves, and what they are there."""
+    curves = result.of(quantity)
+    at = curves[names[0]].x.argmax()
+    return [round(curves[names[0]].x[at]), *(round(curves[name].y[at]) for name in names)]
 
 
 plot_origin = OriginPlot.draw

@@ -12,7 +12,7 @@ from ..parameters import read
 from ..show.page import frame, write_page
 from ..show.parts import limit_of, number
 from ..show.style import METHODS
-from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpaceResult, headline, stretched, subtitle
+from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpacePlot, CoarseSpaceResult, stretched
 
 SIZES = (0, 1, 2, 4, 8, 16)
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -61,8 +61,8 @@ def _view(result: CoarseSpaceResult, correction: str, ranks: np.ndarray) -> dict
     """What one position of the two sliders shows."""
     return {
         "added": frame(result.added, limit_of(result.missed)),
-        "title": headline(result),
-        "where": subtitle(result),
+        "title": CoarseSpacePlot.headline(result),
+        "where": CoarseSpacePlot.where(result),
         "captured": [result.captured[name] for name in ORDER],
         "best": [round(result.at_best_length[name], 3) for name in ORDER],
         "errors": [round(100 * result.errors[name], 1) for name in ("blocks", "kfac", correction)],

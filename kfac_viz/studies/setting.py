@@ -1,24 +1,47 @@
-"""The setting that experiments share: a network at a moment of its training, and what λ does not change."""
+"""What several studies share: a network at a moment of its training, their parameters, and what is measured there."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..method import coarse
+from ..method.columns import CoarseSpace
 from ..method.fisher import Fisher
-from ..method.kronecker_fisher import KroneckerFisher
-from ..method.operator import Dense
+from ..method.kfac import KFAC
+from ..method.krylov import captured_decrease, pcg
+from ..method.operator import Damped, Dense, Operator
 from ..parameters import Range
+from ..show.parts import number
 from . import problems
 from .problems import Problem
 
-Data = Literal["digits4", "digits8", "autoencoder4", "planted"]
-Flavour = Literal["exact", "mc", "empirical"]
-Widths = Annotated[tuple[int, ...], Range(1, 64)]
+DATA = {
+    "digits4": "digits 4×4",
+    "digits8": "digits 8×8",
+    "autoencoder4": "digits 4×4 autoencoder",
+    "planted": "planted toy problem",
+}
+Data = Annotated[
+    Literal["digits4", "digits8", "autoencoder4", "planted"],
+    "digits (4×4 or 8×8 pixels) as classifier or autoencoder, or the planted toy problem.",
+]
+Flavour = Annotated[
+    Literal["exact", "mc", "empirical"],
+    "which Fisher; mc and empirical are drawn as they are, and A is built from them.",
+]
+Rule = Annotated[Literal["eigen", "factored"], "how K-FAC is damped."]
+Damping = Annotated[float, Range(1e-6, 10, log=True, steps=71), "λ of A = F + λI, and of all that is made of it."]
+Examples = Annotated[int, Range(10, 1797), "examples."]
+Steps = Annotated[int, Range(0, 2000), "full-batch Adam steps before the picture is taken."]
+Tolerance = Annotated[float, Range(1e-12, 1e-1, log=True), "relative residual at which the iterations stop."]
 
 DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the slider of the first studies; some positions carry their curves
 OVER_DAMPINGS = {"x": "damping λ", "xlim": (DAMPINGS.low, DAMPINGS.high)}
@@ -41,10 +64,6 @@ class Setting:
         return self.problem.gradient()
 
     @cached_property
-    def K(self) -> KroneckerFisher:
-        return KroneckerFisher(self.F)
-
-    @cached_property
     def dense(self) -> Tensor:
         """The Fisher, (P, P)."""
         return self.F.dense()
@@ -56,20 +75,51 @@ class Setting:
 
     @cached_property
     def blocks(self) -> Tensor:
-        """K-FAC's approximation of it, (P, P): the diagonal blocks ``G ⊗ A`` alone."""
-        f = self.F.kronecker()  # not K: its cross-layer blocks do not exist where numbers of positions differ
-        return torch.block_diag(*(torch.kron(G, A) for A, G in zip(f.A, f.G, strict=True)))
+        """K-FAC's approximation of it, (P, P)."""
+        return kronecker_blocks(self.F)
 
-    @cached_property
-    def basis(self) -> Tensor:
-        """K-FAC's eigenvectors ``U_G ⊗ U_A``, (P, P), in which K-FAC is diagonal for every λ."""
-        f = self.F.kronecker()
-        return torch.block_diag(*(torch.kron(G.U, A.U) for A, G in zip(f.eigen_A, f.eigen_G, strict=True)))
 
-    @cached_property
-    def rotated(self) -> Tensor:
-        """The Fisher in that basis, (P, P)."""
-        return self.basis.T @ self.dense @ self.basis
+def kronecker_blocks(F: Fisher, damping: float = 0.0) -> Tensor:
+    """K-FAC as a matrix (P, P): ``G ⊗ A`` in each layer; with damping, what its factored rule inverts."""
+    f, root = F.kronecker(), damping**0.5
+
+    def shifted(X: Tensor, shift: Tensor) -> Tensor:
+        return X + shift * torch.eye(len(X), dtype=X.dtype, device=X.device)
+
+    layers = zip(f.A, f.G, f.pi, strict=True)
+    return torch.block_diag(*(torch.kron(shifted(G, root / π), shifted(A, root * π)) for A, G, π in layers))
+
+
+def captured(A: Operator, g: Tensor, v: Tensor) -> tuple[float, float]:
+    """Captured decrease of the direction v as it is, and of v with its own best length ``gᵀv / vᵀAv``.
+
+    The second is the squared cosine, in the metric A, of the angle between v and the exact direction.
+    """
+    best_length = float(g @ v) / float(v @ (A @ v))
+    return captured_decrease(A, g, v), captured_decrease(A, g, best_length * v)
+
+
+def space(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int) -> CoarseSpace:
+    """The coarse space of this name; columns that depend on others are left out, and its size says so."""
+    arguments = {"krylov": (A, M, g, per_layer), "optimal": (A, M, per_layer), "random": (M, per_layer, seed)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(coarse, name)(*arguments.get(name, (M, per_layer)))
+
+
+def iterations(A: Operator, g: Tensor, M: Operator | None, rtol: float) -> int:
+    """Of conjugate gradients nearly as in exact arithmetic. Dense, which is the quickest at some hundred unknowns."""
+    M = M if M is None or isinstance(M, Dense) else Dense(M.dense(), A.partition)
+    return pcg(A, g, M, rtol=rtol, reorthogonalize=True).iterations
+
+
+def largest_eigenvalue(T: Tensor, L: Tensor) -> float:
+    """λ_max(T A) for ``A = L Lᵀ``, by Lanczos on the similar ``Lᵀ T L``."""
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    T, L = T.cpu().numpy(), L.cpu().numpy()
+    similar = LinearOperator(T.shape, matvec=lambda x: L.T @ (T @ (L @ x)), dtype=T.dtype)
+    return float(eigsh(similar, 1, which="LA", v0=np.ones(len(T)), ncv=12, tol=1e-4, return_eigenvectors=False)[0])
 
 
 def small_enough(problem: Problem) -> Problem:
@@ -101,6 +151,26 @@ def setting(
     return Setting(small_enough(problem).trained(steps), fisher)
 
 
+def chosen(p: Mapping[str, Any], **other: Any) -> tuple:
+    """The arguments of :func:`setting` that these parameters name, but for the ``other`` ones: what caches go by."""
+    p = {"fisher": "exact", **p, **other}
+    return p["data"], tuple(p["widths"]), p["n"], p["seed"], p["steps"], p["fisher"], p["device"]
+
+
 def first_network(steps: int = 100) -> Setting:
     """The network of the first studies, as published."""
     return setting("digits4", (12, 12, 12), 500, 0, steps)
+
+
+def seeds(p: Mapping[str, Any]) -> range:
+    """The seeds of these parameters."""
+    return range(p["seed"], p["seed"] + p["repeats"])
+
+
+def where(p: Mapping[str, Any]) -> str:
+    """Network, data and moment, λ and seeds, as the line below a headline has them."""
+    widths = ", ".join(map(str, p["widths"]))
+    moment = f"after {p['steps']} Adam steps" if p["steps"] else "untrained"
+    repeats = f"median and range of {p['repeats']} seeds" if p["repeats"] > 1 else f"seed {p['seed']}"
+    return (f"{DATA[p['data']]}, {p['n']} examples, hidden widths {widths}, {moment}, λ = {number(p['damping'])}; "
+            f"{repeats}")

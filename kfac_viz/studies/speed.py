@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..parameters import Device, Seed
+from ..show.curves import CurveView, plain_numbers
 from ..show.plot import Plot
-from ..show.style import FAINT, INK, METHODS, Style
+from ..show.style import FAINT, INK, METHODS, Style, styled
 from .curves import Curve, Study, curve, rounded
-from .depth import SERIES
 from .exercises import exercise
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MEASURED = Path(__file__).parents[2] / "figures" / "benchmarks"
 
@@ -81,25 +85,19 @@ def _rows(name: str) -> list[dict[str, str]]:
 STYLES: dict[str, Style] = {
     "Adam": METHODS["adam"],
     "K-FAC": METHODS["kfac"],
-    "constants, additive": SERIES["constants, additive"],
-    "leading, balanced": SERIES["leading, balanced"],
+    "constants, additive": styled("nicolaides", "additive"),
+    "leading, balanced": styled("spectral", "balanced"),
 }
-BARS: dict[str, Style] = {
-    "SGD": METHODS["gradient"],
-    "Adam": METHODS["adam"],
-    "one-level K-FAC": METHODS["kfac"],
-    "nicolaides additive": SERIES["constants, additive"],
-    "spectral-4 balanced, 128 examples": SERIES["leading, balanced"],
-    "spectral-4 balanced, 512 examples": SERIES["leading, balanced"],
-    "as published, LU inverses": Style("as published", FAINT),
-    "as published, eigenvectors": Style("as published", FAINT),
-}
-LABELS = {
-    "nicolaides additive": "constants, additive",
-    "spectral-4 balanced, 128 examples": "4 eigenvectors, balanced; A of 128 examples",
-    "spectral-4 balanced, 512 examples": "4 eigenvectors, balanced; A of all 512 examples",
-    "as published, LU inverses": "as published: LU inverses, all cross-layer products",
-    "as published, eigenvectors": "as published: eigenvectors, all cross-layer products",
+PUBLISHED = Style("as published", FAINT)
+BARS: dict[str, tuple[str, Style]] = {  # of the autoencoder: what is written above the bar, and its colour
+    "SGD": ("SGD", METHODS["gradient"]),
+    "Adam": ("Adam", METHODS["adam"]),
+    "one-level K-FAC": ("one-level K-FAC", METHODS["kfac"]),
+    "nicolaides additive": ("constants, additive", STYLES["constants, additive"]),
+    "spectral-4 balanced, 128 examples": ("4 eigenvectors, balanced; A of 128 examples", STYLES["leading, balanced"]),
+    "spectral-4 balanced, 512 examples": ("4 eigenvectors, balanced; A of all examples", STYLES["leading, balanced"]),
+    "as published, LU inverses": ("as published: LU inverses", PUBLISHED),
+    "as published, eigenvectors": ("as published: eigenvectors", PUBLISHED),
 }
 AXES = {
     "width": "width of the layers",
@@ -110,59 +108,74 @@ AXES = {
 
 
 class SpeedPlot(Plot):
-    size = (12.0, 6.0)
+    """One network in bars, growth in curves; what the products alone would take is dotted."""
+
+    size = (10.0, 6.2)
 
     def build(self, result: SpeedResult) -> None:
-        from matplotlib.ticker import LogLocator
-
-        grid = self.figure.add_gridspec(2, 3, width_ratios=(1.25, 1, 1))
+        grid = self.figure.add_gridspec(2, 3, width_ratios=(1.3, 1, 1))
         self._bars(self.figure.add_subplot(grid[:, 0]), result)
-        places = [grid[0, 1], grid[0, 2], grid[1, 1], grid[1, 2]]
-        for (quantity, label), place in zip(AXES.items(), places, strict=True):
-            ax = self.figure.add_subplot(place)
-            ax.set(xscale="log", yscale="log", xlabel=label, ylabel="ms per step")
-            for name, style in STYLES.items():
-                measured = result.of(quantity).get(name)
-                if measured is None:
-                    continue
-                counted = result.of(f"{quantity}, counted")[name]
-                ax.plot(measured.x, measured.y, color=style.color, marker=style.marker, label=style.label)
-                ax.fill_between(measured.x, measured.low, measured.high, color=style.color, alpha=0.18, linewidth=0)
-                ax.plot(counted.x, counted.y, color=style.color, linestyle=":", linewidth=1.2)
-                ax.set_xticks(measured.x, [f"{x:g}" for x in measured.x])
-            low, high = ax.get_ylim()
-            if high < 4 * low:
-                low, high = ax.set_ylim(low / 2, high * 2)
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-            ax.yaxis.set_major_formatter(lambda ms, _: f"{ms:g}")
-            ax.minorticks_off()
-        handles, _ = self.figure.axes[1].get_legend_handles_labels()
-        (dotted,) = self.figure.axes[1].plot([], [], ":", color=INK, label="counted limit")
-        self.figure.legend(handles=[*handles, dotted], loc="outside lower center", ncols=5)
-        self.figure.suptitle(headline(result), x=0.01, ha="left", weight="bold", fontsize=11)
-        self.figure.set_label(describe(result))
+        for i, (quantity, label) in enumerate(AXES.items()):
+            ax, curves = self.figure.add_subplot(grid[i // 2, 1 + i % 2]), result.of(quantity)
+            counted = {f"{name}, counted": c for name, c in result.of(f"{quantity}, counted").items()}
+            dotted = {f"{name}, counted": style._replace(marker="", line=":") for name, style in STYLES.items()}
+            ends = [end for c in (curves | counted).values() for end in (c.low.min(), c.high.max())]
+            x = np.unique(np.concatenate([c.x for c in curves.values()]))
+            view = CurveView(
+                ax, dotted | STYLES, curves | counted, "", x=label, y="ms per step" if i % 2 == 0 else "",
+                xlim=(x[0] / 1.15, x[-1] * 1.15), ylim=(min(ends) / 1.5, max(ends) * 1.5),
+            )  # fmt: skip
+            view.update(curves | counted)
+            plain_numbers(ax.xaxis, x)
+            if i == 0:
+                (limit,) = ax.plot([], [], ":", color=INK, label="products alone")
+                self.legend([*(view.lines[name] for name in STYLES if name in view.lines), limit], 5)
 
-    def _bars(self, ax, result: SpeedResult) -> None:
+    def _bars(self, ax: Axes, result: SpeedResult) -> None:
         measured, counted = result.of("autoencoder"), result.of("autoencoder, counted")
         names = [name for name in BARS if name in measured]
         for i, name in enumerate(names):
-            _, (ms,), (low,), (high,) = measured[name]
-            ax.barh(i, ms, color=BARS[name].color, height=0.5)
+            (label, style), (_, (ms,), (low,), (high,)) = BARS[name], measured[name]
+            ax.barh(i, ms, color=style.color, height=0.5)
             ax.plot([low, high], [i, i], color=INK, linewidth=1.4)
-            ax.annotate(f"{ms:.0f} ms", (max(ms, high), i), (5, 0), textcoords="offset points", va="center", color=INK)
-            ax.annotate(LABELS.get(name, name), (0, i - 0.25), (2, 2), textcoords="offset points", va="bottom")
+            ax.annotate(f"{ms:.0f} ms", (max(ms, high), i), (5, 0), textcoords="offset points", va="center")
+            ax.annotate(label, (0, i - 0.25), (2, 2), textcoords="offset points", va="bottom")
             if name in counted:
                 ax.plot([counted[name].y[0]] * 2, [i - 0.32, i + 0.32], ":", color=INK, linewidth=1.6)
-        ax.set(xlabel=f"ms per step, amortised\n{result.machine}", yticks=[], ylim=(len(names) - 0.6, -0.9))
-        ax.set_title("784-1000-500-250-30-…-784, batch 512")
-        ax.set_xlim(0, 1.2 * max(measured[name].high[0] for name in names))
+        ax.set(xlabel="ms per step, amortised", yticks=[], ylim=(len(names) - 0.6, -0.9),
+               xlim=(0, 1.25 * max(measured[name].high[0] for name in names)))  # fmt: skip
+        ax.set_title("784-1000-500-250-30-…, batch 512")
         ax.spines["left"].set_visible(False)
 
-    def update(self, result: SpeedResult) -> None:
+    def move(self, result: SpeedResult) -> None:
         """Nothing moves: another device is another plot."""
 
-    def fits(self, result: SpeedResult) -> bool:
-        return False
+    @staticmethod
+    def headline(result: SpeedResult) -> str:
+        r = ratios(result)
+        return (f"A step with a coarse level costs {r['nicolaides additive']:.2f} (constants) to "
+                f"{r['spectral-4 balanced, 512 examples']:.2f} (4 eigenvectors) times one-level K-FAC")
+
+    @staticmethod
+    def where(result: SpeedResult) -> str:
+        return f"{result.machine}; autoencoder of the 2020 paper, and perceptrons; range over several rounds"
+
+    @staticmethod
+    def describe(result: SpeedResult) -> str:
+        times = "; ".join(f"{name} {float(c.y[0]):.0f} ms" for name, c in result.of("autoencoder").items())
+        shares = [
+            float(np.median(result.of(f"{axis}, counted")["K-FAC"].y / result.of(axis)["K-FAC"].y))
+            for axis in ("width", "depth", "batch")
+        ]
+        return (
+            f"Autoencoder: {times}. On the right, time against {', '.join(AXES.values())}; dotted, the products that "
+            f"are needed at the machine's rate, a median share of {shares[0]:.2f}, {shares[1]:.2f} and {shares[2]:.2f} "
+            "of K-FAC's time over widths, depths and batches."
+        )
+
+    @staticmethod
+    def frame(result: SpeedResult) -> str:
+        return result.parameters["device"]
 
 
 def ratios(result: SpeedResult) -> dict[str, float]:
@@ -170,30 +183,6 @@ def ratios(result: SpeedResult) -> dict[str, float]:
     measured = result.of("autoencoder")
     one = float(measured["one-level K-FAC"].y[0])
     return {name: float(c.y[0]) / one for name, c in measured.items()}
-
-
-def headline(result: SpeedResult) -> str:
-    """What to see, in one line."""
-    r = ratios(result)
-    return (
-        f"A coarse level costs a step {r['nicolaides additive']:.2f} (constants) to "
-        f"{r['spectral-4 balanced, 512 examples']:.2f} (4 eigenvectors, all examples) times one-level K-FAC; "
-        f"Adam {r['Adam']:.2f}"
-    )
-
-
-def describe(result: SpeedResult) -> str:
-    """The alternative text."""
-    times = "; ".join(f"{name} {float(c.y[0]):.0f} ms" for name, c in result.of("autoencoder").items())
-    shares = [
-        float(np.median(result.of(f"{axis}, counted")["K-FAC"].y / result.of(axis)["K-FAC"].y))
-        for axis in ("width", "depth", "batch")
-    ]
-    return (
-        f"{headline(result)}. Autoencoder: {times}. On the right, time against {', '.join(AXES.values())}; "
-        f"dotted, the products that are needed at the machine's rate, a median share of {shares[0]:.2f}, "
-        f"{shares[1]:.2f} and {shares[2]:.2f} of K-FAC's time over widths, depths and batches. {result.machine}."
-    )
 
 
 plot_speed = SpeedPlot.draw
