@@ -304,10 +304,12 @@ def inference(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def surroundings(t: Try) -> Iterator[None]:
-    """A context that a caller may be in."""
-    with t.pick(torch.no_grad, torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu"))():
-        yield
+def surroundings(t: Try) -> Iterator[str]:
+    """A context that a caller may be in, by name."""
+    contexts = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "autocast": lambda: torch.autocast("cpu")}
+    name = t.pick(*contexts)
+    with contexts[name]():
+        yield f" under {name}"
 
 
 # ---- networks ----------------------------------------------------------------------------------------
@@ -714,7 +716,9 @@ def kron_factors(F: kv.Fisher, convention: str = "expand") -> list[tuple[Tensor,
     return pairs
 
 
-def kfac_inverse(pairs: list[tuple[Tensor, Tensor]], λ: float, rule: str) -> tuple[list[Tensor], list[float]]:
+def kfac_inverse(
+    pairs: list[tuple[Tensor, Tensor]], λ: float, rule: str, dtype: torch.dtype
+) -> tuple[list[Tensor], list[float]]:
     """The blocks of K-FAC's M, and how far a change of one unit in the factors' last place moves each."""
     blocks, moves = [], []
     for A, G in pairs:
@@ -729,8 +733,16 @@ def kfac_inverse(pairs: list[tuple[Tensor, Tensor]], λ: float, rule: str) -> tu
             right = A + λ**0.5 * π * torch.eye(len(A), dtype=F64)
             block = torch.kron(pinv(left), pinv(right))
             moves.append(condition(left) + condition(right))
+        if underflows(dtype, A, G, *([K] if rule == "eigen" else [])):
+            moves[-1] = math.inf
         blocks.append(block)
     return blocks, moves
+
+
+def underflows(dtype: torch.dtype, *matrices: Tensor) -> bool:
+    """Whether one of them is so small that its entries, or products of them, are not known in this dtype."""
+    info = torch.finfo(dtype)
+    return any(0 < norm(X) < 1e3 * info.tiny / info.eps for X in matrices)
 
 
 def pinv(X: Tensor) -> Tensor:
@@ -756,12 +768,13 @@ def norm(X: Tensor) -> float:
     return largest * float((X.detach().to(F64) / largest).square().sum().sqrt())
 
 
-def allowance(dtype: torch.dtype, condition: float, size: float) -> float:
-    """Round-off that a correct result of this size may have; inf where precision is hopeless."""
-    eps = torch.finfo(dtype).eps
+def allowance(dtype: torch.dtype, condition: float, size: float, unit: float = 1.0) -> float:
+    """Round-off that a correct result of this size may have; inf where precision is hopeless. What underflows is
+    lost, times what it is multiplied with, ``unit``."""
+    eps, lost = torch.finfo(dtype).eps, torch.finfo(dtype).tiny / torch.finfo(dtype).eps
     if not eps * condition <= HOPELESS or not math.isfinite(size):
         return math.inf
-    return ROUND_OFF * eps * max(condition, 1.0) * size + 1e3 * torch.finfo(dtype).tiny / eps
+    return ROUND_OFF * (eps * max(condition, 1.0) * size + max(unit, 1.0) * lost)
 
 
 # ---- kinds of tries: capture -------------------------------------------------------------------------
@@ -890,7 +903,7 @@ def judge_fisher(
         t.check(off <= allowed, f"{where}: F.dense() is wrong", f"off by {off:.3g}, allowed {allowed:.3g}")
     v = t.normal(F.partition.size, dtype=F.dtype)
     dense = found.to(F64)
-    t.close(f"{what}: F @ v", t.call(lambda: F @ v), dense @ v.to(F64), allowance(F.dtype, 1, size * norm(v[None])))
+    t.close(f"{what}: F @ v", t.call(lambda: F @ v), dense @ v.to(F64), allowance(F.dtype, 1, norm(dense) * norm(v), norm(v)))
 
 
 def judge_labels(t: Try, where: str, F: kv.Fisher, true: Truth, options: dict) -> None:
@@ -964,7 +977,7 @@ def take_damping(t: Try, build: Callable[[Any], Any], what: str) -> tuple[Any, f
     t.benign = t.benign and λ is not None and 1e-3 <= λ <= 1e6 and not isinstance(asked, (Fraction, Decimal))
     built = t.call(lambda: build(asked))
     if λ is None:
-        t.wrong(f"{what} accepted the damping {asked!r}"[:80])
+        t.wrong(f"accepted the damping {asked!r}"[:60], what)
         raise Refused
     return built, λ
 
@@ -978,7 +991,7 @@ def tridiagonal(F: kv.Fisher, λ: float) -> tuple[Tensor, float]:
         π = ratio**0.5 if 0 < ratio < math.inf else 1.0
         K.append(torch.kron(G + λ**0.5 / π * torch.eye(len(G), dtype=F64), A + λ**0.5 * π * torch.eye(len(A), dtype=F64)))
     Ξ, Λ = torch.eye(F.partition.size, dtype=F64), torch.zeros(F.shape, dtype=F64)
-    worst = max(condition(X) for X in K)
+    worst = math.inf if underflows(F.dtype, *itertools.chain(*pairs)) else max(condition(X) for X in K)
     for l, block in enumerate(K):
         Σ = block
         if l + 1 < len(K):
@@ -1016,7 +1029,7 @@ def operators(t: Try) -> None:
         convention = convention if given is F else "expand"
         what = f"KFAC {rule}"
         op, λ = take_damping(t, lambda x: kv.KFAC(given, x, rule, *([convention] if given is F else [])), what)
-        blocks, moves = kfac_inverse(kron_factors(F, convention), λ, rule)
+        blocks, moves = kfac_inverse(kron_factors(F, convention), λ, rule, F.dtype)
         expected = torch.block_diag(*blocks)
     elif what == "EKFAC":
         op, λ = take_damping(t, lambda x: kv.EKFAC(F, x, convention), what)
@@ -1066,7 +1079,7 @@ def operators(t: Try) -> None:
             again = t.call(fresh[what]).dense().to(F64)
             t.close(f"{what}.with_damping: dense()", other.dense(), again, allowance(F.dtype, 1, norm(again)))
         if what.startswith("KFAC"):
-            blocks, moves = kfac_inverse(kron_factors(F, convention), λ, rule)
+            blocks, moves = kfac_inverse(kron_factors(F, convention), λ, rule, F.dtype)
             judge_matrix(t, f"{what}.with_damping", other, torch.block_diag(*blocks), (None, moves))
     if what == "damped":
         λ = op.damping
@@ -1107,11 +1120,13 @@ def judge_matrix(
     v = t.normal(P, dtype=dtype) if t.chance(0.5) else t.normal(P, t.whole(0, 3), dtype=dtype)
     if t.chance(0.25):
         t.benign, v = False, spoiled(t, v)
-    with surroundings(t) if t.chance(0.1) else contextlib.nullcontext():
+    with surroundings(t) if t.chance(0.1) else contextlib.nullcontext("") as where:
         product = t.call(lambda: op @ v)
     v64 = real(v)
-    if t.check(product.dtype == dtype, "a product has another dtype than its operator", f"{product.dtype}, {dtype}"):
-        t.close(f"{what} @ v", product, found @ v64, allowance(dtype, 1, largest * float(v64.norm())))
+    if "autocast" in where:
+        what = "an operator"
+    if t.check(product.dtype == dtype, f"{what} @ v{where} has another dtype", f"{product.dtype}, {dtype}"):
+        t.close(f"{what} @ v{where}", product, found @ v64, allowance(dtype, 1, largest * norm(v64), norm(v64)))
     l, m = t.whole(0, len(slices) - 1), t.whole(0, len(slices) - 1)
     block = t.call(lambda: op.block(op.partition.names[l] if t.chance(0.3) else l, m))
     t.close(f"{what}.block", block, found[slices[l], slices[m]], allowance(dtype, 1, largest))
@@ -1159,6 +1174,14 @@ def two_level_matrix(A: Tensor, M: Tensor, Z: Tensor, E: Tensor, correction: str
     return Q + (I - A @ Q).T @ M @ (I - A @ Q)
 
 
+def coarse_condition(Z: Tensor, E: Tensor, size: float) -> float:
+    """How far round-off in a matrix of this size, seen through normalised columns Z, moves the inverse of E."""
+    if not bool(torch.isfinite(E).all()):
+        return math.inf
+    smallest = float(torch.linalg.eigvalsh(E).abs().min())
+    return condition(Z.T @ Z) * max(condition(E), size / smallest if smallest else math.inf)
+
+
 @dataclass
 class Levels:
     """Two levels, and the same in float64."""
@@ -1203,7 +1226,7 @@ def levels(t: Try) -> Levels:
     E = Z64.T @ (E_base + E_λ * eye) @ Z64
     scaled = Z64 / Z64.norm(dim=0).clamp_min(1e-300) if Z64.numel() else Z64
     Es = scaled.T @ (E_base + E_λ * eye) @ scaled
-    worst = condition(scaled.T @ scaled) * condition(Es) if Z64.numel() else 1.0
+    worst = coarse_condition(scaled, Es, norm(E_base)) if Z64.numel() else 1.0
     q = norm(scaled @ pinv(Es) @ scaled.T) if Z64.numel() else 0.0
     grow = 1 + norm(A64) * q
     size = q + grow * grow * norm(M64)
@@ -1223,7 +1246,7 @@ def twolevel(t: Try) -> None:
             t.benign, v = False, spoiled(t, v)
         product = t.call(lambda: T @ v)
         v64 = real(v)
-        t.close(f"{what} @ v", product, x.T64 @ v64, allowance(dtype, x.condition, x.size * float(v64.norm())))
+        t.close(f"{what} @ v", product, x.T64 @ v64, allowance(dtype, x.condition, x.size * norm(v64), norm(v64)))
     if t.chance(0.2):
         t.close(f"{what}: Q.dense()", t.call(T.Q.dense), T.Q.dense().T.to(F64), allowed)
         Z = T.Z
@@ -1408,7 +1431,8 @@ def losses(t: Try) -> None:
     expected = total / len(f)
     if float(size) > torch.finfo(loss.dtype).max / 4:
         return  # a loss may well overflow
-    t.close(f"nll {likelihood}", loss, expected, ROUND_OFF * torch.finfo(loss.dtype).eps * float(size) + 1e-300)
+    eps = max(torch.finfo(x.dtype).eps for x in (loss, given[0]))
+    t.close(f"nll {likelihood}", loss, expected, ROUND_OFF * eps * float(size) + 1e-300)
 
 
 # ---- kinds of tries: training ------------------------------------------------------------------------
@@ -1581,7 +1605,8 @@ class Training:
             t.finite(f"diagnostics[{name!r}]", told(opt, name))
         if any(told(opt, k) != v for k, v in marks.items()) or not finite:
             return
-        self.judge_moves(opt, before, grads)
+        if closure is None or not model.training:  # drawn again, dropout gives another gradient
+            self.judge_moves(opt, before, grads)
         if expected is not None:
             for p, (target, allowed) in expected.items():
                 t.close(f"a {opt.step_rule} step", p, target, allowed)
@@ -1683,7 +1708,8 @@ def matrices(T: kv.TwoLevel) -> tuple[Tensor, Tensor, float, float]:
     B = A if T.galerkin else kronecker_model(K.operator.F, K.operator.convention) + K.damping * eye
     E = Z.T @ B @ Z
     grow = 1 + norm(A) * norm(Z @ pinv(E) @ Z.T)
-    return A, two_level_matrix(A, M, Z, E, T.correction), grow + grow * grow * norm(M), condition(Z.T @ Z) * condition(E)
+    size = grow + grow * grow * norm(M)
+    return A, two_level_matrix(A, M, Z, E, T.correction), size, coarse_condition(Z, E, norm(B))
 
 
 def events(t: Try, run: Training, opt: kv.TwoLevelKFAC, x: list[Any], y: Any) -> dict[str, Any]:
@@ -1708,7 +1734,7 @@ def events(t: Try, run: Training, opt: kv.TwoLevelKFAC, x: list[Any], y: Any) ->
     elif way == "damping":
         asked = t.pick(*BAD_DAMPINGS, *ODD_DAMPINGS, 1e12, 1e300)
         run.atomic(opt, "damping", lambda: setattr(opt, "damping", asked))
-        t.check(number(asked) is not None, f"the optimizer accepted the damping {asked!r}"[:80])
+        t.check(number(asked) is not None, f"accepted the damping {asked!r}"[:60])
     elif way == "gradient" and p.grad is not None and p.grad.numel():
         how = t.whole(0, 6)
         if how == 0:
