@@ -92,7 +92,7 @@ PLANTED = {
     # name: (kind, what is replaced, by what, the failure that has to be reported)
     "product": ("operators", (fisher.Fisher, "_apply"), scaled(fisher.Fisher._apply), "Fisher @ v is wrong"),
     "captured product": ("capture", (fisher.Fisher, "_apply"), scaled(fisher.Fisher._apply), "F @ v is wrong"),
-    "matrix": ("capture", (fisher.Fisher, "dense"), scaled(fisher.Fisher.dense), r"\(called twice\): F.dense\(\) is wrong"),
+    "matrix": ("capture", (fisher.Fisher, "dense"), scaled(fisher.Fisher.dense), r"\(bare\): F.dense\(\) is wrong"),
     "one block": ("operators", (fisher.Fisher, "block"), scaled(fisher.Fisher.block), "Fisher.block is wrong"),
     "sampled labels": (
         "capture", (capturing, "output_vectors"), scaled(capturing.output_vectors), "score belongs to no label",
@@ -124,7 +124,7 @@ PLANTED = {
         "capture", (capturing, "evaluation"), lambda model: contextlib.nullcontext(model.eval()), "training flags",
     ),
     "any damping": (
-        "twolevel", (operator, "check_damping"), lambda x: 1.0, "damped accepted the damping nan",
+        "twolevel", (operator, "check_damping"), lambda x: 1.0, "accepted the damping nan",
     ),
     "a longer step": (
         "training", (optimizer.TwoLevelKFAC, "_steps_along"),
