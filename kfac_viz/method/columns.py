@@ -34,6 +34,8 @@ class CoarseSpace:
                 "columns must be a dense floating point tensor of shape (P, k), float32 or float64; got "
                 f"{columns.dtype}, {columns.layout}."
             )
+        if columns.is_meta:
+            raise ValueError("columns on the meta device have no numbers; whether they are independent cannot be seen.")
         columns = columns.detach()
         if columns.ndim != 2 or columns.shape[0] != partition.size:
             raise ValueError(f"columns must have shape ({partition.size}, k); got {tuple(columns.shape)}.")

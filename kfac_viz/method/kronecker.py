@@ -24,6 +24,14 @@ class KroneckerFactors:
     G: tuple[Tensor, ...]
 
     def __post_init__(self) -> None:
+        if not all(isinstance(X, Tensor) for X in (*self.A, *self.G)):
+            raise TypeError("Kronecker factors are tensors, one A and one G per layer.")
+        if len({(X.dtype, X.device) for X in (*self.A, *self.G)}) > 1 or self.dtype not in (
+            torch.float32,
+            torch.float64,
+        ):
+            found = sorted({f"{X.dtype} on {X.device}" for X in (*self.A, *self.G)})
+            raise TypeError(f"Kronecker factors must all be float32 or all float64, on one device; got {found}.")
         for what, factors, sizes in (
             ("A", self.A, [layer.features for layer in self.partition.layers]),
             ("G", self.G, [layer.out for layer in self.partition.layers]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -121,9 +122,11 @@ class Operator(ABC):
         return self.partition.size, self.partition.size
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        self.check(v)
-        product = self._apply(v.mT).mT if v.ndim == 2 else self._apply(v)
-        return self._in_range(product, "The product")
+        lowered = torch.is_autocast_enabled(self.device.type)  # by the caller; an operator has its own precision
+        with torch.autocast(self.device.type, enabled=False) if lowered else nullcontext():
+            self.check(v)
+            product = self._apply(v.mT).mT if v.ndim == 2 else self._apply(v)
+            return self._in_range(product, "The product")
 
     def _in_range(self, result: Tensor, what: str) -> Tensor:
         """The result, or a sentence where numbers that were finite have overflowed in it."""
@@ -354,7 +357,7 @@ def check_invertible(ends: tuple[float, float], count: int, damping: float, dtyp
     """Refuse λ where the ``count`` eigenvalues between these ends, plus λ, cannot be inverted to precision."""
     smallest, largest = (end + damping for end in ends)
     info = torch.finfo(dtype)
-    if not smallest > (largest * count * info.eps if damping == 0 else info.tiny):
+    if not smallest > max(info.tiny, largest * count * info.eps if damping == 0 else 0.0):
         raise ValueError(
             f"{what} is {'singular' if smallest >= 0 else 'indefinite'} in {dtype} (smallest eigenvalue "
             f"{ends[0]:.2g}, largest {ends[1]:.2g}) and the damping {damping:g} does not mend it; choose "

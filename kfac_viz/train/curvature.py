@@ -101,7 +101,7 @@ class RunningCurvature:
         if self.observed_at is None:
             raise ValueError("No curvature yet: call observe(inputs) after loss.backward() and before step().")
         T, options = self._T, self.options
-        if T is None or (self._stale and self._rebuild(self._built_at, options.refresh_every)):
+        if self._refresh_due:
             M = KFAC(self.factors.factors(self.partition), self.damping, options.rule)
             if T is None or options.coarse_every is None:
                 self._coarsen(M, gradient)
@@ -112,9 +112,23 @@ class RunningCurvature:
             self._built_at, self._stale = self.step, False
         elif T.damping != self.damping:
             self._T = T.with_damping(self.damping)
-        if options.coarse_every and self._coarse_stale and self._rebuild(self._coarse_at, options.coarse_every):
+        if self._coarsening_due:
             self._coarsen(self._T.M, gradient)
         return self._T
+
+    @property
+    def renewal_due(self) -> bool:
+        """Whether the next call of :meth:`preconditioner` makes one of the levels anew."""
+        return self._refresh_due or self._coarsening_due
+
+    @property
+    def _refresh_due(self) -> bool:
+        return self._T is None or (self._stale and self._rebuild(self._built_at, self.options.refresh_every))
+
+    @property
+    def _coarsening_due(self) -> bool:
+        every = self.options.coarse_every
+        return bool(every) and self._coarse_stale and self._rebuild(self._coarse_at, every)
 
     def _rebuild(self, last: int, every: int) -> bool:
         """Whether so many steps have gone by, or something more was observed in the step of the last rebuild."""

@@ -246,8 +246,12 @@ class TwoLevelKFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if judged:
+            _number(loss)
         self._follow()
         g, grads = self._gradient()
+        if self.curvature.renewal_due:  # which a bad gradient must not set off
+            self._check_gradient(g, grads)
         T = self.preconditioner
         model = QuadraticModel(T.A.operator, g, self._ridge())
         proposed = update(
@@ -260,10 +264,12 @@ class TwoLevelKFAC(Optimizer):
             damping=T.damping,
             guarded=judged or self._on_guard,
         )
-        before = [p.clone() for p in grads] if judged else []
+        before = self._memory(grads) if judged else {}
         self._write(proposed, g, grads)
         if judged:
-            self._judge(closure, loss, dict(zip(grads, before, strict=True)), self._facts["predicted"])
+            self._judge(closure, _number(loss), before)
+        unseen = [name for name in self.partition.names if name not in self.curvature.factors.weight]
+        self.curvature.counters["layers without statistics"] += len(unseen)
         self.curvature.step += 1
         return loss
 
@@ -289,7 +295,6 @@ class TwoLevelKFAC(Optimizer):
         for name, s in zip(self.partition.names, self.partition.slices, strict=True):
             if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
                 v[s] = 0
-                self.curvature.counters["layers without statistics"] += 1
         if not self._index <= grads.keys():
             for p, piece in zip(self._params, self._split(v), strict=True):
                 if p not in grads:
@@ -311,14 +316,13 @@ class TwoLevelKFAC(Optimizer):
                 left = -group["lr"] * group["weight_decay"]
                 new = [torch.add(x, p, alpha=left) if p in shrunk else x for p, x in zip(params, new, strict=True)]
         new = torch._foreach_add(params, new)
-        kept = [self._buffer(p) for p in buffers]
         left = list(buffers.values())
         facts = list(proposed.facts.values())
         numbers = torch.stack([*facts, g.sum(), *torch._foreach_norm(new, dtype=g.dtype)])
         if self.options.capturable:
             fine = numbers.isfinite().all()
             new = [torch.where(fine, x, p) for p, x in zip(params, new, strict=True)]
-            left = [torch.where(fine, x.to(b.dtype), b) for b, x in zip(kept, left, strict=True)]
+            left = [torch.where(fine, x.to(p.dtype), self._buffer(p)) for p, x in buffers.items()]
             self._skipped = ~fine + (0 if self._skipped is None else self._skipped)
             self._facts.update(proposed.facts)
         else:
@@ -327,8 +331,8 @@ class TwoLevelKFAC(Optimizer):
                 self._check_update(g, new, read[: len(facts)], grads)
             self._facts.update(zip(proposed.facts, read, strict=False))
         torch._foreach_copy_(params, new)
-        if kept:
-            torch._foreach_copy_(kept, left)
+        if buffers:
+            torch._foreach_copy_([self._buffer(p) for p in buffers], left)
         if "overshoot" in proposed.facts and not self.options.capturable:
             self._count_overshoot(self._facts["overshoot"])
 
@@ -342,9 +346,8 @@ class TwoLevelKFAC(Optimizer):
             if not params:
                 continue
             if group["momentum"]:
-                along = torch._foreach_add(
-                    torch._foreach_mul([self._buffer(p) for p in params], group["momentum"]), along
-                )
+                last = [self.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p)) for p in params]
+                along = torch._foreach_add(torch._foreach_mul(last, group["momentum"]), along)
                 buffers |= zip(params, along, strict=True)
             steps |= zip(params, torch._foreach_mul(along, -group["lr"]), strict=True)
 
@@ -352,15 +355,20 @@ class TwoLevelKFAC(Optimizer):
         """Raise the sentence for a step that is not finite, where it comes in; sums may overflow by themselves."""
         if all(map(math.isfinite, facts)) and all(finite([g, *new])):
             return
-        self.partition.check_finite(g, "The gradient")
-        for p, grad in grads.items():
-            if not finite([grad])[0]:
-                raise ValueError(f"The gradient holds NaN or inf in parameter {self._names.get(p, '?')!r}.")
+        self._check_gradient(g, grads)
         self.partition.check_finite(self.preconditioner._apply(g), "The preconditioned gradient")
         raise ValueError(
             f"The step would overflow parameters of {self._params[0].dtype}, or the model of the loss does so in "
             f"{g.dtype}; nothing was written. Scale the loss, lower lr, or raise damping."
         )
+
+    def _check_gradient(self, g: Tensor, grads: dict[Tensor, Tensor]) -> None:
+        """Refuse NaN and inf in the gradient, naming the layer or parameter."""
+        self.partition.check_finite(g, "The gradient")
+        others = [p for p in grads if p not in self._index]
+        for p, fine in zip(others, finite([grads[p] for p in others]), strict=True):
+            if not fine:
+                raise ValueError(f"The gradient holds NaN or inf in parameter {self._names.get(p, '?')!r}.")
 
     def _check_last_step(self) -> None:
         """Tell of steps that were skipped on the device since the last observation."""
@@ -388,21 +396,34 @@ class TwoLevelKFAC(Optimizer):
                 "step_rule='quadratic' or overshoot='shorten'. Counted from now on in diagnostics['overshoots'].",
             )
 
+    def _memory(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, tuple[Tensor, Tensor | None]]:
+        """Copies of parameters and of their momentum."""
+        last = {p: self.state.get(p, {}).get("momentum_buffer") for p in grads}
+        return {p: (p.clone(), None if buffer is None else buffer.clone()) for p, buffer in last.items()}
+
     def _judge(
-        self, closure: Callable[[], Tensor], loss: Tensor, before: dict[Tensor, Tensor], predicted: float
+        self, closure: Callable[[], Tensor], loss: float, before: dict[Tensor, tuple[Tensor, Tensor | None]]
     ) -> None:
         """Compare with the loss after the step: undo what went up, and adapt λ."""
-        with torch.enable_grad():
-            after = float(closure().detach())
-        sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
-        change = sign * (after - float(loss.detach()))
+        try:
+            with torch.enable_grad():
+                after = _number(closure())
+        except BaseException:  # no step was taken, then
+            for p, (value, buffer) in before.items():
+                p.copy_(value)
+                self.state.pop(p, None)
+                if buffer is not None:
+                    self.state[p]["momentum_buffer"] = buffer
+            raise
+        change = (-1.0 if self.param_groups[0]["maximize"] else 1.0) * (after - loss)
         if not self.options.decoupled:
-            for p, value in before.items():
+            for p, (value, _) in before.items():
                 decay = self._group[p]["weight_decay"]
                 change += 0.5 * decay * float(p.square().sum() - value.square().sum()) if decay else 0.0
+        predicted = self._facts["predicted"]
         ratio = self._facts["reduction ratio"] = change / predicted if predicted else 0.0
         if not change <= 0:
-            for p, value in before.items():
+            for p, (value, _) in before.items():
                 p.copy_(value)
                 self._buffer(p).zero_()
             self.curvature.counters["rejected"] += 1
@@ -458,7 +479,11 @@ class TwoLevelKFAC(Optimizer):
         return group["momentum"] if self.options.step_rule != "quadratic" or group["lr"] else 0.0
 
     def _buffers(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        return {p: self._buffer(p) for p in self._params if p in grads and self._momentum(p)}
+        """What the layers' last steps have left, where they have any and are to go on."""
+        kept = (
+            (p, self.state.get(p, {}).get("momentum_buffer")) for p in self._params if p in grads and self._momentum(p)
+        )
+        return {p: buffer for p, buffer in kept if buffer is not None}
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -561,7 +586,7 @@ class TwoLevelKFAC(Optimizer):
         """
         if not isinstance(state_dict, dict) or "curvature" not in state_dict:
             raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
-        rest = copy.deepcopy({k: v for k, v in state_dict.items() if k != "curvature"})
+        rest = _copied({k: v for k, v in state_dict.items() if k != "curvature"})
         self._check_groups_of(rest)
         curvature = states.restored(state_dict["curvature"], self.options, self._all_layers(), self._like())
         super().load_state_dict(rest)
@@ -571,16 +596,14 @@ class TwoLevelKFAC(Optimizer):
     def _check_groups_of(self, saved: dict[str, Any]) -> None:
         """Refuse saved groups that do not fit these, or whose options are out of range."""
         groups, kept = saved.get("param_groups"), saved.get("state")
-        if not isinstance(groups, list) or not isinstance(kept, dict) or not all(isinstance(x, dict) for x in groups):
+        whole = isinstance(groups, list) and isinstance(kept, dict)
+        if not whole or not all(isinstance(x, dict) and isinstance(x.get("params"), list) for x in groups):
             raise ValueError("The state has no 'param_groups' and 'state' as PyTorch's optimizers write them.")
-        sizes = [len(group.get("params", ())) for group in groups]
+        sizes = [len(group["params"]) for group in groups]
         mine = [len(group["params"]) for group in self.param_groups]
         if sizes != mine:
             raise ValueError(f"The state has groups of {sizes} parameters; this optimizer has groups of {mine}.")
         for group in groups:
-            missing = [name for name in ("lr", "momentum", "weight_decay", "maximize") if name not in group]
-            if missing:
-                raise ValueError(f"A group of the state has no {missing[0]!r}.")
             _check_group(group)
         numbers = [i for group in groups for i in group["params"]]
         shapes = dict(zip(numbers, (p.shape for group in self.param_groups for p in group["params"]), strict=True))
@@ -611,7 +634,7 @@ class TwoLevelKFAC(Optimizer):
 
     def __repr__(self) -> str:
         groups = "; ".join(
-            ", ".join(f"{key}={value:.3g}" for key, value in group.items() if key != "params")
+            ", ".join(f"{key}={_shown(value)}" for key, value in group.items() if key != "params")
             for group in self.param_groups
         )
         return (
@@ -622,10 +645,36 @@ class TwoLevelKFAC(Optimizer):
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    """Refuse options of a group that are out of range: they may be edited at any time."""
+    """Refuse options of a group that are missing or out of range: they may be edited at any time."""
+    missing = [name for name in ("lr", "momentum", "weight_decay", "maximize") if name not in group]
+    if missing:
+        raise ValueError(f"A group of parameters has no {missing[0]!r}.")
     check_number("lr", group["lr"], 0.0, math.inf)
     check_number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
     check_number("weight_decay", group["weight_decay"], 0.0, math.inf)
+
+
+def _copied(value: Any) -> Any:
+    """The same nest with tensors of its own, detached."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _number(loss: Any) -> float:
+    """What a closure returned, as a number."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+        return float(loss.detach())
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        return float(loss)
+    kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise TypeError(f"The closure must return the loss, one number, for steps to be judged by it; got {kind}.")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else repr(value)
 
 
 def _layer_names(layers: Iterable[str], model: nn.Module) -> tuple[str, ...]:

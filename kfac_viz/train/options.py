@@ -69,13 +69,19 @@ class Options:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        checked: dict[str, Any] = {
+            "damping": check_damping(self.damping),
+            "decay": check_number("decay", self.decay, 0.0, 1.0),
+            "kl_clip": check_number("kl_clip", self.kl_clip, 0.0, math.inf, open_low=True),
+            "seed": check_seed(self.seed),
+            "decoupled": bool(self.decoupled),
+            "capturable": bool(self.capturable),
+        }
         for name, least in _LEAST.items():
             if not (name == "coarse_every" and self.coarse_every is None):
-                check_count(name, getattr(self, name), least)
-        check_seed(self.seed)
-        check_damping(self.damping)
-        check_number("decay", self.decay, 0.0, 1.0)
-        check_number("kl_clip", self.kl_clip, 0.0, math.inf, open_low=True)
+                checked[name] = check_count(name, getattr(self, name), least)
+        for name, value in checked.items():  # plain numbers, whatever kind they came as
+            object.__setattr__(self, name, value)
 
     @classmethod
     def read(cls, given: dict[str, Any]) -> Options:

@@ -61,11 +61,14 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     Raises:
         ValueError, TypeError: what the state lacks or has wrong, in words.
     """
-    state = converted(_of_kind(state, dict, "curvature"), like)
-    wanted = _field(state, "layers", dict)
+    if any(x.is_meta and not like.is_meta for x in _tensors(_of_kind(state, dict, "curvature"))):
+        raise ValueError("The state of the curvature is on the meta device and has no numbers.")
+    state = converted(state, like)
+    wanted = {name: tuple(_of_kind(x, list, "layers", 2)) for name, x in _field(state, "layers", dict).items()}
     known = {layer.name: layer for layer in layers}
-    if not wanted or any(name not in known or list(known[name].shape) != shape for name, shape in wanted.items()):
-        mine = {layer.name: list(layer.shape) for layer in layers}
+    fits = all(isinstance(n, int) for shape in wanted.values() for n in shape)
+    if not (wanted and fits) or any(name not in known or known[name].shape != shape for name, shape in wanted.items()):
+        mine = {layer.name: layer.shape for layer in layers}
         raise ValueError(f"The state belongs to layers {wanted}; this optimizer has {mine}.")
     partition = Partition(tuple(known[name] for name in wanted))
     numbers = _tensors(state)
@@ -79,7 +82,7 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     for name in new.counters.keys() & counted.keys():
         new.counters[name] = check_count(f"diagnostics[{name!r}]", counted[name], 0)
     for name, pair in _field(state, "factors", dict).items():
-        features, out = (known[name].features, known[name].out) if name in known else (None, None)
+        features, out = (known[name].features, known[name].out) if name in known else (None, None)  # of a former layer
         new.factors.A[name], new.factors.G[name] = (
             _shaped(X, (n, n), f"factor {which} of layer {name!r}")
             for X, n, which in zip(_of_kind(pair, list, "factors", 2), (features, out), "AG", strict=True)
@@ -88,7 +91,7 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     if weights.keys() != new.factors.A.keys():
         raise ValueError("The state's 'weights' and 'factors' are not of the same layers.")
     new.factors.weight = {name: check_number(f"weights[{name!r}]", w, 0.0, inf) for name, w in weights.items()}
-    new.factors.newest = set(_field(state, "newest", list)) & weights.keys()
+    new.factors.newest = {name for name in weights if name in _field(state, "newest", list)}
     for entry in _field(state, "window", list):
         F = _fisher(partition, entry, options, "a")
         batch, N = (check_count(f"The window's {key!r}", _field(entry, key), 0) for key in ("batch", "N"))
@@ -109,7 +112,7 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
 def _levels(new: RunningCurvature, level: dict[str, Any]) -> Any:
     """The preconditioner of the last refresh."""
     options, partition = new.options, new.partition
-    A, G = (tuple(_field(level, which, list)) for which in "AG")
+    A, G = (tuple(_of_kind(_field(level, which), list, which, len(partition))) for which in "AG")
     damping = check_damping(_field(level, "damping"))
     M = KFAC(KroneckerFactors(partition, A, G), damping, options.rule)
     F = _fisher(partition, level, options, "a")
