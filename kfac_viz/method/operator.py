@@ -231,8 +231,8 @@ class Dense(Operator):
     def __init__(self, matrix: Tensor, partition: Partition) -> None:
         check_type("matrix", matrix, Tensor)
         check_type("partition", partition, Partition)
-        if matrix.layout != torch.strided:
-            raise TypeError(f"Expected a dense tensor; got one of layout {matrix.layout}. Call .to_dense() first.")
+        if matrix.layout != torch.strided or matrix.is_meta:
+            raise TypeError(f"Expected a dense tensor with numbers; got {matrix.layout} on {matrix.device}.")
         if matrix.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"Expected a float32 or float64 matrix; got {matrix.dtype}.")
         if tuple(matrix.shape) != (partition.size, partition.size):

@@ -28,11 +28,11 @@ REJECTION = 4.0  # factor on λ after a step that went up
 
 
 def _full_precision(method: Callable) -> Callable:
-    """Keep statistics out of an autocast that surrounds the call."""
+    """Keep statistics out of an autocast, and out of an inference mode, that surrounds the call."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        with torch.autocast(self._params[0].device.type, enabled=False):
+        with torch.inference_mode(False), torch.autocast(self._params[0].device.type, enabled=False):
             return method(self, *args, **kwargs)
 
     return wrapped
@@ -192,8 +192,8 @@ class TwoLevelKFAC(Optimizer):
             self._take_up()
 
     @property
-    @torch.no_grad()
     @_full_precision
+    @torch.no_grad()
     def preconditioner(self) -> TwoLevel:
         """The two-level preconditioner that the next step applies; it can be drawn."""
         return self.curvature.preconditioner(lambda: self._gradient()[0].clone())
@@ -220,8 +220,8 @@ class TwoLevelKFAC(Optimizer):
 
     # ---- the step -------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     @_full_precision
+    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step along ``preconditioner @ gradient``; returns the closure's loss.
 
@@ -249,6 +249,20 @@ class TwoLevelKFAC(Optimizer):
         if judged:
             _number(loss)
         self._follow()
+        kept = copy.copy(self.curvature)
+        kept.counters = dict(kept.counters)
+        try:
+            self._take(closure if judged else None, loss)
+        except BaseException:
+            self.curvature = kept  # a refresh that was due still is
+            raise
+        unseen = [name for name in self.partition.names if name not in self.curvature.factors.weight]
+        self.curvature.counters["layers without statistics"] += len(unseen)
+        self.curvature.step += 1
+        return loss
+
+    def _take(self, closure: Callable[[], Tensor] | None, loss: Tensor | None) -> None:
+        """The step itself, judged by the closure if there is one."""
         g, grads = self._gradient()
         if self.curvature.renewal_due:  # which a bad gradient must not set off
             self._check_gradient(g, grads)
@@ -262,16 +276,12 @@ class TwoLevelKFAC(Optimizer):
             lr=self._per_parameter("lr"),
             momentum=self._per_parameter("momentum"),
             damping=T.damping,
-            guarded=judged or self._on_guard,
+            guarded=closure is not None or self._on_guard,
         )
-        before = self._memory(grads) if judged else {}
+        before = {} if closure is None else self._memory(grads)
         self._write(proposed, g, grads)
-        if judged:
+        if closure is not None:
             self._judge(closure, _number(loss), before)
-        unseen = [name for name in self.partition.names if name not in self.curvature.factors.weight]
-        self.curvature.counters["layers without statistics"] += len(unseen)
-        self.curvature.step += 1
-        return loss
 
     def _gradient(self) -> tuple[Tensor, dict[Tensor, Tensor]]:
         """The gradient over the partition (P,), and of each parameter that has one, with weight decay."""
@@ -609,7 +619,7 @@ class TwoLevelKFAC(Optimizer):
         shapes = dict(zip(numbers, (p.shape for group in self.param_groups for p in group["params"]), strict=True))
         for i, own in kept.items():
             buffer = own.get("momentum_buffer") if isinstance(own, dict) else None
-            if i not in shapes or not isinstance(buffer, Tensor) or buffer.shape != shapes[i]:
+            if i not in shapes or not isinstance(buffer, Tensor) or buffer.shape != shapes[i] or not _plain(buffer):
                 raise ValueError(f"The state of parameter {i!r} has no momentum_buffer of that parameter's shape.")
             if not finite([buffer])[0]:
                 raise ValueError(f"The momentum_buffer of parameter {i!r} holds NaN or inf.")
@@ -652,6 +662,15 @@ def _check_group(group: dict[str, Any]) -> None:
     check_number("lr", group["lr"], 0.0, math.inf)
     check_number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
     check_number("weight_decay", group["weight_decay"], 0.0, math.inf)
+    for dtype in {p.dtype for p in group["params"] if isinstance(p, Tensor) and p.is_floating_point()}:
+        for name in ("lr", "weight_decay"):
+            if float(group[name]) > torch.finfo(dtype).max:
+                raise ValueError(f"{name} {group[name]:.3g} overflows parameters of {dtype}; choose a smaller one.")
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether a tensor has real numbers, all of them written down."""
+    return x.layout == torch.strided and x.is_floating_point() and not x.is_meta
 
 
 def _copied(value: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..method.checks import check_count, check_damping, check_number, finite, warn
@@ -61,8 +62,9 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     Raises:
         ValueError, TypeError: what the state lacks or has wrong, in words.
     """
-    if any(x.is_meta and not like.is_meta for x in _tensors(_of_kind(state, dict, "curvature"))):
-        raise ValueError("The state of the curvature is on the meta device and has no numbers.")
+    for x in _tensors(_of_kind(state, dict, "curvature")):
+        if x.layout != torch.strided or not x.is_floating_point() or (x.is_meta and not like.is_meta):
+            raise ValueError(f"The state of the curvature holds a tensor of {x.dtype}, {x.layout}, on {x.device}.")
     state = converted(state, like)
     wanted = {name: tuple(_of_kind(x, list, "layers", 2)) for name, x in _field(state, "layers", dict).items()}
     known = {layer.name: layer for layer in layers}
@@ -104,8 +106,10 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
         raise ValueError("The state was observed at a step and has no window; it is incomplete.")
     steps = [None if mark is None else check_count("A mark of the state", mark, 0) for mark in marks[:3]]
     new.observed_at, new._built_at, new._coarse_at = steps[0], *(step or 0 for step in steps[1:])
-    new._stale, new._coarse_stale = (bool(mark) for mark in marks[3:])
-    _warn_of_other_options(state.get("options", {}), options)  # states of earlier versions have none
+    new._stale, new._coarse_stale = (_of_kind(mark, bool, "marks") for mark in marks[3:])
+    _warn_of_other_options(
+        _of_kind(state.get("options", {}), dict, "options"), options
+    )  # states of earlier versions have none
     return new
 
 
