@@ -30,7 +30,7 @@ def test_the_package_has_no_unknown_failure(kind):
     assert [text for text in found if not any(re.search(known, text) for known in KNOWN)] == [], str(report)
 
 
-SEEDS = {"states": range(120)}  # for planted faults; of each other kind 300
+SEEDS = {"states": range(120), "training": range(500)}  # for planted faults; of each other kind 300
 
 
 def failures(kind):

@@ -199,5 +199,5 @@ def judge_matrix(
     t.close(f"{what}.block", block, found[slices[l], slices[m]], allowance(dtype, 1, largest))
     if t.chance(0.1):
         product = t.call(lambda: op.to_scipy() @ found.sum(1).numpy())
-        t.close(f"{what}.to_scipy", torch.as_tensor(product), found @ found.sum(1), allowance(dtype, 1, largest**2))
+        t.close(f"{what}.to_scipy", torch.as_tensor(product), found @ found.sum(1), allowance(dtype, 1, largest * largest))
     t.close(f"{what}.diagonal", t.call(op.diagonal), found.diagonal(), allowance(dtype, 1, largest))
