@@ -30,6 +30,7 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 import torch  # noqa: E402
+from fuzzing.arguments import arguments  # noqa: E402
 from fuzzing.captures import capture  # noqa: E402
 from fuzzing.judge import Hanging, Outcome, Raw, Refused, Try, gist  # noqa: E402
 from fuzzing.levels import twolevel, worth  # noqa: E402
@@ -40,7 +41,7 @@ from fuzzing.training import states, training  # noqa: E402
 PATIENCE = 30  # seconds that one try may take before it counts as hanging
 KINDS: dict[str, Callable[[Try], None]] = {
     function.__name__: function
-    for function in (capture, operators, twolevel, worth, partitions, losses, training, states)
+    for function in (arguments, capture, operators, twolevel, worth, partitions, losses, training, states)
 }
 
 
@@ -124,7 +125,9 @@ class Report:
             again = f"--only {outcomes[0].kind} --seed {outcomes[0].seed} --tries 1"
             lines.append(f"\n{sort}, {len(outcomes)} times: {what}\n    python tests/fuzz.py {again}")
             if sort != "silent":
-                said = [text for (s, w), text in zip(outcomes[0].failures, outcomes[0].details, strict=True) if w == what]
+                said = [
+                    text for (s, w), text in zip(outcomes[0].failures, outcomes[0].details, strict=True) if w == what
+                ]
                 lines.append(f"    {said[0].strip().splitlines()[-1][:150]}")
         return "\n".join(lines)
 

@@ -25,12 +25,12 @@ def test_the_package_has_no_unknown_failure(kind):
     for outcome in fuzz.run(range(TRIES.get(kind, 600)), kind):
         report.add(outcome)
     count = report.counts[kind]
-    assert count["accepted"] > 0.2 * count["tries"] and count["refused"] > 0.02 * count["tries"]
+    assert count["accepted"] > (0.02 if kind == "arguments" else 0.2) * count["tries"] < 50 * count["refused"]
     found = [f"{sort} {what}" for sort, what in report.failures]
     assert [text for text in found if not any(re.search(known, text) for known in KNOWN)] == [], str(report)
 
 
-SEEDS = {"states": range(120)}  # for planted faults; of each other kind 300
+SEEDS = {"states": range(120), "training": range(500)}  # for planted faults; of each other kind 300
 
 
 def failures(kind):
@@ -136,7 +136,12 @@ PLANTED = {
         lambda opt, v, *rest, original=optimizer.TwoLevelKFAC._steps_along: original(opt, still_first(opt, v), *rest),
         r"a Linear with a gradient is not moved \(stack\)",
     ),
-    "half a step": ("training", (optimizer.TwoLevelKFAC, "_gradient"), dirty_gradient, "step raised and changed parameters"),
+    "a quadratic step": (
+        "training", (optimizer, "best_coefficients"), scaled(optimizer.best_coefficients), "a quadratic step is wrong",
+    ),
+    "half a step": (
+        "training", (optimizer.TwoLevelKFAC, "_gradient"), dirty_gradient, "step raised and changed parameters",
+    ),
     "curvature": (
         "training", (curvature, "observed"),
         lambda *args, original=curvature.observed, **kw: twice(*original(*args, **kw)), "A is not the mean Fisher",

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import kfac_viz as kv
 
 from .hostile import BAD_COUNTS, DTYPES, WORDS, spoiled, surroundings
 from .judge import F64, Try, difference
-from .networks import Net, batch, examples, labels, network
+from .networks import ORDINARY, SHORT, Net, batch, examples, labels, network
 from .oracles import ROUND_OFF, Truth, allowance, norm, perturbed, residuals, scores, truth
 
 
@@ -85,17 +85,20 @@ def capture(t: Try) -> None:
             asked = t.pick(None, model.forward, list(model.parameters()), nn.Linear, nn.Sequential(), "model")
             if t.chance(0.5):
                 asked = model.to("meta") if t.chance(0.5) else nn.Sequential(model)
-    twin = lambda: net.build(dtype).to(F64).eval()
+    else:
+        fits = likelihood != "categorical" or outputs_of(net, inputs, dtype).shape[-1] > 1
+        t.benign = net.name in ORDINARY and dtype in (F64, torch.float32) and fits
+        t.benign = t.benign and (flavour != "empirical" or options["targets"].dtype not in SHORT)
     context = surroundings(t) if t.chance(0.1) else contextlib.nullcontext()
     arguments = given if isinstance(given, (tuple, list)) else (given,)
     with untouched(t, asked, "capture"), context:
         F = t.call(lambda: kv.capture(asked, given, **options), excuse=lambda: net.build(dtype).eval()(*arguments))
+    twin = net.build(dtype).to(F64).eval()
     if asked is not model:
-        if isinstance(asked, nn.Sequential) and len(asked) == 1:
-            twin = lambda: nn.Sequential(net.build(dtype)).to(F64).eval()
-        else:
+        if not (isinstance(asked, nn.Sequential) and len(asked) == 1):
             return t.wrong("capture accepted what is no model", type(asked))
-    judge_fisher(t, "capture", F, twin, inputs, options, dtype, net.name)
+        twin = nn.Sequential(twin)
+    judge_fisher(t, F, twin, inputs, options, dtype, net.name)
 
 
 def outputs_of(net: Net, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -109,17 +112,15 @@ def outputs_of(net: Net, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 def judge_fisher(
     t: Try,
-    what: str,
     F: kv.Fisher,
-    twin: Callable[[], nn.Module],
+    model: nn.Module,
     inputs: list[Tensor],
     options: dict[str, Any],
     dtype: torch.dtype,
     name: str,
 ) -> None:
-    """A Fisher against per-example autograd."""
-    where = f"{what}({name})"
-    model = twin()
+    """A Fisher against per-example autograd of the model, which is in float64."""
+    what, where = "capture", f"capture({name})"
     exact = [x.detach().clone() if not x.is_floating_point() else x.detach().to(F64).clone() for x in inputs]
     found = t.call(F.dense)
     if not t.finite(f"{what}: F.dense()", found):
@@ -131,8 +132,7 @@ def judge_fisher(
         return t.wrong(f"{where} counts other examples than there are", f"{F.N}, {len(exact[0])}")
     if options["fisher"] == "mc":
         return judge_labels(t, where, F, true, options)
-    of = lambda truth: truth.fisher(options["likelihood"], options.get("targets"))
-    expected = of(true)
+    expected = true.fisher(options["likelihood"], options.get("targets"))
     eps = max(torch.finfo(kind).eps for kind in (dtype, true.precision))
     size = norm(true.J.flatten(0, 1)) ** 2 / F.N
     largest = float(expected.abs().max())
@@ -140,11 +140,12 @@ def judge_fisher(
     allowed = ROUND_OFF * eps * (largest + eps * size + (largest * size) ** 0.5 * eps**0.5) + torch.finfo(dtype).tiny
     if not off <= allowed and math.isfinite(size):
         moved = [truth(*perturbed(t, model, exact, eps), F.partition) for _ in range(6)]
-        allowed += 50 * max(float((of(other) - expected).abs().max()) for other in moved)
+        moved = [other.fisher(options["likelihood"], options.get("targets")) - expected for other in moved]
+        allowed += 50 * max(float(difference.abs().max()) for difference in moved)
         t.check(off <= allowed, f"{where}: F.dense() is wrong", f"off by {off:.3g}, allowed {allowed:.3g}")
-    v = t.normal(F.partition.size, dtype=F.dtype)
-    dense = found.to(F64)
-    t.close(f"{what}: F @ v", t.call(lambda: F @ v), dense @ v.to(F64), allowance(F.dtype, 1, norm(dense) * norm(v), norm(v)))
+    v, dense = t.normal(F.partition.size, dtype=F.dtype), found.to(F64)
+    allowed = allowance(F.dtype, 1, norm(dense) * norm(v), norm(v))
+    t.close(f"{what}: F @ v", t.call(lambda: F @ v), dense @ v.to(F64), allowed)
 
 
 def judge_labels(t: Try, where: str, F: kv.Fisher, true: Truth, options: dict) -> None:

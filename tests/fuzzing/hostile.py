@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .judge import F64, Try
 from .oracles import real
-
 
 DTYPES = (F64, F64, F64, torch.float32, torch.float32, torch.float16, torch.bfloat16)
 DAMPINGS = (0, 0.0, 1e-200, 1e-30, 1e-12, 1e-6, 1e-3, 1e-2, 1e-2, 0.1, 0.1, 1.0, 1, 1e3, 1e6, 1e12)
@@ -41,8 +40,12 @@ def number(value: Any) -> float | None:
 def spoiled(t: Try, x: Tensor) -> Any:
     """Something that is not quite the tensor x."""
     flat = x.numel() > 0 and x.ndim > 0
-    with_ = lambda value: x.clone().index_put_(tuple(torch.tensor(t.whole(0, n - 1)) for n in x.shape), like(x, value))
     floating = x.is_floating_point()
+
+    def with_(value: float) -> Tensor:
+        place = tuple(torch.tensor(t.whole(0, n - 1)) for n in x.shape)
+        return x.clone().index_put_(place, torch.tensor(value, dtype=x.dtype))
+
     options: list[Callable[[], Any]] = [
         lambda: x[..., :-1] if x.ndim else x,
         lambda: x[None],
@@ -70,10 +73,6 @@ def spoiled(t: Try, x: Tensor) -> Any:
     return t.pick(*options)()
 
 
-def like(x: Tensor, value: float) -> Tensor:
-    return torch.tensor(value, dtype=x.dtype)
-
-
 def inference(x: Tensor) -> Tensor:
     with torch.inference_mode():
         return x.clone()
@@ -82,7 +81,11 @@ def inference(x: Tensor) -> Tensor:
 @contextlib.contextmanager
 def surroundings(t: Try) -> Iterator[str]:
     """A context that a caller may be in, by name."""
-    contexts = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "autocast": lambda: torch.autocast("cpu")}
+    contexts = {
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu"),
+    }
     name = t.pick(*contexts)
     with contexts[name]():
         yield f" under {name}"

@@ -123,7 +123,7 @@ class Try:
 
     def record(self, error: BaseException) -> None:
         self.outcome.failures.append(("raw", f"{type(error).__name__} in {place(error)}"))
-        self.outcome.details.append("".join(traceback.format_exception(error)))
+        self.outcome.details.append("".join(traceback.format_exception(error)).split("Exception raised from")[0])
 
 
 def seeded(seed: int) -> None:

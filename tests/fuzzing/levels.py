@@ -16,18 +16,7 @@ import kfac_viz as kv
 from .hostile import BAD_COUNTS, DAMPINGS, WORDS, number, spoiled, surroundings
 from .judge import F64, Try
 from .operators import made_up, take_damping
-from .oracles import (
-    allowance,
-    coarse_condition,
-    condition,
-    gram,
-    kronecker_model,
-    norm,
-    pinv,
-    real,
-    two_level_matrix,
-)
-
+from .oracles import allowance, condition, matrices, norm, pinv, real
 
 BUILDERS = ("nicolaides", "spectral", "smooth", "krylov", "random", "optimal", "columns")
 
@@ -78,33 +67,21 @@ def levels(t: Try) -> Levels:
     Z = coarse_space(t, F, A, M)
     correction = t.pick("additive", "a-def1", "a-def2", "balanced")
     options: dict[str, Any] = {}
-    E_base, E_λ = gram(F), λ
     if t.chance(0.15):
         t.benign = False
         K = t.call(lambda: kv.KroneckerFisher(F))
-        E_base = kronecker_model(F, "expand")
         options["coarse_operator"] = K.damped(λ)
     if t.chance(0.05):
         t.benign, correction = False, t.pick(*WORDS)
     T = t.call(lambda: kv.TwoLevel(A, M, Z, correction, **options))
-    eye = torch.eye(F.partition.size, dtype=F64)
-    with_damping = t.chance(0.3)
-    if with_damping:
+    if t.chance(0.3):
         T, λ = take_damping(t, T.with_damping, "TwoLevel.with_damping")
-        A, M, E_λ = T.A, T.M, λ
     if t.chance(0.2):
         correction = t.pick("additive", "a-def1", "a-def2", "balanced")
         T = t.call(lambda: T.with_correction(correction))
-    A64, M64, Z64 = gram(F) + λ * eye, M.dense().to(F64), Z.dense().to(F64)
-    t.finite(f"coarse.{Z.name}", Z64)
-    E = Z64.T @ (E_base + E_λ * eye) @ Z64
-    scaled = Z64 / Z64.norm(dim=0).clamp_min(1e-300) if Z64.numel() else Z64
-    Es = scaled.T @ (E_base + E_λ * eye) @ scaled
-    worst = coarse_condition(scaled, Es, norm(E_base)) if Z64.numel() else 1.0
-    q = norm(scaled @ pinv(Es) @ scaled.T) if Z64.numel() else 0.0
-    grow = 1 + norm(A64) * q
-    size = q + grow * grow * norm(M64)
-    return Levels(T, A, M, A64, two_level_matrix(A64, M64, scaled, Es, correction), size, worst)
+    t.finite(f"coarse.{Z.name}", Z.dense())
+    t.check(T.A.damping == λ and T.correction == correction, "TwoLevel has another λ or correction than was asked for")
+    return Levels(T, T.A, T.M, *matrices(T))
 
 
 def twolevel(t: Try) -> None:
@@ -122,11 +99,19 @@ def twolevel(t: Try) -> None:
         v64 = real(v)
         t.close(f"{what} @ v", product, x.T64 @ v64, allowance(dtype, x.condition, x.size * norm(v64), norm(v64)))
     if t.chance(0.2):
-        t.close(f"{what}: Q.dense()", t.call(T.Q.dense), T.Q.dense().T.to(F64), allowed)
-        Z = T.Z
-        r = t.normal(P, dtype=dtype)
-        t.close("Z.restrict", t.call(lambda: Z.restrict(r)), Z.dense().to(F64).T @ r.to(F64),
-                allowance(dtype, 1, norm(Z.dense().to(F64)) * float(r.to(F64).norm())))  # fmt: skip
+        t.close(f"{what}: contribution()", t.call(T.contribution), x.T64 - x.M.dense().to(F64), allowed)
+    if t.chance(0.2):
+        judge_columns(t, T.Z, t.normal(P, dtype=dtype), t.normal(T.Z.size, dtype=dtype))
+
+
+def judge_columns(t: Try, Z: kv.CoarseSpace, r: Any, c: Any) -> None:
+    """Zᵀ r and Z c; r and c may be spoiled."""
+    dense = Z.dense().to(F64)
+    if t.chance(0.5):
+        t.benign, r, c = False, spoiled(t, r), spoiled(t, c)
+    for name, method, matrix, v in (("restrict", Z.restrict, dense.T, r), ("prolong", Z.prolong, dense, c)):
+        found, v64 = t.call(lambda method=method, v=v: method(v)), real(v)
+        t.close(f"Z.{name}", found, v64 @ matrix.T, allowance(Z.dtype, 1, norm(dense) * norm(v64), norm(v64)))
 
 
 def worth(t: Try) -> None:
@@ -148,10 +133,10 @@ def worth(t: Try) -> None:
         t.benign = False  # positive definite in exact arithmetic only
         options: dict[str, Any] = {}
         if t.chance(0.5):
-            options["rtol"] = t.pick(1e-2, 1e-4, 1e-10, 1e-14, 1e-300, 0, 0.0, None, math.nan, math.inf, -1, "a", True, 1,
-                                     torch.tensor(1e-3), 10**400, 1j, [])  # fmt: skip
+            options["rtol"] = t.pick(1e-2, 1e-4, 1e-10, 1e-14, 1e-300, 0, 0.0, None, math.nan, math.inf, -1, "a", True,
+                                     1, torch.tensor(1e-3), 10**400, 1j, [])  # fmt: skip
         if t.chance(0.3):
-            options["max_iterations"] = t.pick(0, 1, 3, *BAD_COUNTS, 10**400)
+            options["max_iterations"] = t.pick(0, 1, 3, *BAD_COUNTS, 1000)
         if t.chance(0.3):
             options["x0"] = t.normal(P, dtype=dtype) * t.pick(1, 1, 0, 1e8, 1e-300)
             if t.chance(0.3):
@@ -167,9 +152,8 @@ def worth(t: Try) -> None:
         true = float((g64 - x.A64 @ s.solution.detach().to(F64)).norm()) / max(float(g64.norm()), 1e-300)
         rtol = options.get("rtol", 1e-8)
         if t.check(isinstance(rtol, (int, float, Tensor)) and 0 < rtol < math.inf, f"pcg accepted rtol {rtol!r}"):
-            longest = max(float(s.solution.to(F64).norm()), *(float(c.to(F64).norm()) for c, _ in calls), 0.0) + (
-                float(options["x0"].detach().to(F64).norm()) if options.get("x0") is not None else 0.0)  # fmt: skip
-            slack = 100 * eps * P * (1 + s.iterations) * (1 + norm(x.A64) * longest / max(float(g64.norm()), 1e-300))
+            longest = max(norm(y) for y in (s.solution, options.get("x0", g * 0), *(c for c, _ in calls)))
+            slack = 100 * eps * P * (1 + s.iterations) * (1 + norm(x.A64) * longest / max(norm(g64), 1e-300))
             if s.converged and rtol < 1e300:
                 t.check(not true > 2 * float(rtol) + slack, "pcg converged, and the residual is large", f"{true:.3g}")
         t.check(not calls or len(calls) == s.iterations, "pcg called back another number of times", len(calls))
@@ -208,6 +192,7 @@ def worth(t: Try) -> None:
             best = float(g1 @ pinv(x.A64) @ g1)
             ratio = a / b if b else math.inf
             expected = (2 * float(g1 @ v1) * ratio - float(v1 @ x.A64 @ v1) * ratio**2) / best if best else math.nan
-            terms = (2 * float(g1.abs() @ v1.abs()) * ratio + norm(x.A64) * float(v1 @ v1) * ratio**2) / best if best else 0
+            terms = 2 * float(g1.abs() @ v1.abs()) * ratio + norm(x.A64) * float(v1 @ v1) * ratio**2
+            terms = terms / best if best else 0.0
             t.close("captured_decrease", torch.tensor(share, dtype=F64), torch.tensor(expected, dtype=F64),
                     allowance(dtype, κ, terms + abs(expected)))  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +51,10 @@ class Net:
             return self.make().to(dtype)
 
 
+# Networks that nobody has a reason to refuse.
+ORDINARY = ("stack", "conv", "called twice", "positions", "residual", "changed in place", "bare",
+            "listed twice")  # fmt: skip
+SHORT = (torch.int32, torch.int16, torch.uint8)  # integers that may be class indices too
 ACTIVATIONS = (nn.Tanh, nn.ReLU, lambda: nn.ReLU(inplace=True), nn.Sigmoid, nn.GELU, nn.ELU, nn.SiLU, nn.Identity)
 
 
@@ -215,8 +218,9 @@ def network(t: Try) -> Net:
         tie = t.chance(0.3)
         return Net("embedding", lambda: embedding(words, n, c, tie), (T,), words=words, seed=t.whole(0, 2**31))
     if t.chance(0.06):
-        make = lambda: Forward(lambda s, x, y: s.head(act(s.one(x)) * s.two(y)), one=L(n, m), two=L(n, m), head=L(m, c))
-        return Net("two inputs", make, (n,), inputs=2, seed=t.whole(0, 2**31))
+        name = "two inputs"
+        nets[name] = (lambda: Forward(multiplied, one=L(n, m), two=L(n, m), head=L(m, c)), (n,))
+        return Net(name, *nets[name], inputs=2, seed=t.whole(0, 2**31))
     name = t.pick(*nets)
     return Net(name, *nets[name], seed=t.whole(0, 2**31))
 
@@ -240,6 +244,10 @@ def silenced(s: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         h = s.one(x)
     return s.head(h)
+
+
+def multiplied(s: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return s.head(torch.tanh(s.one(x)) * s.two(y))
 
 
 def in_place(s: nn.Module, x: Tensor) -> Tensor:
@@ -299,6 +307,6 @@ def labels(t: Try, outputs: Tensor, likelihood: str) -> Tensor:
     shape = outputs.shape
     if likelihood == "categorical":
         y = torch.randint(0, max(1, shape[-1]), shape[:-1], generator=t.source)
-        return y.to(t.pick(torch.int32, torch.int16, torch.uint8)) if t.chance(0.1) else y
+        return y.to(t.pick(*SHORT)) if t.chance(0.1) else y
     y = t.uniform(*shape) if likelihood == "bernoulli" else 3 * t.normal(*shape)
     return y.to(outputs.dtype)

@@ -57,7 +57,9 @@ def made_up(t: Try, *, tame: bool = False) -> kv.Fisher:
         elif way == 2:
             side[l] = side[l] * 10.0 ** t.whole(-8, 8)
         elif way == 3:
-            power = t.pick(*((15, -15, 75, 150, -75, -150, -300, 300) if dtype == F64 else (9, 18, 30, -9, -18, -30, -40)))
+            power = t.pick(
+                *((15, -15, 75, 150, -75, -150, -300, 300) if dtype == F64 else (9, 18, 30, -9, -18, -30, -40))
+            )
             side[l] = side[l] * 10.0**power
         elif way == 4:
             scale = 10.0 ** t.pick(*((-5, 5, 50, -50, -80, 100) if dtype == F64 else (-5, 5, 9, -9, -12, 15)))
@@ -96,7 +98,9 @@ def operators(t: Try) -> None:
         expected = exact + λ * eye
     elif what == "KFAC":
         rule = t.pick("eigen", "factored")
-        given = t.pick(F, kv.KroneckerFactors(F.partition, *map(tuple, zip(*(F.factors(l, l) for l in layers), strict=True))))
+        given = t.pick(
+            F, kv.KroneckerFactors(F.partition, *map(tuple, zip(*(F.factors(l, l) for l in layers), strict=True)))
+        )
         convention = convention if given is F else "expand"
         what = f"KFAC {rule}"
         op, λ = take_damping(t, lambda x: kv.KFAC(given, x, rule, *([convention] if given is F else [])), what)
@@ -184,9 +188,16 @@ def judge_matrix(
     v64 = real(v)
     if "autocast" in where:
         what = "an operator"
+    if where:  # what was computed there is kept, and has to serve elsewhere too
+        w = t.normal(P, dtype=dtype).requires_grad_()
+        t.call(lambda: (op @ w).sum().backward())
+        t.finite("the gradient of a product", w.grad)
     if t.check(product.dtype == dtype, f"{what} @ v{where} has another dtype", f"{product.dtype}, {dtype}"):
         t.close(f"{what} @ v{where}", product, found @ v64, allowance(dtype, 1, largest * norm(v64), norm(v64)))
     l, m = t.whole(0, len(slices) - 1), t.whole(0, len(slices) - 1)
     block = t.call(lambda: op.block(op.partition.names[l] if t.chance(0.3) else l, m))
     t.close(f"{what}.block", block, found[slices[l], slices[m]], allowance(dtype, 1, largest))
+    if t.chance(0.1):
+        product = t.call(lambda: op.to_scipy() @ found.sum(1).numpy())
+        t.close(f"{what}.to_scipy", torch.as_tensor(product), found @ found.sum(1), allowance(dtype, 1, largest * largest))
     t.close(f"{what}.diagonal", t.call(op.diagonal), found.diagonal(), allowance(dtype, 1, largest))

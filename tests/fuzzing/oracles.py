@@ -94,7 +94,10 @@ def truth(model: nn.Module, inputs: list[Tensor], partition: kv.Partition) -> Tr
 
 def perturbed(t: Try, model: nn.Module, inputs: list[Tensor], eps: float) -> tuple[nn.Module, list[Tensor]]:
     """Weights and inputs moved by a few units in the last place: what moves with them is not known better."""
-    jitter = lambda x: x * (1 + 4 * eps * t.normal(*x.shape)) if x.is_floating_point() else x
+
+    def jitter(x: Tensor) -> Tensor:
+        return x * (1 + 4 * eps * t.normal(*x.shape)) if x.is_floating_point() else x
+
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in twin.parameters():
@@ -199,11 +202,13 @@ def allowance(dtype: torch.dtype, condition: float, size: float, unit: float = 1
 def tridiagonal(F: kv.Fisher, λ: float) -> tuple[Tensor, float]:
     """The Gaussian chain of K-FAC's section 4.3 written out, and its condition."""
     pairs, s = kron_factors(F), F.partition.slices
-    K, Ks = [], []
+    K = []
     for A, G in pairs:
         ratio = float(A.trace() / len(A)) / float(G.trace() / len(G)) if float(G.trace()) else 0.0
         π = ratio**0.5 if 0 < ratio < math.inf else 1.0
-        K.append(torch.kron(G + λ**0.5 / π * torch.eye(len(G), dtype=F64), A + λ**0.5 * π * torch.eye(len(A), dtype=F64)))
+        K.append(
+            torch.kron(G + λ**0.5 / π * torch.eye(len(G), dtype=F64), A + λ**0.5 * π * torch.eye(len(A), dtype=F64))
+        )
     Ξ, Λ = torch.eye(F.partition.size, dtype=F64), torch.zeros(F.shape, dtype=F64)
     worst = math.inf if underflows(F.dtype, *itertools.chain(*pairs)) else max(condition(X) for X in K)
     for l, block in enumerate(K):
@@ -218,7 +223,6 @@ def tridiagonal(F: kv.Fisher, λ: float) -> tuple[Tensor, float]:
             worst *= max(1.0, norm(Ψ))
         worst = max(worst, norm(block) * norm(pinv(Σ)) * max(condition(X) for X in K))
         Λ[s[l], s[l]] = pinv(Σ)
-    del Ks
     return Ξ.T @ Λ @ Ξ, worst
 
 
@@ -266,8 +270,9 @@ def matrices(T: kv.TwoLevel) -> tuple[Tensor, Tensor, float, float]:
     K = T.coarse_operator
     B = A if T.galerkin else kronecker_model(K.operator.F, K.operator.convention) + K.damping * eye
     E = Z.T @ B @ Z
-    grow = 1 + norm(A) * norm(Z @ pinv(E) @ Z.T)
-    size = grow + grow * grow * norm(M)
+    q = norm(Z @ pinv(E) @ Z.T)
+    grow = 1 + norm(A) * q
+    size = q + grow * grow * norm(M)
     return A, two_level_matrix(A, M, Z, E, T.correction), size, coarse_condition(Z, E, norm(B))
 
 

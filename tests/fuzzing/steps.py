@@ -1,0 +1,128 @@
+"""What a step of the optimizer should do, in float64, from the table and the formulas."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import kfac_viz as kv
+
+from .judge import F64
+from .oracles import allowance, flat_layer, matrices, norm
+
+Targets = dict[Tensor, tuple[Tensor, float]]  # where a parameter comes to be, and how far off it may be
+
+
+def expected_step(opt: kv.TwoLevelKFAC, T: kv.TwoLevel, dtype: torch.dtype) -> Targets | None:
+    """The step along T without a closure; None where precision or something unusual makes no formula hold."""
+    layers = []
+    for layer in opt.partition.layers:
+        module = opt.model.get_submodule(layer.name)
+        layers.append([q for q in (module.weight, module.bias) if q is not None])
+    groups = {p: group for group in opt.param_groups for p in group["params"]}
+    if not _usual(opt, layers, groups, dtype):
+        return None
+
+    def flat(of) -> Tensor:
+        return torch.cat([flat_layer(*(of(q) for q in qs), *([None] if len(qs) == 1 else [])) for qs in layers])
+
+    def each(factor) -> Tensor:
+        return flat(lambda q: torch.full_like(q, factor(q), dtype=F64))
+
+    grads = {p: _gradient(opt, p, group) for p, group in groups.items() if p.grad is not None}
+    has, lr = each(lambda q: float(q in grads)), each(lambda q: groups[q]["lr"])
+    g = flat(lambda q: grads.get(q, torch.zeros_like(q, dtype=F64)))
+    A, T64, size, κ = matrices(T)
+    v = (T64 @ g) * has
+    off = allowance(dtype, κ, size * norm(g))
+    if not math.isfinite(off):
+        return None
+    if opt.step_rule == "quadratic":
+        last = flat(lambda q: _buffer(opt, q, groups[q])) * has * (lr > 0)
+        ridge = each(lambda q: 0.0 if opt.decoupled else groups[q]["weight_decay"])
+        found = _quadratic(A + ridge.diag(), g, v, last, lr, off, dtype)
+    else:
+        found = _clipped(opt, A, v, lr, off)
+    if found is None:
+        return None
+    v, off = found
+    eps, targets = torch.finfo(dtype).eps, {}
+    pieces = dict(zip([q for qs in layers for q in qs], _apart(opt, layers, v), strict=True))
+    for p, gradient in grads.items():
+        group, mine = groups[p], p in pieces
+        if mine and opt.step_rule == "quadratic":
+            step, loose = pieces[p], off
+        else:
+            along = (pieces[p] if mine else gradient) + group["momentum"] * _buffer(opt, p, group)
+            step, loose = -group["lr"] * along, group["lr"] * off * mine
+        start = p.detach().to(F64) * (1 - group["lr"] * group["weight_decay"] if opt.decoupled else 1)
+        sizes = sum(float(x.abs().max()) for x in (start, step, group["lr"] * _buffer(opt, p, group)))
+        targets[p] = (start + step, loose + 1e2 * eps * sizes)
+    return targets
+
+
+def _usual(opt: kv.TwoLevelKFAC, layers: list[list[Tensor]], groups: dict[Tensor, dict], dtype: torch.dtype) -> bool:
+    """Whether the formulas are all there is to it: numbers for options, every layer known and in a group."""
+    options = [group[k] for group in opt.param_groups for k in ("lr", "momentum", "weight_decay")]
+    return (
+        dtype in (F64, torch.float32)
+        and all(isinstance(x, (int, float)) and math.isfinite(x) for x in options)
+        and all(q in groups for qs in layers for q in qs)
+        and all(name in opt.curvature.factors.weight for name in opt.partition.names)
+        and all(bool(p.isfinite().all()) for p in groups)
+        and all(p.grad is None or p.grad.layout == torch.strided for p in groups)
+    )
+
+
+def _gradient(opt: kv.TwoLevelKFAC, p: Tensor, group: dict) -> Tensor:
+    g = p.grad.detach().to(F64) * (-1 if group["maximize"] else 1)
+    return g if opt.decoupled else g + group["weight_decay"] * p.detach().to(F64)
+
+
+def _buffer(opt: kv.TwoLevelKFAC, p: Tensor, group: dict) -> Tensor:
+    buffer = opt.state.get(p, {}).get("momentum_buffer")
+    return torch.zeros_like(p, dtype=F64) if buffer is None or not group["momentum"] else buffer.to(F64)
+
+
+def _clipped(opt: kv.TwoLevelKFAC, A: Tensor, v: Tensor, lr: Tensor, off: float) -> tuple[Tensor, float] | None:
+    """The direction as long as kl_clip lets it be."""
+    if opt.step_rule == "fixed":
+        return v, off
+    form = float((lr * v) @ A @ (lr * v))
+    if not form > 0:
+        return v, off
+    scale = min(1.0, (opt.kl_clip / form) ** 0.5)
+    relative = norm(A) * norm(lr * v) * off * float(lr.max()) / form
+    return (scale * v, scale * (off + relative * norm(v))) if relative < 0.1 else None
+
+
+def _quadratic(
+    A: Tensor, g: Tensor, v: Tensor, last: Tensor, lr: Tensor, off: float, dtype: torch.dtype
+) -> tuple[Tensor, float] | None:
+    """The minimiser of the model over −v and the last step, times the largest lr."""
+    top = float(lr.max())
+    D = torch.stack([-v * lr / top if top else 0 * v, last])
+    D = D[[norm(d) > 0 for d in D]]
+    if not len(D):
+        return 0 * v, off
+    D = D / D.norm(dim=1, keepdim=True)
+    B = D @ A @ D.T
+    d = torch.linalg.eigvalsh(B)
+    if not float(d[0]) > 1e-3 * float(d[-1]) or not off < 1e-6 * norm(v) or dtype != F64:
+        return None
+    return -top * torch.linalg.solve(B, D @ g) @ D, 1e-4 * top * norm(torch.linalg.solve(B, D @ g))
+
+
+def _apart(opt: kv.TwoLevelKFAC, layers: list[list[Tensor]], v: Tensor) -> list[Tensor]:
+    """A flat vector in the shapes of the parameters."""
+    pieces = []
+    for layer, qs, piece in zip(
+        opt.partition.layers, layers, v.split([x.size for x in opt.partition.layers]), strict=True
+    ):
+        W = piece.view(layer.shape)
+        pieces.append((W[:, :-1] if len(qs) == 2 else W).reshape(qs[0].shape))
+        if len(qs) == 2:
+            pieces.append(W[:, -1])
+    return pieces
