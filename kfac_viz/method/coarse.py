@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_seed
+from .checks import check_count, check_seed, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace, gram_schmidt
-from .kronecker import KroneckerFactors
+from .kronecker import KroneckerFactors, LeadingEigenvectors
 from .operator import Operator, check_same_space, check_symmetric, cholesky, eigh
 from .partition import Layer
 
@@ -32,6 +32,7 @@ def nicolaides(F: Operator, per_layer: int = 1) -> RankOneSpace:
     The matrix of a layer starts as one rectangle; the largest rectangle is halved along its longer side again
     and again, and each cut adds the constant of one half.
     """
+    check_type("F", F, Operator)
     check_count("per_layer", per_layer, least=0)
     factors = []
     for layer in F.partition.layers:
@@ -85,6 +86,7 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
 
 def random(F: Operator, per_layer: int, seed: int = 0) -> RankOneSpace:
     """Gaussian rank-one columns, as a control: what any space of this size would do."""
+    check_type("F", F, Operator)
     check_count("per_layer", per_layer, least=0)
     check_seed(seed)
     factors = []
@@ -119,7 +121,9 @@ def _kronecker_eigenvectors(
     F: HasFactors | KroneckerFactors, per_layer: int, *, largest: bool, name: str
 ) -> RankOneSpace:
     check_count("per_layer", per_layer, least=0)
-    if not isinstance(F, KroneckerFactors) and not hasattr(F, "kronecker"):
+    if not isinstance(F, (KroneckerFactors, Operator, LeadingEigenvectors)) or not (
+        isinstance(F, KroneckerFactors) or hasattr(F, "kronecker")
+    ):
         raise TypeError(f"{name} needs a Fisher, a K-FAC preconditioner or KroneckerFactors; got {type(F).__name__}.")
     kronecker = F if isinstance(F, KroneckerFactors) else F.kronecker()
     factors = []

@@ -67,6 +67,8 @@ class CoarseSpace:
 
     def _check(self, x: Tensor, length: int) -> None:
         check_type("The argument", x, Tensor)
+        if x.layout != torch.strided:
+            raise TypeError(f"Expected a dense tensor; got one of layout {x.layout}. Call .to_dense() first.")
         if x.ndim < 1 or x.shape[-1] != length:
             raise ValueError(f"Expected shape (…, {length}) for {self!r}; got {tuple(x.shape)}.")
         if (x.dtype, x.device) != (self.dtype, self.device):

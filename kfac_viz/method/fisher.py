@@ -9,7 +9,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_room
+from .checks import check_choice, check_room, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace
 from .kronecker import CONVENTIONS, KroneckerFactors
 from .operator import Image, Operator
@@ -42,11 +42,40 @@ class Fisher(Operator):
         likelihood: str | None = None,
         flavour: str = "exact",
     ) -> None:
+        check_type("partition", partition, Partition)
+        check_type("a", a, list, tuple)
+        check_type("g", g, list, tuple)
         self.partition, self.a, self.g = partition, tuple(a), tuple(g)
+        self._check_vectors()
         self.likelihood, self.flavour = likelihood, flavour
         self.S, self.N = self.g[0].shape[:2]
         self.dtype, self.device = self.a[0].dtype, self.a[0].device
         self._factors: dict[str, KroneckerFactors] = {}
+
+    def _check_vectors(self) -> None:
+        """Refuse inputs and vectors whose shapes or kinds do not fit the layers and each other."""
+        layers = self.partition.layers
+        if not len(self.a) == len(self.g) == len(layers):
+            raise ValueError(
+                f"Expected one a and one g for each of {len(layers)} layers; got {len(self.a)}, {len(self.g)}."
+            )
+        like = self.a[0]
+        for layer, a, g in zip(layers, self.a, self.g, strict=True):
+            check_type(f"a of layer {layer.name!r}", a, Tensor)
+            check_type(f"g of layer {layer.name!r}", g, Tensor)
+            if a.ndim != 3 or g.ndim != 4 or g.shape != (self.g[0].shape[0], len(like), a.shape[1], layer.out):
+                fits = False
+            else:
+                fits = a.shape[0] == len(like) > 0 and a.shape[2] == layer.features and g.numel() > 0
+            if not fits:
+                raise ValueError(
+                    f"Layer {layer.name!r} needs a (N, T, {layer.features}) and g (S, N, T, {layer.out}), with N and S "
+                    f"as everywhere; got {tuple(a.shape)} and {tuple(g.shape)}."
+                )
+            if any((x.dtype, x.device, x.layout) != (like.dtype, like.device, torch.strided) for x in (a, g)):
+                raise TypeError(f"Layer {layer.name!r}: a and g must be dense, of one dtype and on one device.")
+        if like.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"a and g must be float32 or float64; got {like.dtype}.")
 
     @cached_property
     def _stacks(self) -> Stacks:
@@ -195,6 +224,7 @@ class Fisher(Operator):
 
     def kronecker(self, convention: str = "expand") -> KroneckerFactors:
         """The factors of every diagonal block, computed once and shared by all that is built from them."""
+        check_choice("convention", convention, CONVENTIONS)
         if convention not in self._factors:
             pairs = [independent(a, g, convention) for a, g in self.stacked]
             A, G = (self._stacks.scatter([x.mT @ x / self.N for x in side], 2) for side in zip(*pairs, strict=True))
@@ -202,6 +232,7 @@ class Fisher(Operator):
         return self._factors[convention]
 
     def image(self, Z: CoarseSpace) -> ScoreImage:
+        check_type("Z", Z, CoarseSpace)
         return ScoreImage(self, Z)
 
     def _chunks(self, tensors: tuple[Tensor, ...], per_example: int) -> Iterator[list[Tensor]]:

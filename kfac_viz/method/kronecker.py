@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .checks import check_type
 from .operator import Eigen, eigenpairs, psd_eigens
 from .partition import Partition
 
@@ -24,7 +25,10 @@ class KroneckerFactors:
     G: tuple[Tensor, ...]
 
     def __post_init__(self) -> None:
-        if not all(isinstance(X, Tensor) for X in (*self.A, *self.G)):
+        check_type("partition", self.partition, Partition)
+        for what in "AG":
+            check_type(what, getattr(self, what), list, tuple)
+        if not self.A or not all(isinstance(X, Tensor) for X in (*self.A, *self.G)):
             raise TypeError("Kronecker factors are tensors, one A and one G per layer.")
         if len({(X.dtype, X.device) for X in (*self.A, *self.G)}) > 1 or self.dtype not in (
             torch.float32,

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .checks import check_choice
+from .checks import check_choice, check_type
 from .columns import CoarseSpace, RankOneSpace
 from .fisher import Fisher, independent
 from .kronecker import CONVENTIONS
@@ -23,6 +23,7 @@ class KroneckerFisher(Operator):
     semidefinite = True
 
     def __init__(self, F: Fisher, convention: str = "expand") -> None:
+        check_type("F", F, Fisher)
         self.F, self.convention = F, check_choice("convention", convention, CONVENTIONS)
         self.partition, self.dtype, self.device = F.partition, F.dtype, F.device
         if convention == "expand" and len({a.shape[1] for a in F.a}) > 1:

@@ -192,6 +192,7 @@ class Operator(ABC):
 
     def image(self, Z: CoarseSpace) -> Image:
         """This operator times Z, kept in the cheapest form that can be applied."""
+        check_type("Z", Z, CoarseSpace)
         return Image(Z, self._apply(Z.dense().mT))
 
     def damped(self, damping: float) -> Damped:
@@ -259,6 +260,7 @@ class Damped(Operator):
     """``A = B + λI``, the matrix of the system, with B positive semi-definite."""
 
     def __init__(self, operator: Operator, damping: float) -> None:
+        check_type("operator", operator, Operator)
         self.operator = operator
         self.damping = check_damping(damping, operator.dtype)
         self.partition, self.dtype, self.device = operator.partition, operator.dtype, operator.device
@@ -337,6 +339,7 @@ class DampedImage:
 
 def check_symmetric(operator: Operator, what: str) -> None:
     """Refuse a non-symmetric operator by its name."""
+    check_type(what, operator, Operator)
     if not operator.symmetric:
         name = getattr(operator, "correction", type(operator).__name__)
         raise ValueError(f"{what} needs a symmetric operator and {name!r} is not symmetric; take 'balanced'.")
@@ -344,6 +347,8 @@ def check_symmetric(operator: Operator, what: str) -> None:
 
 def check_same_space(first: Operator, other: Operator | CoarseSpace) -> None:
     """Refuse two objects that do not live on one partition, dtype and device."""
+    check_type("The first argument", first, Operator)
+    check_type("The second argument", other, Operator, CoarseSpace)
     for field in ("partition", "dtype", "device"):
         mine, theirs = getattr(first, field), getattr(other, field)
         if mine != theirs:

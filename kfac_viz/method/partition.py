@@ -12,7 +12,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_number, finite
+from .checks import check_count, check_number, check_type, finite
 from .stacks import Stacks
 
 
@@ -263,6 +263,7 @@ class Partition:
             raise ValueError(f"{what} holds NaN or inf in layer {', '.join(map(repr, bad))}.")
 
     def _modules(self, model: nn.Module) -> list[nn.Module]:
+        check_type("model", model, nn.Module)
         modules = []
         for layer in self.layers:
             try:

@@ -140,7 +140,10 @@ class TwoLevelKFAC(Optimizer):
         self._only = layers if layers is None else _layer_names(layers, self.model)
         lr = LENGTHS[self.options.step_rule] if lr is None else lr
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": bool(maximize)}
-        params = [p for p in self.model.parameters() if p.requires_grad] if params is None else list(params)
+        try:
+            params = [p for p in self.model.parameters() if p.requires_grad] if params is None else list(params)
+        except TypeError as error:
+            raise TypeError(f"The second argument holds parameters or their groups; {error}.") from None
         if not params:
             raise ValueError("There is no trainable parameter to optimize.")
         self._told: set[str] = set()
@@ -512,6 +515,10 @@ class TwoLevelKFAC(Optimizer):
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"A group is a dictionary with its 'params'; got {type(param_group).__name__}.")
         _check_group(self.defaults | param_group)
+        if isinstance(param_group["params"], (list, tuple)):
+            again = len(param_group["params"]) - len(set(map(id, param_group["params"])))
+            if again:
+                raise ValueError(f"A group holds {again} of its parameters twice; each is trained once.")
         try:
             super().add_param_group(param_group)
         except (TypeError, ValueError) as error:
@@ -616,6 +623,8 @@ class TwoLevelKFAC(Optimizer):
         for group in groups:
             _check_group(group)
         numbers = [i for group in groups for i in group["params"]]
+        if not all(isinstance(i, int) for i in numbers):
+            raise ValueError("The state numbers its parameters; in a group stands something else.")
         shapes = dict(zip(numbers, (p.shape for group in self.param_groups for p in group["params"]), strict=True))
         for i, own in kept.items():
             buffer = own.get("momentum_buffer") if isinstance(own, dict) else None

@@ -138,7 +138,7 @@ def operators(t: Try) -> None:
         expected = kronecker_model(F, convention)
         size = float(expected.trace())
     else:
-        matrix = F.dense()
+        matrix = t.call(F.dense)
         if t.chance(0.3):
             t.benign, matrix = False, spoiled(t, matrix)
         op = t.call(lambda: kv.Dense(matrix, F.partition))

@@ -39,9 +39,9 @@ def expected_step(opt: kv.TwoLevelKFAC, T: kv.TwoLevel, dtype: torch.dtype) -> T
     off = allowance(dtype, κ, size * norm(g))
     if not math.isfinite(off):
         return None
-    if opt.step_rule == "quadratic":
+    if opt.options.step_rule == "quadratic":
         last = flat(lambda q: _buffer(opt, q, groups[q])) * has * (lr > 0)
-        ridge = each(lambda q: 0.0 if opt.decoupled else groups[q]["weight_decay"])
+        ridge = each(lambda q: 0.0 if opt.options.decoupled else groups[q]["weight_decay"])
         found = _quadratic(A + ridge.diag(), g, v, last, lr, off, dtype)
     else:
         found = _clipped(opt, A, v, lr, off)
@@ -52,12 +52,12 @@ def expected_step(opt: kv.TwoLevelKFAC, T: kv.TwoLevel, dtype: torch.dtype) -> T
     pieces = dict(zip([q for qs in layers for q in qs], _apart(opt, layers, v), strict=True))
     for p, gradient in grads.items():
         group, mine = groups[p], p in pieces
-        if mine and opt.step_rule == "quadratic":
+        if mine and opt.options.step_rule == "quadratic":
             step, loose = pieces[p], off
         else:
             along = (pieces[p] if mine else gradient) + group["momentum"] * _buffer(opt, p, group)
             step, loose = -group["lr"] * along, group["lr"] * off * mine
-        start = p.detach().to(F64) * (1 - group["lr"] * group["weight_decay"] if opt.decoupled else 1)
+        start = p.detach().to(F64) * (1 - group["lr"] * group["weight_decay"] if opt.options.decoupled else 1)
         sizes = sum(float(x.abs().max()) for x in (start, step, group["lr"] * _buffer(opt, p, group)))
         targets[p] = (start + step, loose + 1e2 * eps * sizes)
     return targets
@@ -78,7 +78,7 @@ def _usual(opt: kv.TwoLevelKFAC, layers: list[list[Tensor]], groups: dict[Tensor
 
 def _gradient(opt: kv.TwoLevelKFAC, p: Tensor, group: dict) -> Tensor:
     g = p.grad.detach().to(F64) * (-1 if group["maximize"] else 1)
-    return g if opt.decoupled else g + group["weight_decay"] * p.detach().to(F64)
+    return g if opt.options.decoupled else g + group["weight_decay"] * p.detach().to(F64)
 
 
 def _buffer(opt: kv.TwoLevelKFAC, p: Tensor, group: dict) -> Tensor:
@@ -88,12 +88,12 @@ def _buffer(opt: kv.TwoLevelKFAC, p: Tensor, group: dict) -> Tensor:
 
 def _clipped(opt: kv.TwoLevelKFAC, A: Tensor, v: Tensor, lr: Tensor, off: float) -> tuple[Tensor, float] | None:
     """The direction as long as kl_clip lets it be."""
-    if opt.step_rule == "fixed":
+    if opt.options.step_rule == "fixed":
         return v, off
     form = float((lr * v) @ A @ (lr * v))
     if not form > 0:
         return v, off
-    scale = min(1.0, (opt.kl_clip / form) ** 0.5)
+    scale = min(1.0, (opt.options.kl_clip / form) ** 0.5)
     relative = norm(A) * norm(lr * v) * off * float(lr.max()) / form
     return (scale * v, scale * (off + relative * norm(v))) if relative < 0.1 else None
 

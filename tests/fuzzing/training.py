@@ -75,7 +75,7 @@ class Training:
     def snapshot(self, opt: kv.TwoLevelKFAC, buffers: bool) -> dict[str, Any]:
         curvature = None
         with contextlib.suppress(Exception):  # a state that was tampered with
-            curvature = copy.deepcopy(opt.curvature.state())
+            curvature = copy.deepcopy(opt.state_dict()["curvature"])
         return {
             "parameters": [p.detach().clone() for p in self.model.parameters()],
             "buffers": [b.clone() for b in self.model.buffers()] if buffers else [],
@@ -100,7 +100,7 @@ class Training:
     # one step
 
     def observe(self, opt: kv.TwoLevelKFAC, x: list[Any], y: Any, context: Any = contextlib.nullcontext) -> None:
-        given = {"targets": y} if opt.curvature.fisher == "empirical" else {}
+        given = {"targets": y} if opt.options.fisher == "empirical" else {}
         twin = self.copied()
         before = told(opt, "observations")
         with context():
@@ -109,16 +109,12 @@ class Training:
             return
         names = ("transformer", "coupled by batch norm")  # where a score of one example is an approximation
         noisy = any(isinstance(m, (nn.BatchNorm1d, nn.Dropout)) for m in twin.modules()) or self.net.name in names
-        if not self.simple or opt.curvature.fisher == "mc" or noisy or self.dtype not in (F64, torch.float32):
+        if not self.simple or opt.options.fisher == "mc" or noisy or self.dtype not in (F64, torch.float32):
             self.simple = False
             return
         exact = [v.detach().to(F64) if v.is_floating_point() else v for v in x]
         true = truth(twin.to(F64), exact, opt.partition)
-        if true.coupled or len(true.outputs) != len(x[0]):
-            self.t.wrong(f"observe({self.net.name}) accepted a model that couples the examples")
-            self.simple = False
-            return
-        self.seen.append((len(x[0]), true.fisher(self.likelihood, y if given else None)))
+        self.seen.append((len(true.outputs), true.fisher(self.likelihood, y if given else None)))
 
     def judge_levels(self, opt: kv.TwoLevelKFAC, T: kv.TwoLevel) -> None:
         """A against the weighted mean of the true Fishers."""
@@ -127,7 +123,7 @@ class Training:
             return
         if window.examples < len(self.seen) * max(N for N, _ in self.seen):
             return
-        if c._coarse_at != c.step or c._coarse_stale or c.window.entries[-1]["batch"] != len(self.seen):
+        if c._coarse_at != c.step or c._coarse_stale or c.window.parts[-1].batch != len(self.seen):
             return  # A is an older one
         weights = [N * window.decay ** (len(self.seen) - 1 - k) for k, (N, _) in enumerate(self.seen)]
         if not sum(weights):
@@ -170,7 +166,7 @@ class Training:
             self.judge_moves(opt, before, grads)
         if expected is not None:
             for p, (target, allowed) in expected.items():
-                t.close(f"a {opt.step_rule} step", p, target, allowed)
+                t.close(f"a {opt.options.step_rule} step", p, target, allowed)
 
     def judge_moves(self, opt: kv.TwoLevelKFAC, before: dict[Tensor, Tensor], grads: dict[Tensor, Tensor]) -> None:
         """No layer with a gradient stands still while others go."""
@@ -275,7 +271,9 @@ def states(t: Try) -> None:
         other = Training(t)
         other.simple = False
     if way == "copied":
-        other.model, again = t.call(lambda: copy.deepcopy((run.model, opt)))
+        other.model, again = t.call(
+            lambda: copy.deepcopy((run.model, opt)), lambda: copy.deepcopy(run.model)
+        )
     else:
         if way == "options":
             name = t.pick(*(name for name in GOOD if name not in ("lr", "momentum", "weight_decay")))
