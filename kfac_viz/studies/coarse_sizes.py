@@ -6,35 +6,24 @@ from collections import defaultdict
 from functools import lru_cache
 from typing import Annotated
 
-from ..method import coarse as spaces
-from ..method.columns import CoarseSpace
-from ..method.kfac import KFAC
-from ..method.krylov import captured_decrease, spectrum
-from ..method.operator import Damped, Dense, cholesky
-from ..method.two_level import TwoLevel
-from ..parameters import Device, Range, Repeats, Seed, Widths, check
-from ..show.curves import CurveView, plain_numbers
-from ..show.plot import Plot
-from ..show.style import FAINT, METHODS, SPACES
-from .curves import Curve, Study, over_seeds
+from .. import KFAC, CoarseSpace, Damped, Dense, TwoLevel, captured_decrease, coarse, spectrum
+from ..method.operator import cholesky
+from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, Widths, check
+from ..show import FAINT, METHODS, SPACES, CurveView, Plot, plain_numbers
+from .curves import Curve, Study, over_seeds, seeds
 from .exercises import exercise
 from .setting import (
     Damping,
     Data,
-    Examples,
     Flavour,
     Rule,
     Setting,
-    Steps,
-    Tolerance,
     chosen,
     first_network,
     iterations,
     largest_eigenvalue,
-    seeds,
     setting,
     space,
-    where,
 )
 from .threads import one_thread
 
@@ -47,6 +36,14 @@ class CoarseSizesResult(Study):
     Quantities: ``captured`` decrease of one step, ``largest`` eigenvalue of T A, ``iterations`` of conjugate
     gradients with orthogonal residuals, there also ``"none"`` for those without preconditioner. Size 0 is K-FAC.
     """
+
+    @property
+    def headline(self) -> str:
+        sizes, captured = self.parameters["sizes"], self.of("captured")
+        at = min(range(len(sizes)), key=lambda i: abs(sizes[i] - 4))
+        constants, leading = (captured[f"{name}, balanced"].y[at] for name in ("nicolaides", "spectral"))
+        return (f"{sizes[at]} balanced eigenvectors per layer let one step capture {leading:.2f}, constants "
+                f"{constants:.2f}, K-FAC alone {captured['spectral, balanced'].y[0]:.2f}")
 
 
 @one_thread()
@@ -87,7 +84,7 @@ def _rows(
     M = KFAC(F, damping, rule)
     rows = defaultdict(list)
     rows["iterations", "none"] = [iterations(system, g, None, rtol)] * len(sizes)
-    for name in spaces.SPACES:
+    for name in coarse.SPACES:
         for Z in nested(name, A, M, s, sizes, seed):
             T = TwoLevel(A, M, Z)
             for correction in CORRECTIONS:
@@ -101,7 +98,7 @@ def _rows(
 def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...], seed: int) -> list[CoarseSpace]:
     """The coarse space ``name`` at each size. An expensive one is built once: its columns are nested."""
     if name == "optimal":
-        columns = spaces.optimal(A, M, max(sizes)).dense()
+        columns = coarse.optimal(A, M, max(sizes)).dense()
         counts = [sum(min(k, layer.size) for layer in s.F.partition.layers) for k in sizes]
         return [CoarseSpace(s.F.partition, columns[:, :count], name=name) for count in counts]
     return [space(name, A, M, s.g, k, seed) for k in sizes]
@@ -123,6 +120,7 @@ class CoarseSizesPlot(Plot):
     """Balanced corrections above, added ones below."""
 
     size = (10.0, 6.6)
+    fixed = ("sizes",)
 
     def build(self, result: CoarseSizesResult) -> None:
         sizes, ends = result.parameters["sizes"], limits(result)
@@ -147,37 +145,6 @@ class CoarseSizesPlot(Plot):
     def move(self, result: CoarseSizesResult) -> None:
         for (row, quantity), view in self.views.items():
             view.update(shown(result, row, quantity))
-
-    @staticmethod
-    def headline(result: CoarseSizesResult) -> str:
-        sizes, captured = result.parameters["sizes"], result.of("captured")
-        at = min(range(len(sizes)), key=lambda i: abs(sizes[i] - 4))
-        constants, leading = (captured[f"{name}, balanced"].y[at] for name in ("nicolaides", "spectral"))
-        return (f"{sizes[at]} balanced eigenvectors per layer let one step capture {leading:.2f}, constants "
-                f"{constants:.2f}, K-FAC alone {captured['spectral, balanced'].y[0]:.2f}")
-
-    @staticmethod
-    def where(result: CoarseSizesResult) -> str:
-        return where(result.parameters)
-
-    @staticmethod
-    def describe(result: CoarseSizesResult) -> str:
-        sizes = result.parameters["sizes"]
-        rows = "; ".join(
-            f"{row}: " + ", ".join(
-                f"{SPACES[name].label} {c.y[-1]:.3g}" for name, c in shown(result, row, "captured").items()
-            )
-            for row in CORRECTIONS
-        )  # fmt: skip
-        return (
-            f"Captured decrease, largest eigenvalue and iterations of conjugate gradients for six coarse spaces of "
-            f"{sizes[0]} to {sizes[-1]} columns per layer, balanced above and added below. Captured with {sizes[-1]} "
-            f"columns, {rows}."
-        )
-
-    @staticmethod
-    def frame(result: CoarseSizesResult) -> tuple:
-        return result.parameters["sizes"], limits(result)
 
 
 def shown(result: CoarseSizesResult, row: str, quantity: str) -> dict[str, Curve]:
@@ -207,7 +174,7 @@ plot_coarse_sizes = CoarseSizesPlot.draw
 def _what_the_optimal_space_adds() -> float:
     s = first_network(steps=0)
     A, M = s.matrix.damped(0.01), KFAC(s.F, 0.01)
-    T = TwoLevel(A, M, spaces.optimal(A, M, 1), "additive")
+    T = TwoLevel(A, M, coarse.optimal(A, M, 1), "additive")
     return float(spectrum(A, T)[-1] - spectrum(A, M)[-1])
 
 
@@ -216,5 +183,5 @@ def _eigenvectors_that_are_quicker_than_none() -> int:
     s = first_network(steps=0)
     A, M = s.matrix.damped(0.01), KFAC(s.F, 0.01)
     none = iterations(A, s.g, None, 1e-6)
-    methods = (TwoLevel(A, M, spaces.spectral(s.F, k)) for k in range(17))
+    methods = (TwoLevel(A, M, coarse.spectral(s.F, k)) for k in range(17))
     return next(k for k, T in enumerate(methods) if iterations(A, s.g, T, 1e-6) < none)
