@@ -108,12 +108,11 @@ def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...], se
 
 
 NONE = METHODS["gradient"]._replace(label="no preconditioner")
-TICKS = {
-    "captured": (1, 0.5, 0, -1, -10, -100, -1000, -10000),
-    "largest": (1, 2, 3, 5, 10, 30, 100),
-    "iterations": (1, 3, 10, 30, 100, 300, 1000),
+QUANTITIES = {  # title, ends of the axis and numbers on it
+    "captured": ("captured by one step", (-30, 1.08), (1, 0.5, 0, -1, -10)),
+    "largest": ("λ_max of T A", (0.95, 12), (1, 2, 3, 5, 10)),
+    "iterations": ("iterations", (2, 120), (3, 10, 30, 100)),
 }
-TITLES = {"captured": "captured by one step", "largest": "λ_max of T A", "iterations": "iterations"}
 
 
 class CoarseSizesPlot(Plot):
@@ -123,23 +122,22 @@ class CoarseSizesPlot(Plot):
     fixed = ("sizes",)
 
     def build(self, result: CoarseSizesResult) -> None:
-        sizes, ends = result.parameters["sizes"], limits(result)
-        self.views = {}
+        sizes, self.views = result.parameters["sizes"], {}
         for row, axes in zip(CORRECTIONS, self.figure.subplots(2, 3), strict=True):
-            for ax, (quantity, title) in zip(axes, TITLES.items(), strict=True):
-                scale = "symlog" if quantity == "captured" else "log"
+            for ax, (quantity, (title, ends, numbers)) in zip(axes, QUANTITIES.items(), strict=True):
                 self.views[row, quantity] = self.add(CurveView(
                     ax, {"none": NONE, **SPACES}, shown(result, row, quantity), f"{row.capitalize()}: {title}",
-                    x="columns per layer", xlim=(-0.1, max(sizes) * 1.12), ylim=ends[row, quantity],
-                    scale=("symlog", scale),
+                    x="columns per layer", xlim=(-0.1, max(sizes) * 1.12), ylim=ends,
+                    scale=("symlog", "symlog" if quantity == "captured" else "log"),
                 ))  # fmt: skip
                 ax.set_xscale("symlog", linthresh=1, linscale=0.3)
-                if scale == "symlog":
+                if quantity == "captured":
                     ax.set_yscale("symlog", linthresh=1, linscale=1.6)
-                for level in {"captured": (0, 1), "largest": (1,)}.get(quantity, ()):
-                    ax.axhline(level, color=FAINT, linewidth=1, zorder=0.5)
+                    ax.axhline(0, color=FAINT, linewidth=1, zorder=0.5)
+                if quantity != "iterations":
+                    ax.axhline(1, color=FAINT, linewidth=1, zorder=0.5)
                 plain_numbers(ax.xaxis, sizes)
-                plain_numbers(ax.yaxis, TICKS[quantity])
+                plain_numbers(ax.yaxis, numbers)
         self.legend(self.views["balanced", "iterations"].lines.values(), 4)
 
     def move(self, result: CoarseSizesResult) -> None:
@@ -150,18 +148,6 @@ class CoarseSizesPlot(Plot):
 def shown(result: CoarseSizesResult, row: str, quantity: str) -> dict[str, Curve]:
     """The curves of one axes, by the name of the space."""
     return {name.removesuffix(f", {row}"): c for name, c in result.of(quantity).items() if name.endswith((row, "none"))}
-
-
-def limits(result: CoarseSizesResult) -> dict[tuple[str, str], tuple[float, float]]:
-    """Ends of the upright axes, by row and quantity."""
-    ends = {}
-    for row in CORRECTIONS:
-        lowest = min(c.low.min() for c in shown(result, row, "captured").values())
-        ends[row, "captured"] = min(-0.05, 1.5 * lowest), 1.08
-        ends[row, "largest"] = 0.95, 1.3 * max(c.high.max() for c in result.of("largest").values())
-        counts = [count for c in result.of("iterations").values() for count in (c.low.min(), c.high.max())]
-        ends[row, "iterations"] = 0.7 * min(counts), 1.4 * max(counts)
-    return ends
 
 
 plot_coarse_sizes = CoarseSizesPlot.draw

@@ -113,20 +113,15 @@ def run_coarse_space(
         seed: of data, weights and random columns.
     """
     p = check(run_coarse_space, locals())
-    return coarse_space(setting(*chosen(p)), p, damping=damping, per_layer=per_layer, coarse=coarse,
-                        correction=correction, rule=rule, seed=seed)  # fmt: skip
-
-
-def limits(p: dict[str, Any]) -> dict[str, int]:
-    """The largest coarse space per layer of the network with these values; sliders end there."""
-    return room(setting(*chosen(p, steps=0, fisher="exact")))
+    return coarse_space(setting(*chosen(p)), p)
 
 
 def room(where: Setting) -> dict[str, int]:
+    """The largest coarse space per layer; sliders end there."""
     return {"per_layer": min(layer.size for layer in where.problem.partition.layers)}
 
 
-run_coarse_space.limits = limits
+run_coarse_space.limits = lambda p: room(setting(*chosen(p, steps=0, fisher="exact")))
 
 
 def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
@@ -142,36 +137,27 @@ def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
         rule: Rule = "eigen",
     ) -> CoarseSpaceResult:
         choices = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
-        return coarse_space(where, choices | {"fisher": where.fisher}, **choices)
+        return coarse_space(where, choices | {"fisher": where.fisher, "seed": 0})
 
-    run.limits = lambda values: room(where)
+    run.limits = lambda p: room(where)
     return run
 
 
-def coarse_space(
-    where: Setting,
-    parameters: dict[str, Any],
-    *,
-    damping: float,
-    per_layer: int,
-    coarse: str,
-    correction: str,
-    rule: str,
-    seed: int = 0,
-) -> CoarseSpaceResult:
-    """:func:`run_coarse_space` in a setting of the reader's own; ``parameters`` are kept in the result."""
-    depends = damping if coarse in ("krylov", "optimal") else None
+def coarse_space(where: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
+    """:func:`run_coarse_space` with the parameters p in a setting of the reader's own."""
+    damping, correction = p["damping"], p["correction"]
+    depends = damping if p["coarse"] in ("krylov", "optimal") else None
     with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as other_core:
-        levels = _levels(where, per_layer, coarse, rule, seed, depends)
+        levels = _levels(where, p["per_layer"], p["coarse"], p["rule"], p["seed"], depends)
         T = levels.two_level.with_damping(damping).with_correction(correction)
         spectrum = other_core.submit(levels.spectrum, where, T)  # half of the work
-        one = _one_level(where, rule, damping)
+        one = _one_level(where, p["rule"], damping)
         added = _without_noise(T.contribution(), one.scale)
         as_it_is, at_best_length = _captured(where, T)
         left = _share((one.missed - added).norm(), one.missed.norm())
         _, _, error, norms = _of_network(where)
     return CoarseSpaceResult(
-        parameters=parameters,
+        parameters=p,
         partition=where.F.partition,
         problem=where.problem.name,
         size=T.Z.size,
