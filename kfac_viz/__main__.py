@@ -71,7 +71,8 @@ def inputs(notebook: Notebook, values: dict[str, Any]) -> dict[str, Any]:
 @cache
 def _source(here: Path = Path(__file__).parent) -> str:
     """Hash of the package's source, the same whatever the line endings."""
-    files = sorted((*here.rglob("*.py"), *here.rglob("*.html")), key=lambda file: file.relative_to(here).as_posix())
+    files = [file for file in here.rglob("*") if file.suffix in (".py", ".html", ".css", ".js")]
+    files.sort(key=lambda file: file.relative_to(here).as_posix())
     parts = (file.relative_to(here).as_posix().encode() + b"\n" + file.read_bytes() for file in files)
     return sha256(b"\0".join(part.replace(b"\r\n", b"\n") for part in parts))
 

@@ -54,6 +54,9 @@ class Range:
 Seed = Annotated[int, Range(0, 2**31 - 1), "of data and weights."]
 Repeats = Annotated[int, Range(1, 20), "seeds, from ``seed`` upwards; a band shows the lowest and the highest."]
 Widths = Annotated[tuple[int, ...], Range(1, 64), "of the hidden layers."]
+Examples = Annotated[int, Range(10, 1797), "examples."]
+Steps = Annotated[int, Range(0, 2000), "full-batch Adam steps before the picture is taken."]
+Tolerance = Annotated[float, Range(1e-12, 1e-1, log=True), "relative residual at which the iterations stop."]
 Device = Annotated[Literal["cpu", "cuda", "mps"], "where to compute."]
 
 DEEPEST = 20  # lists in lists, on a command line
@@ -228,6 +231,21 @@ def to_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(to_text, value))}]"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def number(x: float, digits: int = 3) -> str:
+    """A number for a reader: few digits, a proper minus sign, powers of ten as such.
+
+    >>> number(-0.54321), number(1e-5), number(-53200), number(12)
+    ('−0.543', '10⁻⁵', '−5.32·10⁴', '12')
+    """
+    x = float(x)
+    if not math.isfinite(x) or x == 0 or 1e-3 <= abs(x) < 1e4:
+        return f"{float(f'{x:.{digits}g}'):g}".replace("-", "−")
+    mantissa, exponent = f"{x:.{digits - 1}e}".split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    mantissa = f"{float(mantissa):g}".replace("-", "−")
+    return {"1": power, "−1": f"−{power}"}.get(mantissa, f"{mantissa}·{power}")
 
 
 def command(notebook: str, values: Mapping[str, Any]) -> str:

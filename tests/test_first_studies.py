@@ -276,7 +276,7 @@ def test_every_block_of_every_matrix_tells_its_layers(name):
     run, first, _ = STUDIES[name]
     result = run(**SMALL, **first)
     plot = PLOTS[name](result)
-    views = plot.views if name == "fisher" else [plot.F, plot.error]
+    views = plot.matrices if name == "fisher" else [plot.F, plot.error]
     regions = plot.regions(result)
     assert len(regions) == len(views) * len(result.partition) ** 2
     for i, view in enumerate(views):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .parts import number
+from ..parameters import number
 from .style import INK, Style
 
 if TYPE_CHECKING:
@@ -69,6 +69,12 @@ class CurveView:
         for axis, kind in zip((ax.xaxis, ax.yaxis), scale, strict=True):
             if kind == "log":
                 plain_numbers(axis)
+
+    def words(self) -> str:
+        """Title, and where each curve begins and ends."""
+        ends = ((line.get_label(), line.get_ydata()) for line in self.lines.values())
+        told = (f"{label} {number(y[0])} to {number(y[-1])}" for label, y in ends)
+        return f"{self.ax.get_title('left')}, over {self.ax.get_xlabel()}: {', '.join(told)}."
 
     @property
     def artists(self) -> list[Artist]:

@@ -13,8 +13,6 @@ from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-
     from .plot import Plot
 
 # Where matplotlib and Pillow anchor a text.
@@ -34,36 +32,23 @@ class Live:
             artist.set_animated(True)
         self.texts = [artist for artist in plot.animated if isinstance(artist, Text) and not artist.get_rotation()]
         self.others = [artist for artist in plot.animated if artist not in self.texts]
-        self.redraw()
-
-    def redraw(self) -> None:
-        """Draw the background again, after a change of something that is not animated."""
         self.canvas.draw()
         self._background = self.canvas.copy_from_bbox(self.plot.figure.bbox)
 
     def picture(self) -> Image.Image:
         """What the figure looks like now."""
-        if not self.plot.animated:  # it does not say what moves: all is drawn
-            self.canvas.draw()
-        else:
-            self.canvas.restore_region(self._background)
+        self.canvas.restore_region(self._background)
         for artist in self.others:
-            self._draw(artist)
-        marked = [text for text in self.texts if "$" in text.get_text()]
-        for text in marked:
-            self._draw(text)
+            artist.draw(self.canvas.get_renderer())
         image = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
         pen, dpi = ImageDraw.Draw(image), self.plot.figure.dpi
         for text in self.texts:
-            if text.get_visible() and text not in marked:
+            if text.get_visible():
                 x, y = text.get_transform().transform(text.get_position())
                 anchor = _ACROSS[text.get_horizontalalignment()] + _DOWN[text.get_verticalalignment()]
                 font = _font(findfont(text.get_fontproperties()), text.get_fontsize() * dpi / 72)
                 pen.text((x, image.height - y), text.get_text(), to_hex(text.get_color()), font, anchor)
         return image
-
-    def _draw(self, artist: Artist) -> None:
-        artist.draw(self.canvas.get_renderer())
 
     def jpeg(self) -> bytes:
         return _encoded(self.picture(), "JPEG", quality=90, subsampling=0)

@@ -1,4 +1,4 @@
-"""Live panels: any experiment with its plot under sliders, in JupyterLab, Notebook 7 and Voila.
+"""Live panels: any run with its plot under sliders, in JupyterLab, Notebook 7 and Voila.
 
 A panel calls the same two functions as a regenerated figure. Its picture is one image widget, encoded in the
 kernel; comm callbacks may run in a thread beside a busy cell, so there is no pyplot here, and a lock.
@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -21,43 +22,30 @@ from ..parameters import Parameter, Range, to_text
 from .live import Live
 from .plot import Plot
 
-FIRST = ("damping", "per_layer")  # where an experiment has them
-
-# Runs whenever the words below the picture are new: what ipywidgets has no trait for.
-_LABELS = """
-const panel = this.closest('.kfac-panel');
-panel.querySelector('img.widget-image').alt = this.dataset.alt;
-panel.querySelectorAll('.widget-slider').forEach(slider => {
-  const handle = slider.querySelector('.noUi-handle'), text = slider.querySelector('.widget-readout');
-  handle.setAttribute('aria-label', slider.querySelector('.widget-label').textContent);
-  if (text) handle.setAttribute('aria-valuetext', text.textContent);
-});
-"""
+FIRST = ("damping", "per_layer")  # where a run has them
+_CSS, _JS = (Path(__file__).with_name(f"panel.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 _PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
-_STYLE = """<style>
-.kfac-panel {{ max-width: clamp(900px, (100vh - 300px) * {width} / {height}, {width}px); }}
-.kfac-panel .widget-html, .kfac-panel .widget-html-content {{ height: auto; line-height: 1.4; }}
-.kfac-panel .widget-html {{ margin: 0; }}
-.kfac-panel img.widget-image {{ width: 100%; aspect-ratio: {width} / {height}; border-radius: 4px; margin: 0; }}
-.kfac-panel .kfac-regions {{ position: relative; height: 0; z-index: 1; }}
-.kfac-panel .kfac-regions > div {{ position: absolute; bottom: 0; width: 100%; aspect-ratio: {width} / {height};
-  pointer-events: none; }}
-.kfac-panel .kfac-regions span {{ position: absolute; pointer-events: auto; }}
-.kfac-panel .kfac-regions span:hover {{ outline: 2px solid #E69F00; outline-offset: -1px; }}
-.kfac-panel .kfac-words {{ height: 5.7em; overflow: auto; font-size: 12px; }}
-.kfac-panel code {{ user-select: all; font-size: 12px; }}
-.kfac-panel .kfac-error {{ height: 1.5em; color: var(--jp-error-color1, #d32f2f); font-weight: 600; overflow: auto; }}
-</style>"""
 
 
 class Panel(widgets.VBox):
-    """Controls, the picture, its description with the numbers, a line for errors, and the command for the view.
+    """A run under sliders: controls, the picture, its words, a line for errors, and the command for the view.
+
+    Args:
+        run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result.
+        plot: how it is drawn.
+        controls: names of the parameters to move, all by default; ``damping`` and ``per_layer`` come first.
+        notebook: whose figure the command makes; the first that is registered with ``run`` by default.
+        reproduce: from all values to the line that makes this figure again, in place of that command.
+        fixed: values of the others, and first values of these.
 
     Attributes:
         controls: the control of each parameter, by name; set their ``value`` to move the panel.
         result: what the picture shows.
         error: the sentence in the error line, empty where all is well.
         command: the line that makes this figure again.
+
+    Raises:
+        ValueError, TypeError: an unknown name, or a value out of its range.
     """
 
     def __init__(
@@ -74,47 +62,37 @@ class Panel(widgets.VBox):
         self._other_core, self._ahead = ThreadPoolExecutor(1), ((), Future())
         self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
-        names = list(parameters.check(run, {name: known[name].default for name in controls or known if name in known}))
-        unknown = [name for name in controls or () if name not in known]
-        if unknown:
+        names = list(known if controls is None else controls)
+        if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{run.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
         names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-        self._reproduce = reproduce or (
-            lambda values: parameters.command(notebook or getattr(run, "notebook", "NOTEBOOK"), self._changed(values))
-        )
+        notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
+        self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
         self._bound(self._values)
-        self.result = self.run(**self._values)
+        self.result = run(**self._values)
         self._live = Live(plot(self.result))
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._bound(self._values)
         self._picture = widgets.Image(format="jpeg")
         self._below, self._alert = widgets.HTML(), widgets.HTML()
-        self.scale = widgets.Dropdown(options=["lin–log", "linear"], description="colours", style=_WIDE)
-        self.scale.layout.width = "auto"
+        self.scale = widgets.Dropdown(options=["lin–log", "linear"], **_about("colours"), layout={"width": "auto"})
         for control in (*self.controls.values(), self.scale):
             control.observe(self._moved, "value")
         self._busy = False
         self._draw()
         self._tell("")
-        W, H = (round(inches * self._live.plot.figure.dpi) for inches in plot.size)
+        W, H = (str(round(inches * self._live.plot.figure.dpi)) for inches in plot.size)
         first = [self.controls[name] for name in names if name in FIRST]
         others = [self.controls[name] for name in names if name not in FIRST]
         others += [self.scale] if hasattr(plot, "scale") else []
         row = widgets.Layout(flex_flow="row wrap", width="100%")
-        super().__init__(
-            [
-                widgets.HTML(_STYLE.format(width=W, height=H)),
-                widgets.Box(first, layout=row),
-                widgets.Box(others, layout=row),
-                self._picture,
-                self._below,
-                self._alert,
-            ]
-        )
+        style = widgets.HTML(f"<style>{_CSS.replace('WIDTH', W).replace('HEIGHT', H)}</style>")
+        rows = [widgets.Box(first, layout=row), widgets.Box(others, layout=row)]
+        super().__init__([style, *rows, self._picture, self._below, self._alert])
         self.add_class("kfac-panel")
 
     def close(self) -> None:
-        """Free all that the panel holds, widgets, figure, result and thread, and what experiments keep for speed."""
+        """Free all that the panel holds, widgets, figure, result and thread, and what runs keep for speed."""
         if self.comm is None:  # closed before, or never opened
             return
         with self._lock:
@@ -166,11 +144,8 @@ class Panel(widgets.VBox):
         slider, name = change["owner"], next((n for n, c in self.controls.items() if c is change["owner"]), None)
         if name is None or self.error or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
             return
-        positions = (
-            [value for _, value in slider._options_full]
-            if hasattr(slider, "index")
-            else range(slider.min, slider.max + 1)
-        )
+        whole = isinstance(slider, widgets.IntSlider)
+        positions = range(slider.min, slider.max + 1) if whole else [value for _, value in slider._options_full]
         here, before = positions.index(change["new"]), positions.index(change["old"])
         there = 2 * here - before
         if abs(here - before) == 1 and 0 <= there < len(positions):  # a drag jumps, and is not foreseen
@@ -179,7 +154,7 @@ class Panel(widgets.VBox):
             self._ahead = tuple(values.items()), self._other_core.submit(self.run, **values)
 
     def _bound(self, values: dict[str, Any]) -> None:
-        """Keep values, and the ends of their sliders, where the experiment says that they exist."""
+        """Keep values, and the ends of their sliders, where the run says that they exist."""
         for name, high in getattr(self.run, "limits", lambda _: {})(values).items():
             stated = self._known[name].range
             high = min(high, stated.high) if stated else high
@@ -202,7 +177,7 @@ class Panel(widgets.VBox):
             f'<div class="kfac-regions"><div>{"".join(spans)}</div></div>'
             f'<div class="kfac-words" role="status">{alt}</div>'
             f"To make this figure again: <code>{html.escape(self.command)}</code>"
-            f'<img src="{_PIXEL}" alt="" data-alt="{alt}" onload="{html.escape(_LABELS)}">'
+            f'<img src="{_PIXEL}" alt="" data-alt="{alt}" onload="{html.escape(_JS)}">'
         )
 
     def _changed(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -221,63 +196,35 @@ class Panel(widgets.VBox):
         return {**data, "image/png": picture, "text/plain": alt}, {"image/png": {"alt": alt}}
 
 
-def panel(
-    run: Callable,
-    plot: type[Plot],
-    controls: Sequence[str] | None = None,
-    *,
-    notebook: str | None = None,
-    **fixed: Any,
-) -> Panel:
-    """An experiment under sliders.
-
-    Args:
-        run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result.
-        plot: how it is drawn.
-        controls: names of the parameters to move, all by default; ``damping`` and ``per_layer`` come first.
-        notebook: whose figure the command makes; the first that is registered with ``run`` by default.
-        fixed: values of the others, and first values of these.
-
-    Raises:
-        ValueError, TypeError: an unknown name, or a value out of its range.
-    """
-    return Panel(run, plot, controls, notebook=notebook, **fixed)
+panel = Panel
 
 
-_WIDE = {"description_width": "initial"}
+def _about(name: str, tooltip: str = "") -> dict[str, Any]:
+    return {"description": name, "style": {"description_width": "initial"}, "tooltip": tooltip}
 
 
 def _control(parameter: Parameter, value: Any) -> widgets.Widget:
-    """The control that can reach every allowed value and no other, as far as there is one."""
-    about = {"description": parameter.name, "style": _WIDE, "tooltip": parameter.help or parameter.allowed}
-    span = parameter.range
+    """A slider or a list where it reaches every allowed value and no other, else a line of text."""
+    about, span = _about(parameter.name, parameter.help or parameter.allowed), parameter.range
     wide = {"width": "48%", "min_width": "20em"}
-    if parameter.choices and parameter.kind is int and not (parameter.many or parameter.optional):
+    plain = not (parameter.many or parameter.optional)
+    if parameter.choices and plain and parameter.kind is int:
         return widgets.SelectionSlider(options=parameter.choices, value=value, **about, layout=wide)
     if parameter.choices and not parameter.many:
-        options = [*parameter.choices, *[None] * parameter.optional]
-        return widgets.Dropdown(options=[(to_text(x), x) for x in options], value=value, **about,
-                                layout={"width": "auto"})  # fmt: skip
-    if parameter.many or parameter.optional or parameter.kind is str:
-        return widgets.Text(to_text(value), continuous_update=False, **about, layout={"width": "14em"})
-    if parameter.kind is bool:
-        return widgets.Checkbox(value, indent=False, **about)
-    if parameter.kind is float and span:
+        options = [(to_text(x), x) for x in (*parameter.choices, *[None] * parameter.optional)]
+        return widgets.Dropdown(options=options, value=value, **about, layout={"width": "auto"})
+    if plain and parameter.kind is float and span:
         steps = span if span.steps else Range(span.low, span.high, span.log, steps=61)
-        positions = sorted({*steps.positions, value})
-        about |= {"description": "damping λ" if parameter.name == "damping" else parameter.name}
-        return widgets.SelectionSlider(options=[(f"{x:.3g}", x) for x in positions], value=value, **about,
-                                       layout=wide)  # fmt: skip
-    if parameter.kind is int and span and span.high - span.low <= 1000:
+        options = [(f"{x:.3g}", x) for x in sorted({*steps.positions, value})]
+        about |= {"description": "damping λ"} if parameter.name == "damping" else {}
+        return widgets.SelectionSlider(options=options, value=value, **about, layout=wide)
+    if plain and parameter.kind is int and span and span.high - span.low <= 2000:
         return widgets.IntSlider(value, span.low, span.high, **about, layout=wide)
-    if span:
-        return widgets.BoundedIntText(value, span.low, span.high, **about, layout={"width": "9em"})
-    kind = widgets.IntText if parameter.kind is int else widgets.FloatText
-    return kind(value, **about, layout={"width": "9em"})
+    return widgets.Text(to_text(value), continuous_update=False, **about, layout={"width": "14em"})
 
 
 def _read(parameter: Parameter, value: Any) -> Any:
-    """The value of a control as the experiment takes it; texts are parsed like those of the command line."""
+    """The value of a control as the run takes it; texts are parsed like those of the command line."""
     if isinstance(value, str) and not parameter.choices:
         alternatives = parameters.parse(value)
         single = len(alternatives) == 1 and not (parameter.many and isinstance(alternatives[0], (int, float)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..parameters import number
 from .style import INK, SIGNED
 
 if TYPE_CHECKING:
@@ -71,6 +74,9 @@ class MatrixView:
             ]
             self.ax.set_yticklabels(names, linespacing=1.4)
             self.ax.set_ylabel("")
+
+    def words(self) -> str:
+        return f"{self.name}: a matrix of {self.partition.size} × {self.partition.size} with lines between layers."
 
     def regions(self, words: Callable[[int, int], str] | None = None) -> list[tuple[float, float, float, float, str]]:
         """For the block of layers l and m its left, top, width, height as shares of the figure, and ``words(l, m)``, or
@@ -154,22 +160,22 @@ def pooled(matrix: ArrayLike, group: int) -> NDArray:
     return np.where(high > -low, high, low)
 
 
+def frame(matrix: ArrayLike, limit: float, pixels: int = 170, levels: int = 16) -> str:
+    """A matrix as a small picture in a data address, with some levels of red and of blue; empty where it is zero."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    if not np.asarray(matrix).any():
+        return ""
+    values = pooled(matrix, -(-len(matrix) // pixels))
+    share = np.round(compressed(np.clip(values / limit, -1, 1)) * levels) / levels
+    picture = Image.fromarray(colormaps[SIGNED]((share + 1) / 2, bytes=True)[..., :3])
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", lossless=True, quality=60, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def limit_of(matrix: ArrayLike) -> float:
     """A colour limit for a signed matrix: the largest modulus, to two digits."""
     largest = float(np.abs(np.asarray(matrix)).max())
     return float(f"{largest:.1e}") if largest > 0 else 1.0
-
-
-def number(x: float, digits: int = 3) -> str:
-    """A number for a reader: few digits, a proper minus sign, powers of ten as such.
-
-    >>> number(-0.54321), number(1e-5), number(-53200), number(12)
-    ('−0.543', '10⁻⁵', '−5.32·10⁴', '12')
-    """
-    x = float(x)
-    if not np.isfinite(x) or x == 0 or 1e-3 <= abs(x) < 1e4:
-        return f"{float(f'{x:.{digits}g}'):g}".replace("-", "−")
-    mantissa, exponent = f"{x:.{digits - 1}e}".split("e")
-    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    mantissa = f"{float(mantissa):g}".replace("-", "−")
-    return {"1": power, "−1": f"−{power}"}.get(mantissa, f"{mantissa}·{power}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .style import MUTED, rc
 
@@ -19,32 +19,35 @@ Part = TypeVar("Part")
 class Plot(ABC):
     """Builds a figure once, without pyplot, and fills it from one result after the other.
 
-    A subclass draws axes in :meth:`build`, hands what will change to :meth:`add`, and changes it in :meth:`move`. It
-    says in words what is to be seen; those become the head of the figure and its alternative text,
-    ``figure.get_label()``.
+    A result has ``headline``, a sentence with its numbers, and ``where``, a line with network, data, λ and seeds. A
+    subclass draws axes in :meth:`build`, hands what will change to :meth:`add`, and changes it in :meth:`move`.
 
     Attributes:
-        animated: the artists that change: a live panel draws these and leaves the rest.
+        fixed: the fields or parameters that a result must share with the first to be shown in its place.
+        parts: what was added, but for single artists.
+        animated: all artists that change: a live panel draws these and leaves the rest.
     """
 
-    size: tuple[float, float] = (10.0, 6.0)  # inches; text of 9 points is then 11 pixels in a picture of 900
-    layout: str | None = "constrained"  # None where ``build`` places the axes itself
+    size: ClassVar[tuple[float, float]] = (10.0, 6.0)  # inches; 9 points are 11 pixels in a picture of 900
+    layout: ClassVar[str | None] = "constrained"  # None where ``build`` places the axes itself
+    fixed: ClassVar[tuple[str, ...]] = ("partition",)
 
     def __init__(self, result: Any) -> None:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
+        self.parts: list[Any] = []
         self.animated: list[Artist] = []
         with matplotlib.rc_context(rc()):
             self.figure: Figure = Figure(figsize=self.size, layout=self.layout)
             FigureCanvasAgg(self.figure)
-            left, height = 0.1 / self.size[0], self.size[1]
             if self.layout:
-                self.figure.get_layout_engine().set(rect=(0, 0, 1, 1 - HEAD / height), h_pad=0.08, w_pad=0.06)
-            self.title = self.add(self.figure.text(left, 1 - 0.19 / height, "", size=12, weight="bold", va="center"))
-            self.subtitle = self.add(self.figure.text(left, 1 - 0.43 / height, "", color=MUTED, va="center"))
-            self._frame = self.frame(result)
+                free = (0, 0, 1, 1 - HEAD / self.size[1])
+                self.figure.get_layout_engine().set(rect=free, h_pad=0.08, w_pad=0.06)
+            self.title = self.add(self.text(0.1, 0.19, size=12, weight="bold", va="center"))
+            self.subtitle = self.add(self.text(0.1, 0.43, color=MUTED, va="center"))
+            self._first = self._fixed(result)
             self.build(result)
             self.update(result)
             self.figure.canvas.draw()  # lays out once; afterwards nothing may jump
@@ -63,32 +66,37 @@ class Plot(ABC):
     def move(self, result: Any) -> None:
         """Put the numbers of ``result`` into the artists."""
 
-    @staticmethod
-    @abstractmethod
-    def headline(result: Any) -> str:
-        """What is to be seen: a sentence with its numbers, of one line."""
+    def update(self, result: Any) -> None:
+        """Show another result that fits. Its words become the head of the figure, and with those of the views its
+        alternative text, ``figure.get_label()``."""
+        self.title.set_text(result.headline)
+        self.subtitle.set_text(result.where + self.note(result))
+        self.move(result)
+        self.figure.set_label(f"{result.headline}. {result.where}. {self.words(result)}")
 
-    @staticmethod
-    @abstractmethod
-    def where(result: Any) -> str:
-        """Network, data, λ and seeds, in one line."""
+    def note(self, result: Any) -> str:
+        """What the line below the headline says of the drawing."""
+        return ""
 
-    @staticmethod
-    @abstractmethod
-    def describe(result: Any) -> str:
-        """What else the picture shows, for who cannot see it."""
-
-    @staticmethod
-    @abstractmethod
-    def frame(result: Any) -> Any:
-        """What results must have in common for :meth:`update` to show them; else a new plot is built."""
+    def words(self, result: Any) -> str:
+        """What else the picture shows."""
+        return " ".join(part.words() for part in self.parts if hasattr(part, "words"))
 
     def fits(self, result: Any) -> bool:
-        """Whether :meth:`update` can show ``result``."""
-        return self.frame(result) == self._frame
+        """Whether :meth:`update` can show ``result``; else a new plot is built."""
+        return self._fixed(result) == self._first
+
+    def _fixed(self, result: Any) -> list[Any]:
+        return [getattr(result, name) if hasattr(result, name) else result.parameters[name] for name in self.fixed]
+
+    def regions(self, result: Any) -> list[tuple[float, float, float, float, str]]:
+        """Left, top, width, height as shares of the figure, and what a reader who points there is told."""
+        return [region for part in self.parts if hasattr(part, "regions") for region in part.regions()]
 
     def add(self, part: Part) -> Part:
         """Note that this artist, or the ``artists`` of this view, will change; returns it."""
+        if hasattr(part, "artists"):
+            self.parts.append(part)
         self.animated += getattr(part, "artists", [part])
         return part
 
@@ -96,14 +104,6 @@ class Plot(ABC):
         """One legend for all axes, below them."""
         self.figure.legend(handles=list(lines), loc="outside lower center", ncols=columns)
 
-    def update(self, result: Any) -> None:
-        """Show another result that fits."""
-        headline, where = self.headline(result), self.where(result)
-        self.title.set_text(headline)
-        self.subtitle.set_text(where)
-        self.move(result)
-        self.figure.set_label(f"{headline}. {where}. {self.describe(result)}")
-
-    def regions(self, result: Any) -> list[tuple[float, float, float, float, str]]:
-        """Left, top, width, height as shares of the figure, and what a reader who points there is told."""
-        return []
+    def text(self, left: float, top: float, words: str = "", **style: Any) -> Artist:
+        """A text in inches from the upper left corner."""
+        return self.figure.text(left / self.size[0], 1 - top / self.size[1], words, **style)

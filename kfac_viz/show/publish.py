@@ -12,6 +12,7 @@ import html
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,19 @@ def publish(output: Output, made: Path, out: Path) -> None:
     move(made.rename(made.with_name(made.name.replace("making", "ready"))), out)
 
 
+def put(contents: dict[str, bytes], out: Path) -> tuple[Path, ...]:
+    """Write files into ``out``, which is made if it is missing: all of them, or none."""
+    out.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=out, prefix=".making-"))
+    try:
+        for name, data in contents.items():
+            (made / name).write_bytes(data)
+        move(made, out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return tuple(out / name for name in contents)
+
+
 def move(ready: Path, out: Path) -> None:
     """Replace the files in ``out`` by those of a complete tree.
 
@@ -132,18 +146,16 @@ def refuse_folders(files: Iterable[Path]) -> None:
 
 
 def write_index(out: Path) -> None:
-    """A page of thumbnails over all grid folders in ``out``."""
+    """A page of thumbnails over all grid folders in ``out``, and of links to their pages."""
     figures = ""
-    for picture in sorted(out.glob("*=*/*.png")):
-        link = html.escape(picture.relative_to(out).as_posix())
-        words = html.escape(f"{picture.stem}, {picture.parent.name}")
-        figures += (f'<figure><a href="{link}"><img src="{link}" alt="{words}"></a>'
-                    f"<figcaption>{words}</figcaption></figure>\n")
+    for file in sorted(file for file in out.glob("*=*/*") if file.suffix in (".png", ".html")):
+        link = html.escape(file.relative_to(out).as_posix())
+        words = html.escape(f"{file.stem}, {file.parent.name}")
+        shown = f'<img src="{link}" alt="{words}">' if file.suffix == ".png" else "open the page"
+        figures += f'<figure><a href="{link}">{shown}</a><figcaption>{words}</figcaption></figure>\n'
     page = (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Figures over a grid of parameters</title>\n'
         "<style>body { display: flex; flex-wrap: wrap; gap: 1rem; font: 14px sans-serif; }\n"
         f"figure {{ margin: 0; width: 24rem; }} img {{ width: 100%; }}</style>\n{figures}</html>\n"
     )
-    new = out / ".made" / "index.html"
-    new.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(new, out / "index.html")
+    put({"index.html": page.encode()}, out)

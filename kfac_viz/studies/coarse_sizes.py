@@ -6,35 +6,24 @@ from collections import defaultdict
 from functools import lru_cache
 from typing import Annotated
 
-from ..method import coarse as spaces
-from ..method.columns import CoarseSpace
-from ..method.kfac import KFAC
-from ..method.krylov import captured_decrease, spectrum
-from ..method.operator import Damped, Dense, cholesky
-from ..method.two_level import TwoLevel
-from ..parameters import Device, Range, Repeats, Seed, Widths, check
-from ..show.curves import CurveView, plain_numbers
-from ..show.plot import Plot
-from ..show.style import FAINT, METHODS, SPACES
-from .curves import Curve, Study, over_seeds
+from .. import KFAC, CoarseSpace, Damped, Dense, TwoLevel, captured_decrease, coarse, spectrum
+from ..method.operator import cholesky
+from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, Widths, check
+from ..show import FAINT, METHODS, SPACES, CurveView, Plot, plain_numbers
+from .curves import Curve, Study, over_seeds, seeds
 from .exercises import exercise
 from .setting import (
     Damping,
     Data,
-    Examples,
     Flavour,
     Rule,
     Setting,
-    Steps,
-    Tolerance,
     chosen,
     first_network,
     iterations,
     largest_eigenvalue,
-    seeds,
     setting,
     space,
-    where,
 )
 from .threads import one_thread
 
@@ -47,6 +36,14 @@ class CoarseSizesResult(Study):
     Quantities: ``captured`` decrease of one step, ``largest`` eigenvalue of T A, ``iterations`` of conjugate
     gradients with orthogonal residuals, there also ``"none"`` for those without preconditioner. Size 0 is K-FAC.
     """
+
+    @property
+    def headline(self) -> str:
+        sizes, captured = self.parameters["sizes"], self.of("captured")
+        at = min(range(len(sizes)), key=lambda i: abs(sizes[i] - 4))
+        constants, leading = (captured[f"{name}, balanced"].y[at] for name in ("nicolaides", "spectral"))
+        return (f"{sizes[at]} balanced eigenvectors per layer let one step capture {leading:.2f}, constants "
+                f"{constants:.2f}, K-FAC alone {captured['spectral, balanced'].y[0]:.2f}")
 
 
 @one_thread()
@@ -87,7 +84,7 @@ def _rows(
     M = KFAC(F, damping, rule)
     rows = defaultdict(list)
     rows["iterations", "none"] = [iterations(system, g, None, rtol)] * len(sizes)
-    for name in spaces.SPACES:
+    for name in coarse.SPACES:
         for Z in nested(name, A, M, s, sizes, seed):
             T = TwoLevel(A, M, Z)
             for correction in CORRECTIONS:
@@ -101,7 +98,7 @@ def _rows(
 def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...], seed: int) -> list[CoarseSpace]:
     """The coarse space ``name`` at each size. An expensive one is built once: its columns are nested."""
     if name == "optimal":
-        columns = spaces.optimal(A, M, max(sizes)).dense()
+        columns = coarse.optimal(A, M, max(sizes)).dense()
         counts = [sum(min(k, layer.size) for layer in s.F.partition.layers) for k in sizes]
         return [CoarseSpace(s.F.partition, columns[:, :count], name=name) for count in counts]
     return [space(name, A, M, s.g, k, seed) for k in sizes]
@@ -111,90 +108,46 @@ def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...], se
 
 
 NONE = METHODS["gradient"]._replace(label="no preconditioner")
-TICKS = {
-    "captured": (1, 0.5, 0, -1, -10, -100, -1000, -10000),
-    "largest": (1, 2, 3, 5, 10, 30, 100),
-    "iterations": (1, 3, 10, 30, 100, 300, 1000),
+QUANTITIES = {  # title, ends of the axis and numbers on it
+    "captured": ("captured by one step", (-30, 1.08), (1, 0.5, 0, -1, -10)),
+    "largest": ("λ_max of T A", (0.95, 12), (1, 2, 3, 5, 10)),
+    "iterations": ("iterations", (2, 120), (3, 10, 30, 100)),
 }
-TITLES = {"captured": "captured by one step", "largest": "λ_max of T A", "iterations": "iterations"}
 
 
 class CoarseSizesPlot(Plot):
     """Balanced corrections above, added ones below."""
 
     size = (10.0, 6.6)
+    fixed = ("sizes",)
 
     def build(self, result: CoarseSizesResult) -> None:
-        sizes, ends = result.parameters["sizes"], limits(result)
-        self.views = {}
+        sizes, self.views = result.parameters["sizes"], {}
         for row, axes in zip(CORRECTIONS, self.figure.subplots(2, 3), strict=True):
-            for ax, (quantity, title) in zip(axes, TITLES.items(), strict=True):
-                scale = "symlog" if quantity == "captured" else "log"
+            for ax, (quantity, (title, ends, numbers)) in zip(axes, QUANTITIES.items(), strict=True):
                 self.views[row, quantity] = self.add(CurveView(
                     ax, {"none": NONE, **SPACES}, shown(result, row, quantity), f"{row.capitalize()}: {title}",
-                    x="columns per layer", xlim=(-0.1, max(sizes) * 1.12), ylim=ends[row, quantity],
-                    scale=("symlog", scale),
+                    x="columns per layer", xlim=(-0.1, max(sizes) * 1.12), ylim=ends,
+                    scale=("symlog", "symlog" if quantity == "captured" else "log"),
                 ))  # fmt: skip
                 ax.set_xscale("symlog", linthresh=1, linscale=0.3)
-                if scale == "symlog":
+                if quantity == "captured":
                     ax.set_yscale("symlog", linthresh=1, linscale=1.6)
-                for level in {"captured": (0, 1), "largest": (1,)}.get(quantity, ()):
-                    ax.axhline(level, color=FAINT, linewidth=1, zorder=0.5)
+                    ax.axhline(0, color=FAINT, linewidth=1, zorder=0.5)
+                if quantity != "iterations":
+                    ax.axhline(1, color=FAINT, linewidth=1, zorder=0.5)
                 plain_numbers(ax.xaxis, sizes)
-                plain_numbers(ax.yaxis, TICKS[quantity])
+                plain_numbers(ax.yaxis, numbers)
         self.legend(self.views["balanced", "iterations"].lines.values(), 4)
 
     def move(self, result: CoarseSizesResult) -> None:
         for (row, quantity), view in self.views.items():
             view.update(shown(result, row, quantity))
 
-    @staticmethod
-    def headline(result: CoarseSizesResult) -> str:
-        sizes, captured = result.parameters["sizes"], result.of("captured")
-        at = min(range(len(sizes)), key=lambda i: abs(sizes[i] - 4))
-        constants, leading = (captured[f"{name}, balanced"].y[at] for name in ("nicolaides", "spectral"))
-        return (f"{sizes[at]} balanced eigenvectors per layer let one step capture {leading:.2f}, constants "
-                f"{constants:.2f}, K-FAC alone {captured['spectral, balanced'].y[0]:.2f}")
-
-    @staticmethod
-    def where(result: CoarseSizesResult) -> str:
-        return where(result.parameters)
-
-    @staticmethod
-    def describe(result: CoarseSizesResult) -> str:
-        sizes = result.parameters["sizes"]
-        rows = "; ".join(
-            f"{row}: " + ", ".join(
-                f"{SPACES[name].label} {c.y[-1]:.3g}" for name, c in shown(result, row, "captured").items()
-            )
-            for row in CORRECTIONS
-        )  # fmt: skip
-        return (
-            f"Captured decrease, largest eigenvalue and iterations of conjugate gradients for six coarse spaces of "
-            f"{sizes[0]} to {sizes[-1]} columns per layer, balanced above and added below. Captured with {sizes[-1]} "
-            f"columns, {rows}."
-        )
-
-    @staticmethod
-    def frame(result: CoarseSizesResult) -> tuple:
-        return result.parameters["sizes"], limits(result)
-
 
 def shown(result: CoarseSizesResult, row: str, quantity: str) -> dict[str, Curve]:
     """The curves of one axes, by the name of the space."""
     return {name.removesuffix(f", {row}"): c for name, c in result.of(quantity).items() if name.endswith((row, "none"))}
-
-
-def limits(result: CoarseSizesResult) -> dict[tuple[str, str], tuple[float, float]]:
-    """Ends of the upright axes, by row and quantity."""
-    ends = {}
-    for row in CORRECTIONS:
-        lowest = min(c.low.min() for c in shown(result, row, "captured").values())
-        ends[row, "captured"] = min(-0.05, 1.5 * lowest), 1.08
-        ends[row, "largest"] = 0.95, 1.3 * max(c.high.max() for c in result.of("largest").values())
-        counts = [count for c in result.of("iterations").values() for count in (c.low.min(), c.high.max())]
-        ends[row, "iterations"] = 0.7 * min(counts), 1.4 * max(counts)
-    return ends
 
 
 plot_coarse_sizes = CoarseSizesPlot.draw
@@ -207,7 +160,7 @@ plot_coarse_sizes = CoarseSizesPlot.draw
 def _what_the_optimal_space_adds() -> float:
     s = first_network(steps=0)
     A, M = s.matrix.damped(0.01), KFAC(s.F, 0.01)
-    T = TwoLevel(A, M, spaces.optimal(A, M, 1), "additive")
+    T = TwoLevel(A, M, coarse.optimal(A, M, 1), "additive")
     return float(spectrum(A, T)[-1] - spectrum(A, M)[-1])
 
 
@@ -216,5 +169,5 @@ def _eigenvectors_that_are_quicker_than_none() -> int:
     s = first_network(steps=0)
     A, M = s.matrix.damped(0.01), KFAC(s.F, 0.01)
     none = iterations(A, s.g, None, 1e-6)
-    methods = (TwoLevel(A, M, spaces.spectral(s.F, k)) for k in range(17))
+    methods = (TwoLevel(A, M, coarse.spectral(s.F, k)) for k in range(17))
     return next(k for k, T in enumerate(methods) if iterations(A, s.g, T, 1e-6) < none)

@@ -12,39 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..method import coarse as spaces
-from ..method.kfac import KFAC
-from ..method.krylov import captured_decrease
-from ..method.partition import Partition
-from ..method.preconditioner import Diagonal
-from ..method.two_level import CORRECTIONS, TwoLevel
-from ..parameters import Device, Range, Seed, Widths, check
-from ..show.curves import plain_numbers
-from ..show.parts import ColourBar, MatrixView, limit_of, number
-from ..show.plot import Plot
-from ..show.style import FAINT, INK, METHODS, MUTED, SPACES
+from .. import KFAC, Diagonal, Partition, TwoLevel, captured_decrease, coarse
+from ..method.two_level import CORRECTIONS
+from ..parameters import Device, Examples, Range, Seed, Widths, check, number
+from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, limit_of, plain_numbers
 from .curves import rounded
 from .exercises import exercise
-from .setting import (
-    Damping,
-    Data,
-    Examples,
-    Flavour,
-    Rule,
-    Setting,
-    captured,
-    chosen,
-    first_network,
-    setting,
-    small_enough,
-    space,
-)
+from .setting import Damping, Data, Flavour, Rule, Setting, captured, chosen, first_network, setting, space
 from .threads import one_thread
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
-    from matplotlib.text import Text
 
 PerLayer = Annotated[int, Range(0, 16), "columns of the coarse space in each layer."]
 Space = Annotated[Literal["nicolaides", "spectral", "smooth", "krylov", "random", "optimal"], "which columns."]
@@ -79,6 +58,23 @@ class CoarseSpaceResult:
     at_best_length: dict[str, float]
     errors: dict[str, float]
     norms: dict[str, list[list[float]]]
+
+    @property
+    def headline(self) -> str:
+        p = self.parameters
+        kfac, two = (f"{self.captured[name]:.2f}".replace("-", "−") for name in ("kfac", p["correction"]))
+        if not self.size:
+            return f"Without coarse space: one step of K-FAC captures {kfac} of the best decrease"
+        space = SPACES[p["coarse"]].label
+        words = f"{space[0].upper()}{space[1:]}, {p['per_layer']} per layer, {p['correction']}"
+        return f"{words}: one step captures {two} of the best decrease; K-FAC {kfac}"
+
+    @property
+    def where(self) -> str:
+        p, layers = self.parameters, self.partition.layers
+        widths = "→".join(str(n) for n in (layers[0].features - layers[0].bias, *(layer.out for layer in layers)))
+        moment = f" after {p['steps']} Adam steps," if p.get("steps") else ""
+        return f"{self.problem}, {widths},{moment} λ = {number(p['damping'])}, coarse dimension {self.size}"
 
     def table(self) -> pandas.DataFrame:
         """Tidy: ``quantity``, ``item`` (a method or matrix), ``position`` (rank or pair of layers), ``value``."""
@@ -117,20 +113,15 @@ def run_coarse_space(
         seed: of data, weights and random columns.
     """
     p = check(run_coarse_space, locals())
-    return coarse_space(setting(*chosen(p)), p, damping=damping, per_layer=per_layer, coarse=coarse,
-                        correction=correction, rule=rule, seed=seed)  # fmt: skip
-
-
-def limits(p: dict[str, Any]) -> dict[str, int]:
-    """The largest coarse space per layer of the network with these values; sliders end there."""
-    return room(setting(*chosen(p, steps=0, fisher="exact")))
+    return coarse_space(setting(*chosen(p)), p)
 
 
 def room(where: Setting) -> dict[str, int]:
+    """The largest coarse space per layer; sliders end there."""
     return {"per_layer": min(layer.size for layer in where.problem.partition.layers)}
 
 
-run_coarse_space.limits = limits
+run_coarse_space.limits = lambda p: room(setting(*chosen(p, steps=0, fisher="exact")))
 
 
 def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
@@ -146,37 +137,27 @@ def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
         rule: Rule = "eigen",
     ) -> CoarseSpaceResult:
         choices = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
-        return coarse_space(where, choices | {"fisher": where.fisher}, **choices)
+        return coarse_space(where, choices | {"fisher": where.fisher, "seed": 0})
 
-    run.limits = lambda values: room(where)
+    run.limits = lambda p: room(where)
     return run
 
 
-def coarse_space(
-    where: Setting,
-    parameters: dict[str, Any],
-    *,
-    damping: float,
-    per_layer: int,
-    coarse: str,
-    correction: str,
-    rule: str,
-    seed: int = 0,
-) -> CoarseSpaceResult:
-    """:func:`run_coarse_space` in a setting of the reader's own; ``parameters`` are kept in the result."""
-    small_enough(where.problem)
-    depends = damping if coarse in ("krylov", "optimal") else None
+def coarse_space(where: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
+    """:func:`run_coarse_space` with the parameters p in a setting of the reader's own."""
+    damping, correction = p["damping"], p["correction"]
+    depends = damping if p["coarse"] in ("krylov", "optimal") else None
     with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as other_core:
-        levels = _levels(where, per_layer, coarse, rule, seed, depends)
+        levels = _levels(where, p["per_layer"], p["coarse"], p["rule"], p["seed"], depends)
         T = levels.two_level.with_damping(damping).with_correction(correction)
         spectrum = other_core.submit(levels.spectrum, where, T)  # half of the work
-        one = _one_level(where, rule, damping)
+        one = _one_level(where, p["rule"], damping)
         added = _without_noise(T.contribution(), one.scale)
         as_it_is, at_best_length = _captured(where, T)
         left = _share((one.missed - added).norm(), one.missed.norm())
         _, _, error, norms = _of_network(where)
     return CoarseSpaceResult(
-        parameters=parameters,
+        parameters=p,
         partition=where.F.partition,
         problem=where.problem.name,
         size=T.Z.size,
@@ -325,8 +306,8 @@ class CoarseSpacePlot(Plot):
             view = self.views[name] = self.add(MatrixView(self._axes(left, 1.1, 2.05, 2.05), result.partition, letters,
                                                           pixels=240))  # fmt: skip
             view.ax.set(title="", xlabel="", ylabel="")
-            self._text(left, 0.83, title, weight="bold")
-            self.notes[name] = self.add(self._text(left, 1.03, color=MUTED, size=9))
+            self.text(left, 0.83, title, weight="bold")
+            self.notes[name] = self.add(self.text(left, 1.03, color=MUTED, size=9))
             if name in ("blocks", "added"):
                 view.ax.set_yticks([])
         self.views["fisher"].name_layers()
@@ -335,13 +316,6 @@ class CoarseSpacePlot(Plot):
             self.add(bar)
         self._build_spectra(self._axes(0.87, 4.15, 4.25, 1.5), result)
         self._build_captured(self._axes(7.1, 4.2, 2.15, 1.5))
-
-    @staticmethod
-    def frame(result: CoarseSpaceResult) -> Partition:
-        return result.partition
-
-    def regions(self, result: CoarseSpaceResult) -> list[tuple[float, float, float, float, str]]:
-        return [region for view in self.views.values() for region in view.regions()]
 
     def scale(self, logarithmic: bool) -> None:
         for part in (*self.views.values(), *self.bars):
@@ -363,8 +337,8 @@ class CoarseSpacePlot(Plot):
         self.keys = [self.add(ax.text(0.03, y, "", transform=ax.transAxes, va="top", size=9)) for y in (0.99, 0.84)]
 
     def _build_captured(self, ax: Axes) -> None:
-        self._text(5.52, 3.94, "Captured decrease of one step", weight="bold")
-        self._text(5.52, 4.12, "bars as it is,  |  with the best step length", color=MUTED, size=9)
+        self.text(5.52, 3.94, "Captured decrease of one step", weight="bold")
+        self.text(5.52, 4.12, "bars as it is,  |  with the best step length", color=MUTED, size=9)
         self.rows = {name: row for row, name in enumerate(ORDER)}
         ax.set(xlim=(-1, 1), ylim=(len(ORDER) - 0.4, -0.6))
         ax.set_yticks(range(len(ORDER)), [METHODS[name].label.replace("exact ", "") for name in ORDER])
@@ -410,34 +384,7 @@ class CoarseSpacePlot(Plot):
         below = [row for row, value in enumerate(captured) if value < -1]
         self.off.set_data([-1.0] * len(below), below)
 
-    def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes in inches from the upper left corner: nothing moves when texts change."""
-        W, H = self.size
-        return self.figure.add_axes((left / W, 1 - (top + height) / H, width / W, height / H))
-
-    def _text(self, left: float, top: float, text: str = "", **style) -> Text:
-        W, H = self.size
-        return self.figure.text(left / W, 1 - top / H, text, **style)
-
-    @staticmethod
-    def headline(result: CoarseSpaceResult) -> str:
-        p = result.parameters
-        kfac, two = (f"{result.captured[name]:.2f}".replace("-", "−") for name in ("kfac", p["correction"]))
-        if not result.size:
-            return f"Without coarse space: one step of K-FAC captures {kfac} of the best decrease"
-        space = SPACES[p["coarse"]].label
-        words = f"{space[0].upper()}{space[1:]}, {p['per_layer']} per layer, {p['correction']}"
-        return f"{words}: one step captures {two} of the best decrease; K-FAC {kfac}"
-
-    @staticmethod
-    def where(result: CoarseSpaceResult) -> str:
-        p, layers = result.parameters, result.partition.layers
-        widths = "→".join(str(n) for n in (layers[0].features - layers[0].bias, *(layer.out for layer in layers)))
-        moment = f" after {p['steps']} Adam steps," if p.get("steps") else ""
-        return f"{result.problem}, {widths},{moment} λ = {number(p['damping'])}, coarse dimension {result.size}"
-
-    @staticmethod
-    def describe(result: CoarseSpaceResult) -> str:
+    def words(self, result: CoarseSpaceResult) -> str:
         (one, other), errors, p = result.spectra.values(), result.errors, result.parameters
         captured = ", ".join(f"{METHODS[name].label} {number(result.captured[name])}" for name in ORDER)
         return (
@@ -447,6 +394,11 @@ class CoarseSpacePlot(Plot):
             f"{number(one[0])} to {number(one[-1])}, with the correction from {number(other[0])} to "
             f"{number(other[-1])}. Captured decrease: {captured}."
         )
+
+    def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Axes in inches from the upper left corner: nothing moves when texts change."""
+        W, H = self.size
+        return self.figure.add_axes((left / W, 1 - (top + height) / H, width / W, height / H))
 
 
 def stretched(rank, P: int):
@@ -477,7 +429,7 @@ def _columns_for_nine_tenths() -> int:
 
 @exercise("05a", "run_coarse_space(coarse=…, per_layer=1).captured['balanced'], for one name after the other.")
 def _best_single_column() -> str:
-    return max(spaces.SPACES, key=lambda name: run_coarse_space(coarse=name, per_layer=1).captured["balanced"])
+    return max(coarse.SPACES, key=lambda name: run_coarse_space(coarse=name, per_layer=1).captured["balanced"])
 
 
 @exercise("05b", "The step misses the exact one by M g; measure that in the norm of A.", 0.01)

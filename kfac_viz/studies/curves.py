@@ -1,13 +1,16 @@
-"""The numbers of a study: curves with their range over seeds, in one tidy table."""
+"""The numbers of a study: curves with their range over seeds, in one tidy table, and a line that says where."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from ..parameters import number
 
 if TYPE_CHECKING:
     import pandas
@@ -52,6 +55,11 @@ def over_seeds(x: ArrayLike, seeds: Iterable[Mapping[Any, Sequence[float]]]) -> 
     return {key: curve(x, values) for key, values in by_key(seeds).items()}
 
 
+def seeds(p: Mapping[str, Any]) -> range:
+    """The seeds that these parameters name."""
+    return range(p["seed"], p["seed"] + p["repeats"])
+
+
 def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
     """``values`` to significant digits: what is drawn does not depend on the last bits of a sum."""
     values = np.asarray(values, dtype=float)
@@ -60,7 +68,7 @@ def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A result made of curves: ``curves[quantity, series]``; subclasses add what only pictures need."""
+    """A result made of curves: ``curves[quantity, series]``; subclasses add their headline, and what pictures need."""
 
     parameters: dict[str, Any]
     curves: Mapping[tuple[str, str], Curve]
@@ -76,3 +84,13 @@ class Study:
         columns = ["quantity", "series", "x", "median", "low", "high"]
         rows = [(*key, *point) for key, c in self.curves.items() for point in zip(*c, strict=True)]
         return pandas.DataFrame(rows, columns=columns)
+
+    @property
+    def where(self) -> str:
+        """Network, data and moment, λ and seeds."""
+        p = self.parameters
+        widths = ", ".join(map(str, p["widths"]))
+        moment = f"after {p['steps']} Adam steps" if p["steps"] else "untrained"
+        data = re.sub(r"(\d)$", r" \1×\1", p["data"])  # digits4: digits 4×4
+        network = f"{data}, {p['n']} examples, hidden widths {widths}, {moment}"
+        return f"{network}, λ = {number(p['damping'])}; median and range of {p['repeats']} seeds"

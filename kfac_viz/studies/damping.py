@@ -12,29 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..method.kfac import KFAC
-from ..parameters import Device, Repeats, Seed, Widths, check
-from ..show.curves import CurveView
-from ..show.parts import number
-from ..show.plot import Plot
-from ..show.style import FAINT, INK, METHODS, Style
-from .curves import Study, by_key, curve
+from .. import KFAC, captured_decrease
+from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
+from ..show import FAINT, INK, METHODS, CurveView, Plot, Style
+from .curves import Study, by_key, curve, seeds
 from .exercises import exercise
 from .problems import Problem
-from .setting import (
-    DAMPINGS,
-    OVER_DAMPINGS,
-    Data,
-    Examples,
-    Setting,
-    Steps,
-    captured,
-    chosen,
-    first_network,
-    seeds,
-    setting,
-    where,
-)
+from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, at_best_length, chosen, first_network, setting
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -56,6 +40,13 @@ class DampingResult(Study):
     """
 
     size: int  # P
+
+    @property
+    def headline(self) -> str:
+        c = self.curves["decrease", f"{MOMENTS[1]}, exact"]
+        best = int(c.y.argmax())
+        return (f"The exact step lowers the loss most at λ = {number(c.x[best], 2)}, by {c.y[best]:.0%} of it; with "
+                "less damping it overshoots")
 
 
 @one_thread()
@@ -116,10 +107,10 @@ def _follow(s: Setting, method: str, λs: NDArray) -> NDArray:
     for λ in λs.tolist():
         A = F.damped(λ)
         v = A.solve(g) if M is None else M.with_damping(λ) @ g
-        best = v * float(g @ v) / float(v @ (A @ v))
+        best = at_best_length(A, g, v)
         undamped = float(g @ best) - 0.5 * float(best @ (F @ best))
         decrease = now - loss_after(s.problem, best)
-        rows.append((float(v.norm()), captured(A, g, v)[0], decrease / undamped, decrease / now))
+        rows.append((float(v.norm()), captured_decrease(A, g, v), decrease / undamped, decrease / now))
     return np.array(rows).T
 
 
@@ -140,6 +131,7 @@ class DampingPlot(Plot):
     """Spectrum, dimension and length above; what becomes of the model and of the loss below."""
 
     size = (10.0, 6.4)
+    fixed = ("size",)
 
     def build(self, result: DampingResult) -> None:
         axes = self.figure.subplots(2, 3).ravel()
@@ -173,34 +165,6 @@ class DampingPlot(Plot):
         self.level.set_ydata([λ, λ])
         for quantity, view in self.views.items():
             view.update(shown(result, quantity), at=λ)
-
-    @staticmethod
-    def headline(result: DampingResult) -> str:
-        c = result.curves["decrease", f"{MOMENTS[1]}, exact"]
-        best = int(c.y.argmax())
-        return (f"The exact step lowers the loss most at λ = {number(c.x[best], 2)}, by {c.y[best]:.0%} of it; with "
-                "less damping it overshoots")
-
-    @staticmethod
-    def where(result: DampingResult) -> str:
-        return where(result.parameters)
-
-    @staticmethod
-    def describe(result: DampingResult) -> str:
-        told = []
-        for series, c in result.of("decrease").items():
-            best = int(c.y.argmax())
-            told.append(f"{SERIES[series].label} {c.y[best]:.2g} at λ = {c.x[best]:.2g}")
-        return (
-            f"Curves over the damping λ for a network of {result.size} parameters, at the start and after training: "
-            "spectrum, effective dimension, length of the step, captured and actual decrease, reduction ratio. "
-            "Decrease and ratio are for the best length of each step. "
-            "Largest decrease, as a share of the loss: " + "; ".join(told) + "."
-        )
-
-    @staticmethod
-    def frame(result: DampingResult) -> int:
-        return result.size
 
 
 def shown(result: DampingResult, quantity: str) -> dict:

@@ -10,22 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..method import coarse
-from ..method.kfac import KFAC
-from ..method.krylov import captured_decrease, spectrum
-from ..method.operator import Dense, cholesky
-from ..method.partition import Partition
-from ..method.preconditioner import BlockDiagonal
-from ..method.two_level import TwoLevel
-from ..parameters import Device, Range, Repeats, Seed, check
-from ..show.curves import CurveView, plain_numbers
-from ..show.parts import number
-from ..show.plot import Plot
-from ..show.style import FAINT, METHODS, MUTED, Style, styled
+from .. import KFAC, BlockDiagonal, Dense, Partition, TwoLevel, captured_decrease, coarse, spectrum
+from ..method.operator import cholesky
+from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
+from ..show import FAINT, METHODS, MUTED, CurveView, Plot, Style, plain_numbers, styled
 from . import problems
-from .curves import Curve, Study, by_key, over_seeds
+from .curves import Curve, Study, by_key, over_seeds, seeds
 from .exercises import exercise
-from .setting import Examples, Setting, Steps, Tolerance, iterations, largest_eigenvalue, seeds
+from .setting import Setting, iterations, largest_eigenvalue
 from .threads import one_thread
 
 
@@ -35,6 +27,21 @@ class DepthResult(Study):
     Quantities: ``iterations`` of conjugate gradients with orthogonal residuals, ``largest`` eigenvalue of M A,
     ``captured`` decrease; and ``above``, the number of eigenvalues of F that exceed λ.
     """
+
+    @property
+    def headline(self) -> str:
+        p, captured = self.parameters, self.of("captured")
+        at = int(np.argmax(p["layers"]))
+        return (f"At {p['layers'][at]} layers one step of K-FAC captures {number(captured['kfac'].y[at])} of the best "
+                f"decrease, balanced eigenvectors {number(captured['leading, balanced'].y[at])}")
+
+    @property
+    def where(self) -> str:
+        p = self.parameters
+        data = {"planted_bn": "planted, batch norm", "planted": "planted", "digits4": "digits 4×4"}[p["data"]]
+        return (f"{data}, {p['n']} examples, hidden width {p['width']}, after {p['steps']} Adam steps, "
+                f"λ = {number(p['damping'])} λ_max, {p['per_layer']} eigenvectors per layer; median and range of "
+                f"{p['repeats']} seeds")
 
 
 @one_thread()
@@ -132,6 +139,7 @@ class DepthPlot(Plot):
     """Largest eigenvalue, iterations and captured decrease side by side."""
 
     size = (10.0, 4.7)
+    fixed = ("layers",)
 
     def build(self, result: DepthResult) -> None:
         axes = self.figure.subplots(1, 3)
@@ -160,39 +168,6 @@ class DepthPlot(Plot):
     def move(self, result: DepthResult) -> None:
         for quantity, view in self.views.items():
             view.update(shown(result, quantity))
-
-    @staticmethod
-    def headline(result: DepthResult) -> str:
-        p, captured = result.parameters, result.of("captured")
-        at = int(np.argmax(p["layers"]))
-        return (f"At {p['layers'][at]} layers one step of K-FAC captures {number(captured['kfac'].y[at])} of the best "
-                f"decrease, balanced eigenvectors {number(captured['leading, balanced'].y[at])}")
-
-    @staticmethod
-    def where(result: DepthResult) -> str:
-        p = result.parameters
-        data = {"planted_bn": "planted, batch norm", "planted": "planted", "digits4": "digits 4×4"}[p["data"]]
-        return (f"{data}, {p['n']} examples, hidden width {p['width']}, after {p['steps']} Adam steps, "
-                f"λ = {number(p['damping'])} λ_max, {p['per_layer']} eigenvectors per layer; median and range of "
-                f"{p['repeats']} seeds")
-
-    @staticmethod
-    def describe(result: DepthResult) -> str:
-        p, at = result.parameters, int(np.argmax(result.parameters["layers"]))
-        deepest = "; ".join(
-            f"{SERIES[name].label}: λ_max {c.y[at]:.3g}, captured {result.of('captured')[name].y[at]:.3g}, "
-            f"{result.of('iterations')[name].y[at]:.0f} iterations"
-            for name, c in result.of("largest").items()
-        )
-        none = result.of("iterations")["none"].y[at]
-        return (
-            "Largest eigenvalue, iterations of conjugate gradients and captured decrease against the number of layers. "
-            f"At {p['layers'][at]} layers: {deepest}; {none:.0f} iterations with no preconditioner."
-        )
-
-    @staticmethod
-    def frame(result: DepthResult) -> list[int]:
-        return sorted(result.parameters["layers"])
 
 
 def shown(result: DepthResult, quantity: str) -> dict[str, Curve]:

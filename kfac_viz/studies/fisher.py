@@ -10,19 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..method.fisher import Fisher
-from ..method.likelihood import nll
-from ..method.partition import Partition
-from ..method.preconditioner import Diagonal, Identity
-from ..parameters import Device, Range, Repeats, Seed, Widths, check
-from ..show.curves import CurveView, empty_line
-from ..show.parts import MatrixView, limit_of, number
-from ..show.plot import Plot
-from ..show.style import FAINT, INK, METHODS, Style
+from .. import Diagonal, Fisher, Identity, Partition, nll
+from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Widths, check, number
+from ..show import FAINT, INK, METHODS, CurveView, MatrixView, Plot, Style, empty_line, limit_of
 from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
 from .problems import Problem
-from .setting import DAMPINGS, OVER_DAMPINGS, Examples, Steps, captured, chosen, first_network, setting, where
+from .setting import DAMPINGS, OVER_DAMPINGS, at_best_length, captured, chosen, first_network, setting
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -54,6 +48,12 @@ class FisherResult(Study):
     matrices: dict[str, Tensor]  # flavour: (P, P)
     largest: float  # eigenvalue of the exact F
     plane: Plane
+
+    @property
+    def headline(self) -> str:
+        error = {name: c.y[0] for name, c in self.of("error").items()}
+        return (f"Drawn labels miss {error['mc']:.2f} of the Fisher, and more of them less; true ones (empirical) miss "
+                f"{error['empirical']:.2f}")
 
 
 @one_thread()
@@ -163,7 +163,7 @@ def _plane(damping, samples, point, likelihood, seed, device) -> Plane:
     return Plane(
         *_landscape(likelihood, seed),
         {name: fisher.damped(damping).dense().cpu().numpy() for name, fisher in F.items()},
-        {name: rounded((float(g @ v) / float(v @ (A @ v)) * v).cpu()) for name, v in directions.items()},
+        {name: rounded(at_best_length(A, g, v).cpu()) for name, v in directions.items()},
         {name: float(rounded(captured(A, g, v)[1])) for name, v in directions.items()},
     )
 
@@ -246,11 +246,14 @@ class FisherPlot(Plot):
             xlim=(0.9, 1.1 * result.partition.size), ylim=(1e-10, 3),
         ))  # fmt: skip
         self.level = self.add(bottom[3].axhline(1, color=INK, linewidth=0.9, alpha=0.6))
-        self.views = [
+        self.matrices = [
             self.add(MatrixView(ax, result.partition, style.label, pixels=162, logarithmic=False))
             for ax, style in zip(bottom, FLAVOURS.values(), strict=False)
         ]
         self.legend([*self.steps.values(), self.error.lines["theory"]], 3)
+
+    def note(self, result: FisherResult) -> str:  # the diagonal of the first layers would outshine the rest
+        return f"; colours end at ±{number(limit_of(result.matrices['exact'] / 5), 2)}"
 
     def move(self, result: FisherResult) -> None:
         plane, p = result.plane, result.parameters
@@ -266,45 +269,13 @@ class FisherPlot(Plot):
         for name, line in self.steps.items():
             line.set_data(*np.stack([here, here - plane.steps[name]], axis=1))
             self.shares[name].set_text(f"{plane.shares[name]:.2f}")
-        limit = colour_limit(result)
-        for view, matrix in zip(self.views, result.matrices.values(), strict=True):
+        limit = limit_of(result.matrices["exact"] / 5)
+        for view, matrix in zip(self.matrices, result.matrices.values(), strict=True):
             view.update(matrix, limit)
         self.error.update(result.of("error"), at=p["samples"])
         self.rescaled.update(result.of("rescaled"), at=p["damping"])
         self.spectrum.update(result.of("spectrum"))
         self.level.set_ydata([p["damping"] / result.largest] * 2)
-
-    @staticmethod
-    def headline(result: FisherResult) -> str:
-        error = {name: c.y[0] for name, c in result.of("error").items()}
-        return (f"Drawn labels miss {error['mc']:.2f} of the Fisher, and more of them less; true ones (empirical) miss "
-                f"{error['empirical']:.2f}")
-
-    @staticmethod
-    def where(result: FisherResult) -> str:
-        return f"{where(result.parameters)}; colours end at ±{number(colour_limit(result), 2)}"
-
-    @staticmethod
-    def describe(result: FisherResult) -> str:
-        shares = ", ".join(f"{STEPS[name].label} {share:.2f}" for name, share in result.plane.shares.items())
-        return (
-            "Contours of the loss of a model with two parameters, an ellipse for each Fisher, and steps at their best "
-            f"length with the decrease each captures: {shares}. For a network of {result.partition.size} parameters: "
-            "the error of the matrix, which falls with the root of the labels, the decrease captured against damping, "
-            "the three matrices in one signed colour scale, and their spectra."
-        )
-
-    @staticmethod
-    def frame(result: FisherResult) -> Partition:
-        return result.partition
-
-    def regions(self, result: FisherResult) -> list[tuple[float, float, float, float, str]]:
-        return [region for view in self.views for region in view.regions()]
-
-
-def colour_limit(result: FisherResult) -> float:
-    """The diagonal of the first layers would outshine the rest: colours end at a fifth of the largest entry."""
-    return limit_of(result.matrices["exact"] / 5)
 
 
 class Landscape:

@@ -11,34 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..method.fisher import Fisher
-from ..method.kfac import EKFAC, KFAC
-from ..method.kronecker_fisher import KroneckerFisher
-from ..method.partition import Partition
-from ..method.preconditioner import BlockDiagonal
-from ..method.tridiagonal import BlockTridiagonal
-from ..parameters import Device, Range, Repeats, Seed, Widths, check
-from ..show.curves import CurveView
-from ..show.parts import MatrixView, PairView, limit_of, number
-from ..show.plot import Plot
-from ..show.style import INK, METHODS, Style
-from .curves import Curve, Study, curve, over_seeds, rounded
+from .. import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Fisher, KroneckerFisher, Partition, captured_decrease
+from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Widths, check, number
+from ..show import INK, METHODS, CurveView, MatrixView, PairView, Plot, Style, limit_of
+from .curves import Curve, Study, curve, over_seeds, rounded, seeds
 from .exercises import exercise
-from .setting import (
-    DAMPINGS,
-    OVER_DAMPINGS,
-    Data,
-    Examples,
-    Setting,
-    Steps,
-    captured,
-    chosen,
-    first_network,
-    kronecker_blocks,
-    seeds,
-    setting,
-    where,
-)
+from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, first_network, kronecker_blocks, setting
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -78,6 +56,10 @@ class KfacResult(Study):
     error: Tensor  # (P, P): F minus K-FAC
     lost: NDArray  # (L, L): share of ‖F − K-FAC‖² in each block, adding up to 1
     misfit: NDArray  # (L, L): ‖F_lm − G_lm ⊗ A_lm‖ / ‖F_lm‖
+
+    @property
+    def headline(self) -> str:
+        return f"K-FAC's error lies between the layers: {1 - float(np.trace(self.lost)):.0%} of its square"
 
 
 @one_thread()
@@ -178,7 +160,7 @@ def _methods(network: tuple, samples: int, seed: int) -> dict[tuple[str, str], l
                 inverse = kronecker_blocks(F, λ) if name == "factored" else torch.linalg.inv(M.dense())
                 error = float((A.dense() - inverse).norm())
             found["error", name].append(error / float(s.dense.norm()))
-            found["captured", name].append(captured(A, s.g, M @ s.g)[0])
+            found["captured", name].append(captured_decrease(A, s.g, M @ s.g))
     return found
 
 
@@ -225,7 +207,7 @@ class KfacPlot(Plot):
         self.legend(self.captured.lines.values(), 3)
 
     def move(self, result: KfacResult) -> None:
-        limit, damping = colour_limit(result), result.parameters["damping"]
+        limit, damping = limit_of(result.fisher / 5), result.parameters["damping"]
         self.F.update(result.fisher, limit)
         self.error.update(result.error, limit)
         self.lost.update(result.lost)
@@ -234,31 +216,8 @@ class KfacPlot(Plot):
         self.matrix_error.update(result.of("error"), at=damping)
         self.captured.update(result.of("captured"), at=damping)
 
-    @staticmethod
-    def headline(result: KfacResult) -> str:
-        return f"K-FAC's error lies between the layers: {1 - float(np.trace(result.lost)):.0%} of its square"
-
-    @staticmethod
-    def where(result: KfacResult) -> str:
-        return f"{where(result.parameters)}; colours end at ±{number(colour_limit(result), 2)}"
-
-    @staticmethod
-    def describe(result: KfacResult) -> str:
-        told = (
-            f"after {step} steps "
-            + ", ".join(f"{PIECES[name].label} {c.y[i]:.2g}" for name, c in result.of("piece").items())
-            for i, step in ((0, MOMENTS[0]), (-1, MOMENTS[-1]))
-        )
-        return (
-            f"The Fisher of a network of {result.partition.size} parameters, what K-FAC misses of it, the share of "
-            "the squared error in each pair of layers, and how far G ⊗ A would be off there. Pieces of the squared "
-            f"error as shares of ‖F‖²: {'; '.join(told)}. Then the error of the matrix and the captured decrease "
-            f"against damping for {', '.join(METHODS[name].label for name in METHODS_COMPARED)}."
-        )
-
-    @staticmethod
-    def frame(result: KfacResult) -> Partition:
-        return result.partition
+    def note(self, result: KfacResult) -> str:
+        return f"; colours end at ±{number(limit_of(result.fisher / 5), 2)}"
 
     def regions(self, result: KfacResult) -> list[tuple[float, float, float, float, str]]:
         words = "Layers {} and {}: {:.2%} of K-FAC's squared error; G ⊗ A would miss {:.2g} of the block's norm"
@@ -269,11 +228,6 @@ class KfacPlot(Plot):
                 lambda l, m: words.format(l + 1, m + 1, result.lost[l, m], result.misfit[l, m])
             )
         ]
-
-
-def colour_limit(result: KfacResult) -> float:
-    """The first layers would outshine the rest: colours end at a fifth of the largest entry."""
-    return limit_of(result.fisher / 5)
 
 
 class Bars:
@@ -298,6 +252,11 @@ class Bars:
         self.bars = dict(zip(pieces, ax.containers, strict=True))
         self.ranges = dict(zip(pieces, np.reshape(ax.lines, (len(pieces), -1)), strict=True))
         self.artists = [*ax.patches, *ax.lines]
+
+    def words(self) -> str:
+        told = (f"{PIECES[name].label} {number(bars[0].get_height())} to {number(bars[-1].get_height())}"
+                for name, bars in self.bars.items())  # fmt: skip
+        return f"Pieces of the squared error over {MOMENTS[0]} to {MOMENTS[-1]} steps: {', '.join(told)}."
 
     def update(self, pieces: dict[str, Curve]) -> None:
         for name, c in pieces.items():

@@ -11,20 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import BlockDiagonal, Damped, Dense, Identity, Partition, TwoLevel, spectrum
 from ..method.coarse import nicolaides
-from ..method.krylov import spectrum
-from ..method.operator import Damped, Dense
-from ..method.partition import Partition
-from ..method.preconditioner import BlockDiagonal, Identity
-from ..method.two_level import TwoLevel
-from ..parameters import Device, Range, Repeats, Seed, check
-from ..show.curves import CurveView, empty_line, plain_numbers
-from ..show.parts import MatrixView, limit_of, number
-from ..show.plot import Plot
-from ..show.style import FAINT, INK, METHODS, SPACES, Style
-from .curves import Curve, Study, by_key, curve, over_seeds, rounded
+from ..parameters import Device, Range, Repeats, Seed, Tolerance, check, number
+from ..show import FAINT, INK, METHODS, SPACES, CurveView, MatrixView, Plot, Style, empty_line, limit_of, plain_numbers
+from .curves import Curve, Study, by_key, curve, over_seeds, rounded, seeds
 from .exercises import exercise
-from .setting import Tolerance, iterations, seeds
+from .setting import iterations
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -47,6 +40,19 @@ class OriginResult(Study):
     gram: NDArray
     groups: Partition
     means: NDArray
+
+    @property
+    def headline(self) -> str:
+        s, blocks, balanced = last(self, "poisson", "blocks", "balanced")
+        k, none, clusters = last(self, "ridge", "none", "clusters")
+        return (f"A constant for each of {s} subdomains saves {blocks - balanced} of {blocks} iterations, one for each "
+                f"of {k} clusters {none - clusters} of {none}")
+
+    @property
+    def where(self) -> str:
+        p = self.parameters
+        return (f"Poisson on an interval, {p['local']} points a subdomain, {p['sweeps']} sweeps; ridge regression on "
+                f"{p['n']} digits, λ = {number(p['damping'])} λ_max; median and range of {p['repeats']} seeds")
 
 
 @one_thread()
@@ -195,6 +201,7 @@ class OriginPlot(Plot):
     """Poisson's equation above, ridge regression below."""
 
     size = (10.0, 6.6)
+    fixed = ("local", "subdomains", "shown", "clusters", "n", "seed")
 
     def build(self, result: OriginResult) -> None:
         p = result.parameters
@@ -252,37 +259,6 @@ class OriginPlot(Plot):
         self.modes.update(result.of("modes"), at=result.parameters["shown"])
         self.poisson.update(result.of("poisson"))
         self.ridge.update(result.of("ridge"))
-
-    @staticmethod
-    def headline(result: OriginResult) -> str:
-        s, blocks, balanced = last(result, "poisson", "blocks", "balanced")
-        k, none, clusters = last(result, "ridge", "none", "clusters")
-        return (f"A constant for each of {s} subdomains saves {blocks - balanced} of {blocks} iterations, one for each "
-                f"of {k} clusters {none - clusters} of {none}")
-
-    @staticmethod
-    def where(result: OriginResult) -> str:
-        p = result.parameters
-        return (f"Poisson on an interval, {p['local']} points a subdomain, {p['sweeps']} sweeps; ridge regression on "
-                f"{p['n']} digits, λ = {number(p['damping'])} λ_max; median and range of {p['repeats']} seeds")
-
-    @staticmethod
-    def describe(result: OriginResult) -> str:
-        p = result.parameters
-        poisson, ridge = (
-            ", ".join(f"{styles[name].label} {c.y[0]:.0f} to {c.y[-1]:.0f}" for name, c in result.of(quantity).items())
-            for quantity, styles in (("poisson", POISSON), ("ridge", RIDGE))
-        )
-        return (
-            f"Above: an error over {p['shown']} subdomains before and after the sweeps, the energy left in each sine "
-            f"mode, and iterations from {p['subdomains'][0]} to {p['subdomains'][-1]} subdomains: {poisson}. Below: "
-            "mean images of clusters of digits, their Gram matrix, and iterations of the ridge regression from "
-            f"{p['clusters'][0]} to {p['clusters'][-1]} clusters: {ridge}."
-        )
-
-    @staticmethod
-    def frame(result: OriginResult) -> list:
-        return [result.parameters[name] for name in FRAME]
 
 
 def last(result: OriginResult, quantity: str, *names: str) -> list[int]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..parameters import read
-from ..show.page import frame, write_page
-from ..show.parts import limit_of, number
-from ..show.style import METHODS
-from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpacePlot, CoarseSpaceResult, stretched
+from ..parameters import number, read
+from ..show import METHODS, limit_of
+from ..show.parts import frame
+from ..show.publish import put
+from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpaceResult, stretched
 
 SIZES = (0, 1, 2, 4, 8, 16)
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -54,15 +55,17 @@ def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | P
         "limits": [number(limit_of(column[0].missed), 2) for column in columns],
         "views": [[_view(result, correction, ranks) for result in column] for column in columns],
     }  # fmt: skip
-    return write_page(TEMPLATE, data, name, out_dir)
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
+    return put({f"{name}.html": page.encode()}, Path(out_dir))[0]
 
 
 def _view(result: CoarseSpaceResult, correction: str, ranks: np.ndarray) -> dict[str, Any]:
     """What one position of the two sliders shows."""
     return {
         "added": frame(result.added, limit_of(result.missed)),
-        "title": CoarseSpacePlot.headline(result),
-        "where": CoarseSpacePlot.where(result),
+        "title": result.headline,
+        "where": result.where,
         "captured": [result.captured[name] for name in ORDER],
         "best": [round(result.at_best_length[name], 3) for name in ORDER],
         "errors": [round(100 * result.errors[name], 1) for name in ("blocks", "kfac", correction)],

@@ -50,15 +50,9 @@ class Problem:
 
     def gradient(self) -> Tensor:
         """Gradient of :meth:`loss` over the partition, (P,); leaves ``.grad`` alone."""
-        partition = self.partition
-        modules = [self.model.get_submodule(name) for name in partition.names]
-        grads = iter(torch.autograd.grad(self.loss(), [p for module in modules for p in _tensors(module)]))
-        return partition.join(
-            [
-                torch.cat([next(grads).flatten(1) if p.ndim > 1 else next(grads)[:, None] for p in _tensors(m)], 1)
-                for m in modules
-            ]
-        )
+        twin = replace(self, model=copy.deepcopy(self.model))
+        twin.loss().backward()
+        return self.partition.pack_grad(twin.model)
 
     def capture(self, fisher: str = "exact", **options) -> Fisher:
         """The Fisher of this problem; see :func:`kfac_viz.capture`."""
@@ -81,12 +75,13 @@ class Problem:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Problem:
         """A copy on another device or in another floating dtype."""
-        targets = self.targets.to(device, dtype if self.targets.is_floating_point() else None)
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, dtype if x.is_floating_point() else None)
+
+        inputs = tuple(map(moved, self.inputs)) if isinstance(self.inputs, tuple) else moved(self.inputs)
         model = copy.deepcopy(self.model).to(device, dtype)
-        inputs = tuple(x.to(device, dtype if x.is_floating_point() else None) for x in self.arguments)
-        return replace(
-            self, model=model, inputs=inputs if isinstance(self.inputs, tuple) else inputs[0], targets=targets
-        )
+        return replace(self, model=model, inputs=inputs, targets=moved(self.targets))
 
     def __repr__(self) -> str:
         return f"Problem({self.name}, {len(self.arguments[0])} examples, {self.likelihood}, {self.partition})"
@@ -154,11 +149,7 @@ def planted(
         noise: standard deviation added to the labels.
     """
     check_count("depth", depth, least=1)
-    check_count("n", n, least=1)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 10, generator=generator, dtype=torch.float64)
-    plant = torch.randn(10, 1, generator=generator, dtype=torch.float64) / 10**0.5
-    y = x @ plant + noise * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    x, y = _regression(n, 10, 1, noise, seed)
     model = _mlp([10, *[width] * (depth - 1), 1], activation, seed, batch_norm)
     name = "planted" + (" linear" if activation is None else "")
     return _settled(Problem(model, x, y, "gaussian", name).to(device, dtype))
@@ -174,13 +165,9 @@ def deep_linear(
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
     """Regression by a deep linear network, widths from input to output: here K-FAC's factorisation is exact."""
-    check_count("n", n, least=1)
     if len(widths) < 2:
         raise ValueError(f"widths must name at least the input and the output; got {tuple(widths)}.")
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, widths[0], generator=generator, dtype=torch.float64)
-    plant = torch.randn(widths[0], widths[-1], generator=generator, dtype=torch.float64) / widths[0] ** 0.5
-    y = x @ plant + noise * torch.randn(n, widths[-1], generator=generator, dtype=torch.float64)
+    x, y = _regression(n, widths[0], widths[-1], noise, seed)
     return Problem(_mlp(list(widths), None, seed), x, y, "gaussian", "deep linear").to(device, dtype)
 
 
@@ -198,6 +185,14 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
     if side == 4:
         x = nn.functional.avg_pool2d(x, 2)
     return x.flatten(1), torch.as_tensor(labels)[order].long()
+
+
+def _regression(n: int, inputs: int, outputs: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Gaussian inputs (n, inputs), and labels (n, outputs) from a linear model that is planted, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (check_count("n", n, least=1), inputs), (inputs, outputs), (n, outputs)
+    x, plant, errors = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return x, x @ (plant / inputs**0.5) + noise * errors
 
 
 def _mlp(widths: list[int], activation: str | None, seed: int, batch_norm: bool = False) -> nn.Sequential:
@@ -227,7 +222,3 @@ def _settled(problem: Problem) -> Problem:
                 problem.model(problem.inputs)
     problem.model.eval()
     return problem
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [module.weight] if module.bias is None else [module.weight, module.bias]

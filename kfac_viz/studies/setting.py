@@ -1,4 +1,4 @@
-"""What several studies share: a network at a moment of its training, their parameters, and what is measured there."""
+"""What several studies share: a network at a moment of its training, and what is measured there."""
 
 from __future__ import annotations
 
@@ -12,23 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..method import coarse
-from ..method.columns import CoarseSpace
-from ..method.fisher import Fisher
-from ..method.kfac import KFAC
-from ..method.krylov import captured_decrease, pcg
-from ..method.operator import Damped, Dense, Operator
+from .. import KFAC, CoarseSpace, Damped, Dense, Fisher, Operator, captured_decrease, coarse, pcg
 from ..parameters import Range
-from ..show.parts import number
 from . import problems
 from .problems import Problem
 
-DATA = {
-    "digits4": "digits 4×4",
-    "digits8": "digits 8×8",
-    "autoencoder4": "digits 4×4 autoencoder",
-    "planted": "planted toy problem",
-}
 Data = Annotated[
     Literal["digits4", "digits8", "autoencoder4", "planted"],
     "digits (4×4 or 8×8 pixels) as classifier or autoencoder, or the planted toy problem.",
@@ -39,10 +27,6 @@ Flavour = Annotated[
 ]
 Rule = Annotated[Literal["eigen", "factored"], "how K-FAC is damped."]
 Damping = Annotated[float, Range(1e-6, 10, log=True, steps=71), "λ of A = F + λI, and of all that is made of it."]
-Examples = Annotated[int, Range(10, 1797), "examples."]
-Steps = Annotated[int, Range(0, 2000), "full-batch Adam steps before the picture is taken."]
-Tolerance = Annotated[float, Range(1e-12, 1e-1, log=True), "relative residual at which the iterations stop."]
-
 DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the slider of the first studies; some positions carry their curves
 OVER_DAMPINGS = {"x": "damping λ", "xlim": (DAMPINGS.low, DAMPINGS.high)}
 LARGEST = 2500  # parameters: the matrices are dense
@@ -77,49 +61,6 @@ class Setting:
     def blocks(self) -> Tensor:
         """K-FAC's approximation of it, (P, P)."""
         return kronecker_blocks(self.F)
-
-
-def kronecker_blocks(F: Fisher, damping: float = 0.0) -> Tensor:
-    """K-FAC as a matrix (P, P): ``G ⊗ A`` in each layer; with damping, what its factored rule inverts."""
-    f, root = F.kronecker(), damping**0.5
-
-    def shifted(X: Tensor, shift: Tensor) -> Tensor:
-        return X + shift * torch.eye(len(X), dtype=X.dtype, device=X.device)
-
-    layers = zip(f.A, f.G, f.pi, strict=True)
-    return torch.block_diag(*(torch.kron(shifted(G, root / π), shifted(A, root * π)) for A, G, π in layers))
-
-
-def captured(A: Operator, g: Tensor, v: Tensor) -> tuple[float, float]:
-    """Captured decrease of the direction v as it is, and of v with its own best length ``gᵀv / vᵀAv``.
-
-    The second is the squared cosine, in the metric A, of the angle between v and the exact direction.
-    """
-    best_length = float(g @ v) / float(v @ (A @ v))
-    return captured_decrease(A, g, v), captured_decrease(A, g, best_length * v)
-
-
-def space(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int) -> CoarseSpace:
-    """The coarse space of this name; columns that depend on others are left out, and its size says so."""
-    arguments = {"krylov": (A, M, g, per_layer), "optimal": (A, M, per_layer), "random": (M, per_layer, seed)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(coarse, name)(*arguments.get(name, (M, per_layer)))
-
-
-def iterations(A: Operator, g: Tensor, M: Operator | None, rtol: float) -> int:
-    """Of conjugate gradients nearly as in exact arithmetic. Dense, which is the quickest at some hundred unknowns."""
-    M = M if M is None or isinstance(M, Dense) else Dense(M.dense(), A.partition)
-    return pcg(A, g, M, rtol=rtol, reorthogonalize=True).iterations
-
-
-def largest_eigenvalue(T: Tensor, L: Tensor) -> float:
-    """λ_max(T A) for ``A = L Lᵀ``, by Lanczos on the similar ``Lᵀ T L``."""
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
-    T, L = T.cpu().numpy(), L.cpu().numpy()
-    similar = LinearOperator(T.shape, matvec=lambda x: L.T @ (T @ (L @ x)), dtype=T.dtype)
-    return float(eigsh(similar, 1, which="LA", v0=np.ones(len(T)), ncv=12, tol=1e-4, return_eigenvectors=False)[0])
 
 
 def small_enough(problem: Problem) -> Problem:
@@ -162,15 +103,46 @@ def first_network(steps: int = 100) -> Setting:
     return setting("digits4", (12, 12, 12), 500, 0, steps)
 
 
-def seeds(p: Mapping[str, Any]) -> range:
-    """The seeds of these parameters."""
-    return range(p["seed"], p["seed"] + p["repeats"])
+def kronecker_blocks(F: Fisher, damping: float = 0.0) -> Tensor:
+    """K-FAC as a matrix (P, P): ``G ⊗ A`` in each layer; with damping, what its factored rule inverts."""
+    f, root = F.kronecker(), damping**0.5
+
+    def shifted(X: Tensor, shift: Tensor) -> Tensor:
+        return X + shift * torch.eye(len(X), dtype=X.dtype, device=X.device)
+
+    layers = zip(f.A, f.G, f.pi, strict=True)
+    return torch.block_diag(*(torch.kron(shifted(G, root / π), shifted(A, root * π)) for A, G, π in layers))
 
 
-def where(p: Mapping[str, Any]) -> str:
-    """Network, data and moment, λ and seeds, as the line below a headline has them."""
-    widths = ", ".join(map(str, p["widths"]))
-    moment = f"after {p['steps']} Adam steps" if p["steps"] else "untrained"
-    repeats = f"median and range of {p['repeats']} seeds" if p["repeats"] > 1 else f"seed {p['seed']}"
-    return (f"{DATA[p['data']]}, {p['n']} examples, hidden widths {widths}, {moment}, λ = {number(p['damping'])}; "
-            f"{repeats}")
+def at_best_length(A: Operator, g: Tensor, v: Tensor) -> Tensor:
+    """The direction v with the length that captures most, ``gᵀv / vᵀAv`` times its own."""
+    return float(g @ v) / float(v @ (A @ v)) * v
+
+
+def captured(A: Operator, g: Tensor, v: Tensor) -> tuple[float, float]:
+    """Captured decrease of the direction v as it is, and at its best length: there it is the squared cosine, in the
+    metric A, of the angle between v and the exact direction."""
+    return captured_decrease(A, g, v), captured_decrease(A, g, at_best_length(A, g, v))
+
+
+def space(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int) -> CoarseSpace:
+    """The coarse space of this name; columns that depend on others are left out, and its size says so."""
+    arguments = {"krylov": (A, M, g, per_layer), "optimal": (A, M, per_layer), "random": (M, per_layer, seed)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(coarse, name)(*arguments.get(name, (M, per_layer)))
+
+
+def iterations(A: Operator, g: Tensor, M: Operator | None, rtol: float) -> int:
+    """Of conjugate gradients nearly as in exact arithmetic. Dense, which is the quickest at some hundred unknowns."""
+    M = M if M is None or isinstance(M, Dense) else Dense(M.dense(), A.partition)
+    return pcg(A, g, M, rtol=rtol, reorthogonalize=True).iterations
+
+
+def largest_eigenvalue(T: Tensor, L: Tensor) -> float:
+    """λ_max(T A) for ``A = L Lᵀ``, by Lanczos on the similar ``Lᵀ T L``."""
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    T, L = T.cpu().numpy(), L.cpu().numpy()
+    similar = LinearOperator(T.shape, matvec=lambda x: L.T @ (T @ (L @ x)), dtype=T.dtype)
+    return float(eigsh(similar, 1, which="LA", v0=np.ones(len(T)), ncv=12, tol=1e-4, return_eigenvectors=False)[0])

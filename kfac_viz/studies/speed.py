@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..parameters import Device, Seed
-from ..show.curves import CurveView, plain_numbers
-from ..show.plot import Plot
-from ..show.style import FAINT, INK, METHODS, Style, styled
+from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers, styled
 from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
 
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MEASURED = Path(__file__).parents[2] / "figures" / "benchmarks"
+LARGEST = "spectral-4 balanced, 512 examples"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +34,17 @@ class SpeedResult(Study):
     """
 
     machine: str
+
+    @property
+    def headline(self) -> str:
+        ms = {name: c.y[0] for name, c in self.of("autoencoder").items()}
+        one, least, most = (ms[name] for name in ("one-level K-FAC", "nicolaides additive", LARGEST))
+        return (f"A step with a coarse level costs {least / one:.2f} (constants) to {most / one:.2f} (4 eigenvectors) "
+                "times one-level K-FAC")
+
+    @property
+    def where(self) -> str:
+        return f"{self.machine}; autoencoder of the 2020 paper, and perceptrons; range over several rounds"
 
 
 def run_speed(*, seed: Seed = 0, device: Device = "cpu") -> SpeedResult:
@@ -88,6 +98,7 @@ STYLES: dict[str, Style] = {
     "constants, additive": styled("nicolaides", "additive"),
     "leading, balanced": styled("spectral", "balanced"),
 }
+DOTTED = {f"{name}, counted": style._replace(marker="", line=":") for name, style in STYLES.items()}
 PUBLISHED = Style("as published", FAINT)
 BARS: dict[str, tuple[str, Style]] = {  # of the autoencoder: what is written above the bar, and its colour
     "SGD": ("SGD", METHODS["gradient"]),
@@ -95,7 +106,7 @@ BARS: dict[str, tuple[str, Style]] = {  # of the autoencoder: what is written ab
     "one-level K-FAC": ("one-level K-FAC", METHODS["kfac"]),
     "nicolaides additive": ("constants, additive", STYLES["constants, additive"]),
     "spectral-4 balanced, 128 examples": ("4 eigenvectors, balanced; A of 128 examples", STYLES["leading, balanced"]),
-    "spectral-4 balanced, 512 examples": ("4 eigenvectors, balanced; A of all examples", STYLES["leading, balanced"]),
+    LARGEST: ("4 eigenvectors, balanced; A of all examples", STYLES["leading, balanced"]),
     "as published, LU inverses": ("as published: LU inverses", PUBLISHED),
     "as published, eigenvectors": ("as published: eigenvectors", PUBLISHED),
 }
@@ -111,25 +122,23 @@ class SpeedPlot(Plot):
     """One network in bars, growth in curves; what the products alone would take is dotted."""
 
     size = (10.0, 6.2)
+    fixed = ("device",)
 
     def build(self, result: SpeedResult) -> None:
         grid = self.figure.add_gridspec(2, 3, width_ratios=(1.3, 1, 1))
         self._bars(self.figure.add_subplot(grid[:, 0]), result)
+        self.views = {}
         for i, (quantity, label) in enumerate(AXES.items()):
-            ax, curves = self.figure.add_subplot(grid[i // 2, 1 + i % 2]), result.of(quantity)
-            counted = {f"{name}, counted": c for name, c in result.of(f"{quantity}, counted").items()}
-            dotted = {f"{name}, counted": style._replace(marker="", line=":") for name, style in STYLES.items()}
-            ends = [end for c in (curves | counted).values() for end in (c.low.min(), c.high.max())]
+            ax, curves = self.figure.add_subplot(grid[i // 2, 1 + i % 2]), shown(result, quantity)
             x = np.unique(np.concatenate([c.x for c in curves.values()]))
-            view = CurveView(
-                ax, dotted | STYLES, curves | counted, "", x=label, y="ms per step" if i % 2 == 0 else "",
+            ends = [end for c in curves.values() for end in (c.low.min(), c.high.max())]
+            self.views[quantity] = self.add(CurveView(
+                ax, DOTTED | STYLES, curves, "ms per step" if i < 2 else "", x=label,
                 xlim=(x[0] / 1.15, x[-1] * 1.15), ylim=(min(ends) / 1.5, max(ends) * 1.5),
-            )  # fmt: skip
-            view.update(curves | counted)
+            ))  # fmt: skip
             plain_numbers(ax.xaxis, x)
-            if i == 0:
-                (limit,) = ax.plot([], [], ":", color=INK, label="products alone")
-                self.legend([*(view.lines[name] for name in STYLES if name in view.lines), limit], 5)
+        (limit,) = ax.plot([], [], ":", color=INK, label="products alone")
+        self.legend([*(self.views["width"].lines[name] for name in STYLES), limit], 5)
 
     def _bars(self, ax: Axes, result: SpeedResult) -> None:
         measured, counted = result.of("autoencoder"), result.of("autoencoder, counted")
@@ -148,41 +157,17 @@ class SpeedPlot(Plot):
         ax.spines["left"].set_visible(False)
 
     def move(self, result: SpeedResult) -> None:
-        """Nothing moves: another device is another plot."""
+        for quantity, view in self.views.items():
+            view.update(shown(result, quantity))
 
-    @staticmethod
-    def headline(result: SpeedResult) -> str:
-        r = ratios(result)
-        return (f"A step with a coarse level costs {r['nicolaides additive']:.2f} (constants) to "
-                f"{r['spectral-4 balanced, 512 examples']:.2f} (4 eigenvectors) times one-level K-FAC")
-
-    @staticmethod
-    def where(result: SpeedResult) -> str:
-        return f"{result.machine}; autoencoder of the 2020 paper, and perceptrons; range over several rounds"
-
-    @staticmethod
-    def describe(result: SpeedResult) -> str:
-        times = "; ".join(f"{name} {float(c.y[0]):.0f} ms" for name, c in result.of("autoencoder").items())
-        shares = [
-            float(np.median(result.of(f"{axis}, counted")["K-FAC"].y / result.of(axis)["K-FAC"].y))
-            for axis in ("width", "depth", "batch")
-        ]
-        return (
-            f"Autoencoder: {times}. On the right, time against {', '.join(AXES.values())}; dotted, the products that "
-            f"are needed at the machine's rate, a median share of {shares[0]:.2f}, {shares[1]:.2f} and {shares[2]:.2f} "
-            "of K-FAC's time over widths, depths and batches."
-        )
-
-    @staticmethod
-    def frame(result: SpeedResult) -> str:
-        return result.parameters["device"]
+    def words(self, result: SpeedResult) -> str:
+        times = "; ".join(f"{name} {c.y[0]:.0f} ms" for name, c in result.of("autoencoder").items())
+        return f"Autoencoder: {times}. {super().words(result)}"
 
 
-def ratios(result: SpeedResult) -> dict[str, float]:
-    """Time of a step of the autoencoder, as a multiple of one-level K-FAC's."""
-    measured = result.of("autoencoder")
-    one = float(measured["one-level K-FAC"].y[0])
-    return {name: float(c.y[0]) / one for name, c in measured.items()}
+def shown(result: SpeedResult, quantity: str) -> dict[str, Curve]:
+    """What was measured along one axis, and what the products alone would take."""
+    return result.of(quantity) | {f"{name}, counted": c for name, c in result.of(f"{quantity}, counted").items()}
 
 
 plot_speed = SpeedPlot.draw
