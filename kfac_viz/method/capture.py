@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_room, check_type, finite, warn
+from .checks import check_choice, check_count, check_room, check_type, finite, own_precision, warn
 from .fisher import Fisher
 from .likelihood import FLAVOURS, LIKELIHOODS, count_vectors, output_vectors
 from .partition import Partition
@@ -87,7 +87,7 @@ def capture(
     with (
         evaluation(model),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.autocast(device.type, enabled=False),
+        own_precision(device),
     ):
         return observed(
             model,

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 
 import torch
@@ -87,6 +88,11 @@ def finite(tensors: Sequence[Tensor]) -> list[bool]:
         return [True] * len(sums)
     read = torch.stack(sums).tolist()
     return [math.isfinite(s) or bool(x.isfinite().all()) for s, x in zip(read, tensors, strict=True)]
+
+
+def own_precision(device: torch.device) -> AbstractContextManager:
+    """A context without the caller's autocast: what is computed here has a precision of its own."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def check_room(what: str, numbers: int, like: Tensor, advice: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from .checks import check_damping, check_room, check_type, finite
+from .checks import check_damping, check_room, check_type, finite, own_precision
 from .columns import CoarseSpace
 from .partition import Partition
 
@@ -122,8 +122,7 @@ class Operator(ABC):
         return self.partition.size, self.partition.size
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        lowered = torch.is_autocast_enabled(self.device.type)  # by the caller; an operator has its own precision
-        with torch.autocast(self.device.type, enabled=False) if lowered else nullcontext():
+        with own_precision(self.device) if self._lowered else nullcontext():
             self.check(v)
             product = self._apply(v.mT).mT if v.ndim == 2 else self._apply(v)
             return self._in_range(product, "The product")
@@ -152,9 +151,13 @@ class Operator(ABC):
         self.check_dense()
         return torch.eye(self.partition.size, dtype=self.dtype, device=self.device)
 
+    @property
+    def _lowered(self) -> bool:
+        """Whether an autocast of the caller would compute in another precision than the operator's own."""
+        return self.device.type != "meta" and torch.is_autocast_enabled(self.device.type)
+
     def _check_precision(self) -> None:
-        """Refuse to compute in another precision than the operator's own."""
-        if torch.is_autocast_enabled(self.device.type):
+        if self._lowered:
             raise ValueError(
                 f"{type(self).__name__} computes in {self.dtype}, and an autocast around this call would lower that; "
                 f"leave it, or write torch.autocast({self.device.type!r}, enabled=False) around the call."

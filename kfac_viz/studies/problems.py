@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.capture import capture, evaluation
-from ..method.checks import check_choice, check_count
+from ..method.checks import check_choice, check_count, check_seed
 from ..method.fisher import Fisher
 from ..method.likelihood import nll
 from ..method.partition import Partition
@@ -180,7 +180,7 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
     pixels, labels = load_digits(return_X_y=True)
     if check_count("n", n, least=1) > len(pixels):
         raise ValueError(f"n must lie between 1 and {len(pixels)}; got {n!r}.")
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:n]
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(check_seed(seed)))[:n]
     x = torch.as_tensor(pixels)[order].view(n, 1, 8, 8) / 16
     if side == 4:
         x = nn.functional.avg_pool2d(x, 2)
@@ -189,7 +189,7 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
 
 def _regression(n: int, inputs: int, outputs: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
     """Gaussian inputs (n, inputs), and labels (n, outputs) from a linear model that is planted, with noise."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     shapes = (check_count("n", n, least=1), inputs), (inputs, outputs), (n, outputs)
     x, plant, errors = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return x, x @ (plant / inputs**0.5) + noise * errors
@@ -204,7 +204,7 @@ def _mlp(widths: list[int], activation: str | None, seed: int, batch_norm: bool 
         act = ACTIVATIONS[check_choice("activation", activation, tuple(ACTIVATIONS))]
     modules: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(check_seed(seed))
         for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             modules.append(nn.Linear(fan_in, fan_out, dtype=torch.float64))
             if i < len(widths) - 2:

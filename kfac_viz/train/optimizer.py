@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
-from ..method.checks import check_damping, check_number, finite, warn
+from ..method.checks import check_damping, check_number, finite, own_precision, warn
 from ..method.partition import Layer, Partition, describe, is_kronecker_layer, own_parameters
 from ..method.two_level import TwoLevel
 from . import state as states
@@ -32,7 +32,7 @@ def _full_precision(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        with torch.inference_mode(False), torch.autocast(self._params[0].device.type, enabled=False):
+        with torch.inference_mode(False), own_precision(self._params[0].device):
             return method(self, *args, **kwargs)
 
     return wrapped
@@ -329,19 +329,20 @@ class TwoLevelKFAC(Optimizer):
                 left = -group["lr"] * group["weight_decay"]
                 new = [torch.add(x, p, alpha=left) if p in shrunk else x for p, x in zip(params, new, strict=True)]
         new = torch._foreach_add(params, new)
-        left = list(buffers.values())
+        left = [x.to(p.dtype) for p, x in buffers.items()]
+        narrow = [x for x in left if x.dtype != g.dtype]  # what is finite in v may overflow there
         facts = list(proposed.facts.values())
-        numbers = torch.stack([*facts, g.sum(), *torch._foreach_norm(new, dtype=g.dtype)])
+        numbers = torch.stack([*facts, g.sum(), *torch._foreach_norm([*new, *narrow], dtype=g.dtype)])
         if self.options.capturable:
             fine = numbers.isfinite().all()
             new = [torch.where(fine, x, p) for p, x in zip(params, new, strict=True)]
-            left = [torch.where(fine, x.to(p.dtype), self._buffer(p)) for p, x in buffers.items()]
+            left = [torch.where(fine, x, self._buffer(p)) for p, x in zip(buffers, left, strict=True)]
             self._skipped = ~fine + (0 if self._skipped is None else self._skipped)
             self._facts.update(proposed.facts)
         else:
             read = numbers.tolist()
             if not all(map(math.isfinite, read)):
-                self._check_update(g, new, read[: len(facts)], grads)
+                self._check_update(g, [*new, *narrow], read[: len(facts)], grads)
             self._facts.update(zip(proposed.facts, read, strict=False))
         torch._foreach_copy_(params, new)
         if buffers:
