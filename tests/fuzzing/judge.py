@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class Try:
                 self.refusals += 1
                 raise Refused from error
             if excuse is not None and same_error(error, excuse):
-                self.refusals += 1
+                self.refusals, self.benign = self.refusals + 1, False
                 raise Refused from error
             raise Raw from error
 
@@ -189,6 +190,8 @@ def difference(a: Any, b: Any, path: str = "") -> str | None:
         return None if same else path
     if type(a) is not type(b):
         return path
+    if isinstance(a, np.ndarray):
+        return None if np.array_equal(a, b) else path
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return path

@@ -106,4 +106,4 @@ def losses(t: Try) -> None:
     if float(size) > torch.finfo(loss.dtype).max / 4:
         return  # a loss may well overflow
     eps = max(torch.finfo(x.dtype).eps for x in (loss, given[0]))
-    t.close(f"nll {likelihood}", loss, expected, ROUND_OFF * eps * float(size) + 1e-300)
+    t.close(f"nll {likelihood}", loss, expected, ROUND_OFF * (eps * float(size) + torch.finfo(loss.dtype).tiny))

@@ -65,7 +65,7 @@ def expected_step(opt: kv.TwoLevelKFAC, T: kv.TwoLevel, dtype: torch.dtype) -> T
 
 def _usual(opt: kv.TwoLevelKFAC, layers: list[list[Tensor]], groups: dict[Tensor, dict], dtype: torch.dtype) -> bool:
     """Whether the formulas are all there is to it: numbers for options, every layer known and in a group."""
-    options = [group[k] for group in opt.param_groups for k in ("lr", "momentum", "weight_decay")]
+    options = [group.get(k) for group in opt.param_groups for k in ("lr", "momentum", "weight_decay")]
     return (
         dtype in (F64, torch.float32)
         and all(isinstance(x, (int, float)) and math.isfinite(x) for x in options)
