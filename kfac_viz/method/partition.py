@@ -110,6 +110,9 @@ class Partition:
                 f"{f'Module {scripted[0]!r}' if scripted[0] else 'The model'} is TorchScript, inside which nothing can "
                 "be watched; pass the module that it was made from."
             )
+        lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+        if lazy:
+            raise ValueError(f"Parameter {lazy[0]!r} is lazy and has no shape yet; run the model once first.")
         found = {name: module for name, module in modules.items() if is_kronecker_layer(module)}
         if layers is not None and found:
             if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(x, str) for x in layers):
@@ -307,8 +310,6 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter] | None:
 
 def describe(name: str, module: nn.Module) -> Layer:
     """The layer that a Linear or Conv2d module is."""
-    if isinstance(module.weight, nn.UninitializedParameter):
-        raise ValueError(f"Layer {name!r} is lazy and has no shape yet; run the model once first.")
     bias = module.bias is not None
     return Layer(name, module.weight.shape[0], module.weight.shape[1:].numel() + bias, bias)
 

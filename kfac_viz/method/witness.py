@@ -20,8 +20,8 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
 
     A random cotangent that is zero on half of the examples is pulled back: ``Σ g aᵀ`` must then be what autograd says
     of each weight, and the rows of the other half must be zero; and once more with the halves exchanged, since one
-    example may act on another but not be acted on. Two backward passes per model; a batch of one example
-    cannot tell examples apart, and the next one is looked at again.
+    example may act on another but not be acted on. Two backward passes per model, up to eight for a handful of
+    examples; a batch of one cannot tell examples apart, and the next one is looked at again.
 
     Raises:
         ValueError: what was found, by the layer's name, with the ``layers=[...]`` that leaves it out.
@@ -32,8 +32,8 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
         return
     N, outputs = len(record.outputs), record.outputs
     weights = [list(_parameters(model, name)) for name in record.partition.names]
-    chosen = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(outputs.device) < (N + 1) // 2
-    read = torch.stack([_facts(record, weights, half) for half in (chosen, ~chosen)]).amax(0).tolist()
+    halves = [half.to(outputs.device) for half in _halves(N)]
+    read = torch.stack([_facts(record, weights, half) for half in halves]).amax(0).tolist()
     if not all(x < float("inf") for fact in read for x in fact):
         return  # NaN, inf or an overflow, which the vectors of the Fisher are about to tell in their own words
     tolerance = _tolerance(outputs)
@@ -55,6 +55,20 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
     _warn_of_probabilities(outputs, likelihood)
     if N > 1:
         _trusted.setdefault(model, set()).add(key)
+
+
+def _halves(N: int) -> list[Tensor]:
+    """Halves of N examples, (N,) each, and the other halves.
+
+    Of few examples every pair is apart in one of them, as the binary digits of their numbers are; of many, a random
+    half has never been seen not to do.
+    """
+    n = torch.arange(N)
+    if N <= 16:
+        halves = [n // 2**digit % 2 == 1 for digit in range(max(1, (N - 1).bit_length()))]
+    else:
+        halves = [torch.randperm(N, generator=torch.Generator().manual_seed(0)) < N // 2]
+    return [x for half in halves for x in (half, ~half)]
 
 
 def _facts(record: Record, weights: list[list[Tensor]], half: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ def judge_matrix(
     if "autocast" in where:
         what = "an operator"
     if where:  # what was computed there is kept, and has to serve elsewhere too
-        w = t.normal(P, dtype=dtype).requires_grad_()
+        t.benign, w = False, t.normal(P, dtype=dtype).requires_grad_()
         t.call(lambda: (op @ w).sum().backward())
         t.finite("the gradient of a product", w.grad)
     if t.check(product.dtype == dtype, f"{what} @ v{where} has another dtype", f"{product.dtype}, {dtype}"):
