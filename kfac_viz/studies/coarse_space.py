@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
 
-PerLayer = Annotated[int, Range(0, 16), "columns of the coarse space in each layer."]
+PerLayer = Annotated[int, Range(0, 16), "columns of the coarse space in each layer; a smaller layer gives what it has."]
 Space = Annotated[Literal["nicolaides", "spectral", "smooth", "krylov", "random", "optimal"], "which columns."]
 Correction = Annotated[Literal["additive", "a-def1", "a-def2", "balanced"], "how the two levels are combined."]
 Moments = Annotated[Literal[0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], "Adam steps before the picture is taken."]
@@ -116,22 +116,12 @@ def run_coarse_space(
     return coarse_space(setting(*chosen(p)), p)
 
 
-def room(where: Setting) -> dict[str, int]:
-    """The largest coarse space per layer; sliders end there."""
-    return {"per_layer": min(layer.size for layer in where.problem.partition.layers)}
-
-
-run_coarse_space.limits = lambda p: room(setting(*chosen(p, steps=0, fisher="exact")))
-
-
 def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
     """The same experiment on a setting of the reader's own: what does not depend on the network stays to choose."""
-    start = min(4, room(where)["per_layer"])
-
     def run(
         *,
         damping: Damping = 1e-2,
-        per_layer: PerLayer = start,
+        per_layer: PerLayer = 4,
         coarse: Space = "spectral",
         correction: Correction = "balanced",
         rule: Rule = "eigen",
@@ -139,7 +129,6 @@ def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
         choices = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
         return coarse_space(where, choices | {"fisher": where.fisher, "seed": 0})
 
-    run.limits = lambda p: room(where)
     return run
 
 
