@@ -136,7 +136,7 @@ def test_sizes_measure_what_the_first_figure_does(name):
 def test_nested_spaces_are_those_that_the_builders_give():
     where = network()
     A, M = kv.Dense(where.dense, where.F.partition).damped(0.1), kv.KFAC(where.F, 0.1)
-    for Z, k in zip(nested("optimal", A, M, where, (0, 1, 2), 0), (0, 1, 2), strict=True):
+    for Z, k in zip(nested("optimal", A, M, where, (0, 1, 2)), (0, 1, 2), strict=True):
         own = kv.coarse.optimal(A, M, k)
         assert Z.size == own.size
         for T in (kv.TwoLevel(A, M, space, "additive").dense() for space in (Z, own)):

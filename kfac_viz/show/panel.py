@@ -68,11 +68,9 @@ class Panel(widgets.VBox):
         names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
         notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
         self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
-        self._bound(self._values)
         self.result = run(**self._values)
         self._live = Live(plot(self.result))
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
-        self._bound(self._values)
         self._picture = widgets.Image(format="jpeg")
         self._below, self._alert = widgets.HTML(), widgets.HTML()
         self.scale = widgets.Dropdown(options=["lin–log", "linear"], **_about("colours"), layout={"width": "auto"})
@@ -122,7 +120,6 @@ class Panel(widgets.VBox):
         try:
             read = {name: _read(self._known[name], control.value) for name, control in self.controls.items()}
             values = self._values | read
-            self._bound(values)
             key, ahead = self._ahead
             result = ahead.result() if key == tuple(values.items()) else self.run(**values)
             if not self._live.plot.fits(result):
@@ -152,16 +149,6 @@ class Panel(widgets.VBox):
             values = self._values | {name: positions[there]}
             self._ahead[1].cancel()
             self._ahead = tuple(values.items()), self._other_core.submit(self.run, **values)
-
-    def _bound(self, values: dict[str, Any]) -> None:
-        """Keep values, and the ends of their sliders, where the run says that they exist."""
-        for name, high in getattr(self.run, "limits", lambda _: {})(values).items():
-            stated = self._known[name].range
-            high = min(high, stated.high) if stated else high
-            values[name] = min(values[name], high)
-            control = getattr(self, "controls", {}).get(name)
-            if control is not None and control.max != high:
-                control.max = high  # its value follows
 
     def _draw(self) -> None:
         plot = self._live.plot

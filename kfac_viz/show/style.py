@@ -30,7 +30,7 @@ METHODS: dict[str, Style] = {
     "block-tridiagonal": Style("block-tridiagonal", "#CC79A7", "P", "-"),
     "additive": Style("two-level, additive", "#E69F00", "^", "-"),
     "a-def1": Style("two-level, A-DEF1", "#CC6677", "<", "--"),
-    "a-def2": Style("two-level, A-DEF2", "#882255", ">", "-."),
+    "a-def2": Style("two-level, A-DEF2", "#8C510A", ">", "-."),
     "balanced": Style("two-level, balanced", "#D55E00", "D", "-"),
 }
 

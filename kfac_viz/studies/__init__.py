@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..show.save import save
-from .coarse_sizes import CoarseSizesPlot, CoarseSizesResult, plot_coarse_sizes, run_coarse_sizes
-from .coarse_space import CoarseSpacePlot, CoarseSpaceResult, plot_coarse_space, run_coarse_space
-from .damping import DampingPlot, DampingResult, plot_damping, run_damping
-from .depth import DepthPlot, DepthResult, plot_depth, run_depth
-from .fisher import FisherPlot, FisherResult, plot_fisher, run_fisher
-from .kfac import KfacPlot, KfacResult, plot_kfac, run_kfac
-from .origin import OriginPlot, OriginResult, plot_origin, run_origin
+from .coarse_sizes import CoarseSizesPlot, CoarseSizesResult, run_coarse_sizes
+from .coarse_space import CoarseSpacePlot, CoarseSpaceResult, run_coarse_space
+from .damping import DampingPlot, DampingResult, run_damping
+from .depth import DepthPlot, DepthResult, run_depth
+from .fisher import FisherPlot, FisherResult, run_fisher
+from .kfac import KfacPlot, KfacResult, run_kfac
+from .origin import OriginPlot, OriginResult, run_origin
 from .playground import save_page
-from .speed import SpeedPlot, SpeedResult, plot_speed, run_speed
+from .speed import SpeedPlot, SpeedResult, run_speed
+
+plot_coarse_sizes, plot_coarse_space, plot_damping = CoarseSizesPlot.draw, CoarseSpacePlot.draw, DampingPlot.draw
+plot_depth, plot_fisher, plot_kfac = DepthPlot.draw, FisherPlot.draw, KfacPlot.draw
+plot_origin, plot_speed = OriginPlot.draw, SpeedPlot.draw
 
 # The notebooks that can be regenerated, and the function whose signature states their parameters.
 NOTEBOOKS: dict[str, Callable] = {

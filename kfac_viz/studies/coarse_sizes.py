@@ -68,13 +68,13 @@ def run_coarse_sizes(
         seed: of data, weights and random columns.
     """
     p = check(run_coarse_sizes, locals())
-    rows = (_rows(chosen(p, seed=s), damping, p["sizes"], rule, rtol, s) for s in seeds(p))
+    rows = (_rows(chosen(p, seed=s), damping, p["sizes"], rule, rtol) for s in seeds(p))
     return CoarseSizesResult(p, over_seeds(sizes, rows))
 
 
 @lru_cache(maxsize=64)
 def _rows(
-    network: tuple, damping: float, sizes: tuple[int, ...], rule: str, rtol: float, seed: int
+    network: tuple, damping: float, sizes: tuple[int, ...], rule: str, rtol: float
 ) -> dict[tuple[str, str], list[float]]:
     """One number per size, for every quantity and series of one network."""
     s = setting(*network)
@@ -85,7 +85,7 @@ def _rows(
     rows = defaultdict(list)
     rows["iterations", "none"] = [iterations(system, g, None, rtol)] * len(sizes)
     for name in coarse.SPACES:
-        for Z in nested(name, A, M, s, sizes, seed):
+        for Z in nested(name, A, M, s, sizes):
             T = TwoLevel(A, M, Z)
             for correction in CORRECTIONS:
                 method, series = Dense(T.with_correction(correction).dense(), F.partition), f"{name}, {correction}"
@@ -95,13 +95,13 @@ def _rows(
     return rows
 
 
-def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...], seed: int) -> list[CoarseSpace]:
+def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...]) -> list[CoarseSpace]:
     """The coarse space ``name`` at each size. An expensive one is built once: its columns are nested."""
     if name == "optimal":
         columns = coarse.optimal(A, M, max(sizes)).dense()
         counts = [sum(min(k, layer.size) for layer in s.F.partition.layers) for k in sizes]
         return [CoarseSpace(s.F.partition, columns[:, :count], name=name) for count in counts]
-    return [space(name, A, M, s.g, k, seed) for k in sizes]
+    return [space(name, A, M, s.g, k, s.seed) for k in sizes]
 
 
 # ---- the picture --------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...], se
 
 NONE = METHODS["gradient"]._replace(label="no preconditioner")
 QUANTITIES = {  # title, ends of the axis and numbers on it
-    "captured": ("captured by one step", (-30, 1.08), (1, 0.5, 0, -1, -10)),
+    "captured": ("captured by one step", (-3, 1.08), (1, 0.5, 0, -1, -2)),
     "largest": ("λ_max of T A", (0.95, 12), (1, 2, 3, 5, 10)),
     "iterations": ("iterations", (2, 120), (3, 10, 30, 100)),
 }
@@ -133,6 +133,7 @@ class CoarseSizesPlot(Plot):
                 ax.set_xscale("symlog", linthresh=1, linscale=0.3)
                 if quantity == "captured":
                     ax.set_yscale("symlog", linthresh=1, linscale=1.6)
+                    ax.set_ylim(bottom=-0.05 if row == "balanced" else None)
                     ax.axhline(0, color=FAINT, linewidth=1, zorder=0.5)
                 if quantity != "iterations":
                     ax.axhline(1, color=FAINT, linewidth=1, zorder=0.5)
@@ -148,9 +149,6 @@ class CoarseSizesPlot(Plot):
 def shown(result: CoarseSizesResult, row: str, quantity: str) -> dict[str, Curve]:
     """The curves of one axes, by the name of the space."""
     return {name.removesuffix(f", {row}"): c for name, c in result.of(quantity).items() if name.endswith((row, "none"))}
-
-
-plot_coarse_sizes = CoarseSizesPlot.draw
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

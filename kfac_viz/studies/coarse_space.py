@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
 
-PerLayer = Annotated[int, Range(0, 16), "columns of the coarse space in each layer."]
+PerLayer = Annotated[int, Range(0, 16), "columns of the coarse space in each layer; a smaller layer gives what it has."]
 Space = Annotated[Literal["nicolaides", "spectral", "smooth", "krylov", "random", "optimal"], "which columns."]
 Correction = Annotated[Literal["additive", "a-def1", "a-def2", "balanced"], "how the two levels are combined."]
 Moments = Annotated[Literal[0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], "Adam steps before the picture is taken."]
@@ -116,30 +116,20 @@ def run_coarse_space(
     return coarse_space(setting(*chosen(p)), p)
 
 
-def room(where: Setting) -> dict[str, int]:
-    """The largest coarse space per layer; sliders end there."""
-    return {"per_layer": min(layer.size for layer in where.problem.partition.layers)}
-
-
-run_coarse_space.limits = lambda p: room(setting(*chosen(p, steps=0, fisher="exact")))
-
-
 def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
     """The same experiment on a setting of the reader's own: what does not depend on the network stays to choose."""
-    start = min(4, room(where)["per_layer"])
 
     def run(
         *,
         damping: Damping = 1e-2,
-        per_layer: PerLayer = start,
+        per_layer: PerLayer = 4,
         coarse: Space = "spectral",
         correction: Correction = "balanced",
         rule: Rule = "eigen",
     ) -> CoarseSpaceResult:
         choices = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
-        return coarse_space(where, choices | {"fisher": where.fisher, "seed": 0})
+        return coarse_space(where, choices | {"fisher": where.fisher})
 
-    run.limits = lambda p: room(where)
     return run
 
 
@@ -148,9 +138,9 @@ def coarse_space(where: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
     damping, correction = p["damping"], p["correction"]
     depends = damping if p["coarse"] in ("krylov", "optimal") else None
     with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as other_core:
-        levels = _levels(where, p["per_layer"], p["coarse"], p["rule"], p["seed"], depends)
+        levels = _levels(where, p["per_layer"], p["coarse"], p["rule"], depends)
         T = levels.two_level.with_damping(damping).with_correction(correction)
-        spectrum = other_core.submit(levels.spectrum, where, T)  # half of the work
+        spectrum = other_core.submit(levels.spectrum, where, T)  # at the same time: it is half of the work
         one = _one_level(where, p["rule"], damping)
         added = _without_noise(T.contribution(), one.scale)
         as_it_is, at_best_length = _captured(where, T)
@@ -223,10 +213,10 @@ class _Levels:
 
 
 @lru_cache(maxsize=24)
-def _levels(where: Setting, per_layer: int, coarse: str, rule: str, seed: int, damping: float | None) -> _Levels:
-    """``damping`` is None where the columns are the same for every λ; all else of Z and Q is, anyway."""
+def _levels(where: Setting, per_layer: int, coarse: str, rule: str, damping: float | None) -> _Levels:
+    """``damping`` is None where the columns do not depend on it: what is kept then serves every λ."""
     A, M = where.matrix.damped(damping or 1.0), KFAC(where.F, damping or 1.0, rule)
-    T = TwoLevel(A, M, space(coarse, A, M, where.g, per_layer, seed))
+    T = TwoLevel(A, M, space(coarse, A, M, where.g, per_layer, where.seed))
     basis = _of_network(where)[0]
     return _Levels(T, basis.T @ T.Q.columns, basis.T @ T.image_columns)
 
@@ -388,11 +378,10 @@ class CoarseSpacePlot(Plot):
         (one, other), errors, p = result.spectra.values(), result.errors, result.parameters
         captured = ", ".join(f"{METHODS[name].label} {number(result.captured[name])}" for name in ORDER)
         return (
-            f"Four matrices with layer boundaries: the exact Fisher; K-FAC's diagonal blocks, relative error "
-            f"{percent(errors['blocks'])}; what K-FAC misses of the inverse, {percent(errors['kfac'])} of it; what the "
-            f"correction adds, which leaves {percent(errors[p['correction']])} of that. Eigenvalues with K-FAC from "
-            f"{number(one[0])} to {number(one[-1])}, with the correction from {number(other[0])} to "
-            f"{number(other[-1])}. Captured decrease: {captured}."
+            f"{super().words(result)} K-FAC's blocks miss {percent(errors['blocks'])} of F, its inverse "
+            f"{percent(errors['kfac'])} of A⁻¹, and the correction leaves {percent(errors[p['correction']])} of that. "
+            f"Eigenvalues from {number(one[0])} to {number(one[-1])} with K-FAC, from {number(other[0])} to "
+            f"{number(other[-1])} with the correction. Captured decrease: {captured}."
         )
 
     def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
@@ -408,9 +397,6 @@ def stretched(rank, P: int):
 
 def percent(x: float) -> str:
     return f"{100 * x:.3g} %"
-
-
-plot_coarse_space = CoarseSpacePlot.draw
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

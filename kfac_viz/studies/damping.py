@@ -154,7 +154,7 @@ class DampingPlot(Plot):
         }
         for ax in axes[3:]:
             ax.axhline(0, color=INK, linewidth=0.6)
-        for share in (0.25, 0.75):  # below the first λ is raised, above the second lowered
+        for share in (0.25, 0.75):  # Levenberg and Marquardt: λ is raised below the first, lowered above the second
             axes[4].axhline(share, color=FAINT, linewidth=0.8)
         lines = self.views["length"].lines
         self.legend([lines[name] for name in (*SERIES, *LIMIT)], 4)
@@ -170,9 +170,6 @@ class DampingPlot(Plot):
 def shown(result: DampingResult, quantity: str) -> dict:
     """The curves of one axes: the length of the step goes with what the gradient alone would give."""
     return result.of(quantity) | (result.of("gradient") if quantity == "length" else {})
-
-
-plot_damping = DampingPlot.draw
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 from typing import Annotated, Literal
 
@@ -97,9 +96,7 @@ def _network(data: str, depth: int, width: int, n: int, steps: int, seed: int, d
     else:
         problem = problems.planted(depth, width, n, seed, batch_norm=data == "planted_bn", device=device)
     network = Setting(problem.trained(steps))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the parameters of batch norm stay outside the Fisher
-        return network, torch.linalg.eigvalsh(network.dense)
+    return network, torch.linalg.eigvalsh(network.dense)
 
 
 def _measure(data, depth, width, n, steps, seed, device, damping, per_layer, rtol) -> dict[tuple[str, str], float]:
@@ -174,9 +171,6 @@ def shown(result: DepthResult, quantity: str) -> dict[str, Curve]:
     """The curves of one axes, with bands where the lines are solid: five of them would hide each other."""
     curves = result.of(quantity) | (result.of("above") if quantity == "iterations" else {})
     return {name: c._replace(low=c.y, high=c.y) if "additive" in name else c for name, c in curves.items()}
-
-
-plot_depth = DepthPlot.draw
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

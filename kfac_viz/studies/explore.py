@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import Partition
 from ..method.likelihood import output_vectors
-from ..method.partition import Partition
 from .coarse_space import CoarseSpacePlot, run_on
 from .problems import Problem
 from .setting import Setting, small_enough
@@ -44,18 +43,14 @@ def explore(
     """
     from ..show.panel import Panel
 
-    def double(x: Any) -> Any:
-        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
     Partition.from_model(model)  # refuses what has no layers, in words
-    model = copy.deepcopy(model).double().eval()
-    inputs = tuple(map(double, inputs)) if isinstance(inputs, (tuple, list)) else double(inputs)
-    problem = small_enough(Problem(model, inputs, double(targets), likelihood, type(model).__name__))
-    given = targets is not None
-    if not given:
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+    problem = Problem(model, inputs, targets, likelihood, type(model).__name__).to(dtype=torch.float64)
+    small_enough(problem).model.eval()
+    if targets is None:
         problem.capture(fisher)  # refuses the rest, in words, before a label is drawn
         with torch.no_grad():
-            outputs = model(*problem.arguments)
+            outputs = problem.model(*problem.arguments)
         means = {"categorical": outputs.softmax(-1), "bernoulli": outputs.sigmoid()}.get(likelihood, outputs)
         drawn = means - output_vectors(outputs, likelihood, "mc")[0]
         problem = replace(problem, targets=drawn.argmax(-1) if likelihood == "categorical" else drawn)
@@ -72,7 +67,7 @@ def explore(
             space = space.replace("(F, ", "(A, M, ")
         elif values["coarse"] == "krylov":  # the mean of the scores at the labels, given or drawn, is the gradient
             space = space.replace("(F, ", "(A, M, g, ")
-            scores = captured("empirical" if given else "mc")
+            scores = captured("mc" if targets is None else "empirical")
             gradient = f"E = {scores}; g = E.pull(E.a[0].new_ones(1, E.N)) / E.N; "
         return (
             f"F = {captured(fisher)}; A = F.damped({values['damping']}); "

@@ -85,7 +85,7 @@ def run_fisher(
         seed: of data, weights and draws.
     """
     parameters = check(run_fisher, locals())
-    partition, matrices, curves, largest = _network(chosen(parameters), samples, repeats, seed)
+    partition, matrices, curves, largest = _network(chosen(parameters), samples, repeats)
     plane = _plane(damping, samples, (weight, bias), likelihood, seed, device)
     shares = {("plane", name): curve([damping], [share]) for name, share in plane.shares.items()}
     return FisherResult(parameters, curves | shares, partition, matrices, largest, plane)
@@ -111,12 +111,12 @@ def sampling_error(F: Fisher, probabilities: Tensor) -> float:
 
 
 @lru_cache(maxsize=4)
-def _network(network: tuple, samples: int, repeats: int, seed: int):
+def _network(network: tuple, samples: int, repeats: int):
     """What λ and the small model do not change: partition, matrices, curves over samples and λ, largest eigenvalue."""
     s = setting(*network)
 
     def draw(k: int, repeat: int) -> Fisher:
-        generator = torch.Generator(s.g.device).manual_seed(seed + 1000 * k + repeat)
+        generator = torch.Generator(s.g.device).manual_seed(s.seed + 1000 * k + repeat)
         return s.problem.capture("mc", samples=k, generator=generator)
 
     norm, largest = float(s.dense.norm()), float(s.F.eigen.d.max())
@@ -297,9 +297,6 @@ class Landscape:
         contours = contour_generator(plane.axis, plane.axis, plane.loss)
         self.lines.set_segments([np.round(line, 4) for level in levels for line in contours.lines(level)])
         self.minimum.set_data(*plane.minimum[:, None])
-
-
-plot_fisher = FisherPlot.draw
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

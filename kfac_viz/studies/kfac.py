@@ -83,7 +83,7 @@ def run_kfac(
         seed: of the first network, which the matrices show.
     """
     p = check(run_kfac, locals())
-    pieces = np.array([[_pieces(chosen(p, seed=s, steps=m), samples, s) for m in MOMENTS] for s in seeds(p)])
+    pieces = np.array([[_pieces(chosen(p, seed=s, steps=m), samples) for m in MOMENTS] for s in seeds(p)])
     pieces[:, :, -1] *= damping
     curves = {("piece", name): curve(MOMENTS, pieces[:, :, i]) for i, name in enumerate(PIECES)}
     s = setting(*chosen(p))
@@ -91,7 +91,7 @@ def run_kfac(
     for quantity, matrix in (("lost", lost), ("misfit", misfit)):
         for l, m in np.ndindex(*matrix.shape):
             curves[quantity, f"{l + 1}–{m + 1}"] = curve([steps], [matrix[l, m]])
-    curves |= over_seeds(COMPARED, (_methods(chosen(p, seed=s), samples, s) for s in seeds(p)))
+    curves |= over_seeds(COMPARED, (_methods(chosen(p, seed=s), samples) for s in seeds(p)))
     return KfacResult(p, curves, s.F.partition, s.dense.cpu(), error, lost, misfit)
 
 
@@ -125,25 +125,25 @@ def factored_excess(F: Fisher) -> float:
 
 
 @lru_cache(maxsize=256)
-def _pieces(network: tuple, samples: int, seed: int) -> list[float]:
+def _pieces(network: tuple, samples: int) -> list[float]:
     """The PIECES of one network as shares of ‖F‖²; the last for λ = 1."""
     s = setting(*network)
-    sampled = float((s.blocks - kronecker_blocks(_sampled(s, samples, seed))).norm()) ** 2
+    sampled = float((s.blocks - kronecker_blocks(_sampled(s, samples))).norm()) ** 2
     return [piece / float(s.dense.norm()) ** 2 for piece in (*split(s.F, s.dense), sampled, factored_excess(s.F))]
 
 
-def _sampled(s: Setting, samples: int, seed: int) -> Fisher:
+def _sampled(s: Setting, samples: int) -> Fisher:
     """The same network seen through labels drawn from it."""
-    return s.problem.capture("mc", samples=samples, generator=torch.Generator(s.g.device).manual_seed(seed))
+    return s.problem.capture("mc", samples=samples, generator=torch.Generator(s.g.device).manual_seed(s.seed))
 
 
 @lru_cache(maxsize=64)
-def _methods(network: tuple, samples: int, seed: int) -> dict[tuple[str, str], list[float]]:
+def _methods(network: tuple, samples: int) -> dict[tuple[str, str], list[float]]:
     """Error and captured decrease of every method at the dampings COMPARED, on one network."""
     s = setting(*network)
-    F, drawn = s.F, _sampled(s, samples, seed)
+    F, drawn = s.F, _sampled(s, samples)
     dropped, basis, eigenvalues = split(F, s.dense)
-    constant = {  # without damping in the error: λI is added on both sides
+    constant = {  # errors that no λ changes: λI stands on both sides
         "block-diagonal": dropped**0.5,
         "ekfac": (dropped + basis) ** 0.5,
         "kfac": (dropped + basis + eigenvalues) ** 0.5,
@@ -263,9 +263,6 @@ class Bars:
             for bar, line, y, low, high in zip(self.bars[name], self.ranges[name], *c[1:], strict=True):
                 bar.set(y=self.FLOOR, height=max(y - self.FLOOR, 0))
                 line.set_ydata([low, high])
-
-
-plot_kfac = KfacPlot.draw
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

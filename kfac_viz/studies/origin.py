@@ -219,7 +219,7 @@ class OriginPlot(Plot):
         gram = MatrixView(bottom[1], result.groups, "Ridge: Gram matrix", logarithmic=False)
         gram.update(result.gram, limit_of(result.gram))
         bottom[1].set(xticks=[], yticks=[], xlabel="examples by cluster", ylabel="")
-        self.ridge = self._iterations(bottom[2], RIDGE, result.of("ridge"), "Ridge: iterations", "clusters", (3, 1000))
+        self.ridge = self._iterations(bottom[2], RIDGE, result.of("ridge"), "Ridge: iterations", "clusters", (5, 200))
         lines = {**self.poisson.lines, **self.ridge.lines}
         self.legend([self.lines["start"], *lines.values()], 3)
 
@@ -266,9 +266,6 @@ def last(result: OriginResult, quantity: str, *names: str) -> list[int]:
     curves = result.of(quantity)
     at = curves[names[0]].x.argmax()
     return [round(curves[names[0]].x[at]), *(round(curves[name].y[at]) for name in names)]
-
-
-plot_origin = OriginPlot.draw
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

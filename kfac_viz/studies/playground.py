@@ -30,18 +30,16 @@ def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | P
     if not out_dir:
         return None
     dampings = read(run)["damping"].range.positions[10::3]
-    room = run.limits(choices)["per_layer"]
-    sizes = [size for size in SIZES if size <= room]
     damping, per_layer = choices.pop("damping"), choices.pop("per_layer")
-    columns = [[run(damping=x, per_layer=size, **choices) for size in sizes] for x in dampings]
+    columns = [[run(damping=x, per_layer=size, **choices) for size in SIZES] for x in dampings]
     first = columns[0][0]
     P, correction = first.partition.size, choices["correction"]
     ranks = np.unique(np.concatenate([np.geomspace(1, P, 16), P + 1 - np.geomspace(1, P, 16)]).round().astype(int))
     data = {
         "dampings": dampings,
-        "sizes": sizes,
+        "sizes": SIZES,
         "start": [int(np.argmin(np.abs(np.log(dampings) - np.log(damping)))),
-                  int(np.argmin(np.abs(np.array(sizes) - per_layer)))],
+                  int(np.argmin(np.abs(np.array(SIZES) - per_layer)))],
         "edges": [edge / P for edge in first.partition.offsets],
         "layers": [str(layer) for layer in first.partition.layers],
         "methods": [[METHODS[key].label, METHODS[key].color] for key in ORDER],

@@ -77,7 +77,7 @@ class Problem:
         """A copy on another device or in another floating dtype."""
 
         def moved(x: Tensor) -> Tensor:
-            return x.to(device, dtype if x.is_floating_point() else None)
+            return x.to(device, dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
 
         inputs = tuple(map(moved, self.inputs)) if isinstance(self.inputs, tuple) else moved(self.inputs)
         model = copy.deepcopy(self.model).to(device, dtype)

@@ -38,10 +38,13 @@ class Setting:
 
     problem: Problem
     fisher: str = "exact"
+    seed: int = 0
 
     @cached_property
     def F(self) -> Fisher:
-        return self.problem.capture(self.fisher)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parameters of batch norm stay outside the Fisher
+            return self.problem.capture(self.fisher)
 
     @cached_property
     def g(self) -> Tensor:
@@ -89,7 +92,7 @@ def setting(
     else:
         build = problems.autoencoder if data.startswith("auto") else problems.digits
         problem = build(widths, n, seed, side=int(data[-1]), device=device)
-    return Setting(small_enough(problem).trained(steps), fisher)
+    return Setting(small_enough(problem).trained(steps), fisher, seed)
 
 
 def chosen(p: Mapping[str, Any], **other: Any) -> tuple:

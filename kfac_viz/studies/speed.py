@@ -170,9 +170,6 @@ def shown(result: SpeedResult, quantity: str) -> dict[str, Curve]:
     return result.of(quantity) | {f"{name}, counted": c for name, c in result.of(f"{quantity}, counted").items()}
 
 
-plot_speed = SpeedPlot.draw
-
-
 # ---- the exercises ------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,116 @@
+"""What every picture keeps: a sentence above, type that can be read, one colour for one thing, marks where it clips."""
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+import kfac_viz as kv
+from kfac_viz.show import METHODS, SPACES, CurveView, Style
+from kfac_viz.show.live import Live
+from kfac_viz.show.style import rc
+from kfac_viz.studies.curves import curve
+
+NETWORK = dict(n=40, widths=(5, 4))
+PICTURES = {  # run, plot, parameters, and what a slider changes
+    "fisher": (NETWORK | dict(repeats=2), dict(damping=0.1, weight=-1.0, samples=2)),
+    "kfac": (NETWORK | dict(repeats=2, steps=3), dict(damping=0.1, steps=5)),
+    "damping": (NETWORK | dict(repeats=2, steps=3), dict(damping=0.1, steps=5)),
+    "origin": (
+        dict(local=8, subdomains=(2, 4), shown=3, clusters=(2, 5), n=60, repeats=2), dict(damping=0.1, sweeps=3),
+    ),
+    "coarse_space": (NETWORK, dict(damping=1.0, per_layer=1, correction="additive")),
+    "coarse_sizes": (NETWORK | dict(sizes=(0, 1, 3), repeats=2), dict(damping=1.0)),
+    "depth": (dict(layers=(2, 3), width=6, n=40, steps=2, repeats=2), dict(damping=0.05, per_layer=2)),
+    "speed": ({}, {}),
+}
+SMALLEST = 11  # pixels, of type in a picture of 900: what a panel has in a window of 1366 × 768
+
+
+def drawn(name, moved=False):
+    first, then = PICTURES[name]
+    run = getattr(kv.studies, f"run_{name}")
+    plot = getattr(kv.studies, f"{name.title().replace('_', '')}Plot")
+    return plot, run(**first | (then if moved else {}))
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_sentence_stands_above_and_says_a_number(name):
+    Plot, result = drawn(name)
+    plot = Plot(result)
+    head, where = plot.title.get_text(), plot.subtitle.get_text()
+    assert head == result.headline and where.startswith(result.where)
+    assert any(letter.isdigit() for letter in head) and " " in head and not head.endswith(".")
+    assert name == "speed" or ("λ = " in where and ("digits" in where or "planted" in where))
+    for text in (plot.title, plot.subtitle):
+        assert text.get_window_extent().x1 <= plot.figure.bbox.width, text.get_text()
+    label = plot.figure.get_label()
+    assert label.startswith(f"{head}. {result.where}. ") and label.endswith(".")
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_type_can_be_read(name):
+    Plot, result = drawn(name)
+    figure = Plot(result).figure
+    share = 900 / figure.bbox.width
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip():
+            assert text.get_fontsize() * figure.dpi / 72 * share >= SMALLEST - 1e-6, text.get_text()
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_artist_that_moves_is_animated(name):
+    """After an update the picture over the old background is that of a fresh figure."""
+    (Plot, before), (_, after) = drawn(name), drawn(name, moved=True)
+    plot = Plot(before)
+    live, fresh = Live(plot), Live(Plot(after))
+    start = np.asarray(live.picture(), dtype=float)
+    plot.update(after)
+    assert plot.fits(after)
+    with matplotlib.rc_context(rc()):
+        moved, whole = (np.asarray(x.picture(), dtype=float) for x in (live, fresh))
+    assert (abs(moved - whole).max(axis=2) > 60).mean() < 5e-4
+    assert name == "speed" or (abs(moved - start).max(axis=2) > 60).mean() > 1e-4
+
+
+def test_one_colour_for_one_thing():
+    assert METHODS["kfac"].color == METHODS["block-diagonal"].color == kv.studies.origin.BLOCKS.color
+    corrections = {METHODS[name].color for name in ("additive", "a-def1", "a-def2", "balanced")}
+    spaces = {style.color for style in SPACES.values()}
+    others = {style.color for name, style in METHODS.items() if style.label.split()[0] != "two-level,"}
+    assert len(corrections) == 4 and len(spaces) == len(kv.coarse.SPACES)
+    assert not corrections & spaces and not (corrections | spaces) & others
+
+
+SERIES = {"a": Style("a", "#0072B2"), "b": Style("b", "#D55E00", "s", "--")}
+
+
+def view_of(curves, **options):
+    with matplotlib.rc_context(rc()):
+        ax = Figure().subplots()
+        view = CurveView(ax, SERIES, curves, "title", x="x", xlim=(0.5, 5), ylim=(1, 10), **options)
+    view.update(curves)
+    return view
+
+
+def test_bands_reach_from_the_lowest_to_the_highest_seed():
+    view = view_of({"a": curve([1, 2, 4], [[2, 3, 4], [3, 4, 5], [4, 6, 8]])})
+    assert list(view.lines) == ["a"]  # no curve, no line
+    np.testing.assert_array_equal(view.lines["a"].get_ydata(), [3, 4, 5])
+    corners = view.bands["a"].get_paths()[0].vertices
+    assert {(1.0, 2.0), (1.0, 4.0), (4.0, 4.0), (4.0, 8.0)} <= set(map(tuple, corners))
+
+
+def test_what_leaves_the_axes_is_marked_where_it_leaves():
+    view = view_of({"a": curve([1, 2, 3, 4], [5, 20, 30, 5]), "b": curve([1, 2, 3, 4], [0.0, -1, 2, 0.5])})
+    above, below = (marks.get_offsets().tolist() for marks in view.leaves)
+    assert above == [[2, 10], [3, 10]] and below == [[2, 1], [4, 1]]  # zero has no place on the axis, either
+
+
+def test_of_two_equal_curves_both_can_be_seen():
+    same = curve(range(1, 40), np.full(39, 3.0))
+    lines = view_of({"a": same, "b": same}).lines
+    first, second = lines.values()
+    assert first.get_linewidth() > second.get_linewidth() and first.get_markersize() > second.get_markersize()
+    assert first.get_markevery() != second.get_markevery()
