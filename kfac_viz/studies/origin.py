@@ -210,7 +210,7 @@ class OriginPlot(Plot):
         modes = min(4, p["local"]) * p["shown"]
         errors = {name: style._replace(marker="") for name, style in ERRORS.items()}
         self.modes = self.add(CurveView(
-            top[1], errors, result.of("modes"), "Energy left in each sine mode", x="mode; a line at the subdomains",
+            top[1], errors, result.of("modes"), "Energy left in each sine mode", x="mode (upright line: subdomains)",
             xlim=(0, modes), ylim=(1e-2, 1.5), scale=("linear", "log"),
         ))  # fmt: skip
         self.poisson = self._iterations(top[2], POISSON, result.of("poisson"), "Poisson: iterations", "subdomains",
