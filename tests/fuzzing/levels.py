@@ -193,9 +193,8 @@ def worth(t: Try) -> None:
             v1, g1 = v64 / a if a else v64, g64 / b if b else g64
             best = float(g1 @ pinv(x.A64) @ g1)
             ratio = a / b if b else math.inf
-            squared = ratio * ratio
-            expected = (2 * float(g1 @ v1) * ratio - float(v1 @ x.A64 @ v1) * squared) / best if best else math.nan
-            terms = 2 * float(g1.abs() @ v1.abs()) * ratio + norm(x.A64) * float(v1 @ v1) * squared
+            expected = ratio * (2 * float(g1 @ v1) - ratio * float(v1 @ x.A64 @ v1)) / best if best else math.nan
+            terms = ratio * (2 * float(g1.abs() @ v1.abs()) + ratio * norm(x.A64) * float(v1 @ v1))
             terms = terms / best if best else 0.0
             t.close("captured_decrease", torch.tensor(share, dtype=F64), torch.tensor(expected, dtype=F64),
                     allowance(dtype, κ, terms + abs(expected)))  # fmt: skip
