@@ -196,4 +196,4 @@ def worth(t: Try) -> None:
             terms = 2 * float(g1.abs() @ v1.abs()) * ratio + norm(x.A64) * float(v1 @ v1) * squared
             terms = terms / best if best else 0.0
             t.close("captured_decrease", torch.tensor(share, dtype=F64), torch.tensor(expected, dtype=F64),
-                    allowance(dtype, κ, terms + abs(expected)))  # fmt: skip
+                    allowance(dtype, κ, terms + abs(expected)) + 10 * eps)  # fmt: skip

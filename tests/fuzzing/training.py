@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import re
 from collections.abc import Callable
@@ -172,7 +173,8 @@ class Training:
             expected = expected_step(opt, T, self.dtype)
         marks = {k: told(opt, k) for k in ("shortened", "rejected")}
         with context():
-            self.atomic(opt, "step", lambda: opt.step(closure) if closure is not None else opt.step(), buffers=False)
+            act = opt.step if closure is None else functools.partial(opt.step, closure)
+            self.atomic(opt, "step", act, closure, buffers=False)
         finite = all(bool(p.isfinite().all()) for p in model.parameters())
         if not t.check(finite or not was_finite, "a step left NaN or inf in the parameters"):
             return
