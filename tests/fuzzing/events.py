@@ -52,9 +52,13 @@ BAD: dict[str, tuple] = {
     **dict.fromkeys(("samples", "observe_every", "refresh_every", "coarse_every", "coarse_examples", "coarse_window"),
                     (*BAD_COUNTS[:5], True, [], 1j, 0)),
     "per_layer": (*BAD_COUNTS, 10**400), "seed": (*BAD_COUNTS, 10**400), "damping": BAD_DAMPINGS, "likelihood": WORDS,
-    "layers": ("0", [], [0], ["nope"], [None], 3, [[]], ["0", "0"], iter(["0"]), "", {"0": 1}),
+    "layers": ("0", [], [0], ["nope"], [None], 3, [[]], ["0", "0"], "", {"0": 1}),
     "decoupled": ("x",), "maximize": ("x", None),
 }  # fmt: skip
+
+
+# Where none of the values above is right, so that to be taken is a failure. None is the default of two.
+STRICT = tuple(name for name in BAD if name not in ("layers", "decoupled", "maximize"))
 
 
 def parameters_asked_for(t: Try, run: Training) -> Any:

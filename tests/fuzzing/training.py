@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import kfac_viz as kv
 
 from .captures import outputs_of, untouched
-from .events import BAD, GOOD, Events, closure_of, parameters_asked_for
+from .events import BAD, GOOD, STRICT, Events, closure_of, parameters_asked_for
 from .hostile import tampered
 from .judge import F64, Raw, Refused, Try, difference, seeded
 from .networks import ORDINARY, batch, examples, labels, network
@@ -234,6 +234,8 @@ def training(t: Try) -> None:
     if run.backward(x, y) is None:
         return
     opt = run.build(**others)
+    for name, value in others.items():
+        t.check(name not in STRICT or value is None, f"TwoLevelKFAC accepted {name}={value!r}"[:60])
     if any(len(set(group["params"])) < len(group["params"]) for group in opt.param_groups):
         return t.wrong("the optimizer accepted a parameter twice")  # which would be moved twice or four times
     eventless = True
