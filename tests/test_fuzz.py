@@ -13,8 +13,32 @@ from kfac_viz.method import capture as capturing
 from kfac_viz.method import checks, fisher, kfac, krylov, operator, two_level
 from kfac_viz.train import curvature, optimizer
 
-# Failures that are known and not mended yet, as regular expressions.
-KNOWN = (r"^raw ", r"^silent ")
+# What is known and not mended yet, as regular expressions: an entry goes when its fault does.
+KNOWN = (
+    # arguments of another kind; sparse, complex and meta tensors; numbers beyond the range of a float
+    r"^raw \w+ in (coarse|columns|fisher|kronecker|kronecker_fisher|krylov|likelihood|partition|operator|stacks)\.",
+    r"^raw \w+ in (capture|checks)\.",
+    # parameter groups, gradients, closures and states that hold nonsense
+    r"^raw \w+ in (curvature|optimizer|statistics|two_level)\.",
+    r"^silent (step|observe|load_state_dict) raised and changed",
+    r"^silent (a step was taken with|a step left NaN or inf|accepted the damping)",
+    r"^silent (TwoLevelKFAC|the optimizer) accepted",
+    # overflow and underflow
+    r"^silent .* holds? NaN or inf$",
+    r"^silent (captured_decrease is wrong|pcg converged, and the residual is large)",
+    # LAPACK's eigensolver where rows are zero
+    r"^silent an ordinary case is refused: .*(nan|NaN)",
+    # weights used in another way than by their module; examples that are not told apart; changes in place
+    r"^silent (capture|observe)\(.*\) (accepted a model that couples|counts other examples)",
+    r"^silent capture\(.*\): (F.dense\(\) is wrong|a sampled score)",
+    r"^silent the optimizer's A is not the mean Fisher",
+    r"^silent a \w*Linear with a gradient is not moved",
+    r"^silent (capture|TwoLevelKFAC\(\)) changed the model's",
+    # autocast, sparse vectors, shapes and symmetry
+    r"^silent an operator @ v under autocast",
+    r"^silent .* is a torch.sparse_coo tensor",
+    r"^silent (Partition accepted layers without a size|Dense took a matrix that is not symmetric)",
+)
 
 TRIES = {"training": 400, "states": 200}  # of each other kind 600
 
@@ -27,7 +51,8 @@ def test_the_package_has_no_unknown_failure(kind):
     count = report.counts[kind]
     assert count["accepted"] > (0.02 if kind == "arguments" else 0.2) * count["tries"] < 50 * count["refused"]
     found = [f"{sort} {what}" for sort, what in report.failures]
-    assert [text for text in found if not any(re.search(known, text) for known in KNOWN)] == [], str(report)
+    new = [text for text in found if not any(re.search(known, text) for known in KNOWN)]
+    assert not new, f"{new}\n{report}"
 
 
 SEEDS = {"states": range(120), "training": range(500)}  # for planted faults; of each other kind 300

@@ -132,7 +132,7 @@ def judge_fisher(
         return judge_labels(t, where, F, true, options)
     expected = true.fisher(options["likelihood"], options.get("targets"))
     eps = max(torch.finfo(kind).eps for kind in (dtype, true.precision))
-    size = norm(true.J.flatten(0, 1)) ** 2 / F.N
+    size = norm(true.J.flatten(0, 1)) * norm(true.J.flatten(0, 1)) / F.N
     largest = float(expected.abs().max())
     off = float((found.to(F64) - expected).abs().max())
     allowed = ROUND_OFF * eps * (largest + eps * size + (largest * size) ** 0.5 * eps**0.5) + torch.finfo(dtype).tiny
