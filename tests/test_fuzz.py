@@ -24,7 +24,7 @@ KNOWN = (
     r"^silent (a step was taken with|a step left NaN or inf|accepted the damping)",
     r"^silent (TwoLevelKFAC|the optimizer) accepted",
     # overflow and underflow
-    r"^silent .* holds? NaN or inf$",
+    r"^silent .* (holds? NaN or inf|overflows without a sentence)$",
     r"^silent (captured_decrease is wrong|pcg converged, and the residual is large)",
     # LAPACK's eigensolver where rows are zero
     r"^silent an ordinary case is refused: .*(nan|NaN)",
