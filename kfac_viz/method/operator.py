@@ -56,12 +56,12 @@ def eigenpairs(matrix: Tensor, what: str) -> Eigen:
 
 
 def _found(routine: Callable, matrix: Tensor, what: str) -> Any:
-    """What LAPACK finds. On the CPU it gives up, or answers NaN, on some harmless matrices of low rank with rows of zeros;
-    then once more in double precision, shifted by a multiple of the identity so that no row is empty."""
+    """What LAPACK finds. On the CPU it gives up, or answers NaN, on some matrices of low rank with rows of zeros; then
+    once more in double precision, shifted by a multiple of the identity so that no row is empty."""
     with suppress(torch.linalg.LinAlgError):
         found = routine(flushed(matrix))
         d = found if isinstance(found, Tensor) else found[0]
-        if d.device.type != "cpu" or not np.isnan(d.numpy()).any():  # numpy: nothing is read from a device
+        if d.device.type != "cpu" or not np.isnan(d.detach().numpy()).any():  # numpy: nothing is read from a device
             return found
     shift = matrix.abs().max().double()
     try:

@@ -95,17 +95,14 @@ def _facts(record: Record, weights: list[list[Tensor]], half: Tensor) -> Tensor:
 
 
 def _check_unused(model: nn.Module, record: Record) -> None:
-    """Refuse layers that have a gradient although they were never called."""
+    """Refuse layers whose weights lead to the outputs although the layers were never called."""
     unused = {name: list(_parameters(model, name)) for name in record.unused}
     if not (unused and record.outputs.requires_grad):
         return
-    flat = [p for own in unused.values() for p in own]
+    flat, vector = [p for own in unused.values() for p in own], torch.ones_like(record.outputs)
     # Free where none of them is in the graph: autograd visits only what leads to them.
-    grads = iter(
-        torch.autograd.grad(record.outputs, flat, _random_like(record.outputs), allow_unused=True, retain_graph=True)
-    )
-    reached = {name: [grad for grad in (next(grads) for _ in own) if grad is not None] for name, own in unused.items()}
-    hidden = [name for name, found in reached.items() if any(bool(grad.ne(0).any()) for grad in found)]
+    grads = iter(torch.autograd.grad(record.outputs, flat, vector, allow_unused=True, retain_graph=True))
+    hidden = [name for name, own in unused.items() if any([next(grads) is not None for _ in own])]
     if hidden:
         raise ValueError(
             f"Layers {hidden} have a gradient although they were never called: their weights are used without them, as "

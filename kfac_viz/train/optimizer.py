@@ -239,8 +239,6 @@ class TwoLevelKFAC(Optimizer):
                 overflows the parameters, or a group whose options were edited out of range; parameters and momentum
                 have not been changed then.
         """
-        for group in self.param_groups:
-            _check_group(group)
         judged = closure is not None and self.options.step_rule == "quadratic"
         if judged and self.options.capturable:
             raise ValueError(
@@ -291,6 +289,7 @@ class TwoLevelKFAC(Optimizer):
         """The gradient over the partition (P,), and of each parameter that has one, with weight decay."""
         grads: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
+            _check_group(group)
             params = [p for p in group["params"] if p.grad is not None]
             found = [p.grad for p in params]
             if any(grad.layout != torch.strided for grad in found):

@@ -92,7 +92,8 @@ def capture(t: Try) -> None:
     context = surroundings(t) if t.chance(0.1) else contextlib.nullcontext()
     arguments = given if isinstance(given, (tuple, list)) else (given,)
     with untouched(t, asked, "capture"), context:
-        F = t.call(lambda: kv.capture(asked, given, **options), excuse=lambda: net.build(dtype).eval()(*arguments))
+        alone = net.build(dtype) if asked is model else asked
+        F = t.call(lambda: kv.capture(asked, given, **options), excuse=lambda: copy.deepcopy(alone).eval()(*arguments))
     twin = net.build(dtype).to(F64).eval()
     if asked is not model:
         if not (isinstance(asked, nn.Sequential) and len(asked) == 1):

@@ -188,14 +188,18 @@ def worth(t: Try) -> None:
             t.benign, v = False, spoiled(t, v)
         with surroundings(t) if t.chance(0.1) else contextlib.nullcontext():
             share = t.call(lambda: kv.captured_decrease(A, g, v))
-        if t.finite("captured_decrease", share):
-            v64 = real(v)
-            a, b = float(v64.abs().max()), float(g64.abs().max())
-            v1, g1 = v64 / a if a else v64, g64 / b if b else g64
-            best = float(g1 @ pinv(x.A64) @ g1)
-            ratio = a / b if b else math.inf
-            expected = ratio * (2 * float(g1 @ v1) - ratio * float(v1 @ x.A64 @ v1)) / best if best else math.nan
-            terms = ratio * (2 * float(g1.abs() @ v1.abs()) + ratio * norm(x.A64) * float(v1 @ v1))
-            terms = terms / best if best else 0.0
-            t.close("captured_decrease", torch.tensor(share, dtype=F64), torch.tensor(expected, dtype=F64),
-                    allowance(dtype, κ, terms + abs(expected)) + 10 * eps)  # fmt: skip
+        expected, terms = true_share(x.A64, g64, real(v))
+        allowed = allowance(dtype, κ, terms + abs(expected)) + 10 * eps
+        t.close("captured_decrease", torch.tensor(share, dtype=F64), torch.tensor(expected, dtype=F64), allowed)
+
+
+def true_share(A: Tensor, g: Tensor, v: Tensor) -> tuple[float, float]:
+    """The captured decrease and the size of its terms, without the overflow and underflow of squares."""
+    a, b = float(v.abs().max()), float(g.abs().max())
+    v, g = v / a if a else v, g / b if b else g
+    best, ratio = float(g @ pinv(A) @ g), a / b if b else math.inf
+    if not best:
+        return math.nan, math.nan
+    expected = 2 * float(g @ v) * ratio - float(v @ A @ v) * ratio * ratio
+    terms = 2 * float(g.abs() @ v.abs()) * ratio + norm(A) * float(v @ v) * ratio * ratio
+    return expected / best, terms / best

@@ -69,7 +69,7 @@ def stack(t: Try, first: int, last: int, *, plain: bool = False) -> Callable[[],
         if not plain and t.chance(0.1):
             parts.append(lambda m=m: batch_norm(m))
         if not plain and t.chance(0.1):
-            parts.append(lambda m=m: nn.LayerNorm(m))
+            parts.append(lambda m=m: nn.LayerNorm(m) if m > 2 else nn.Identity())  # of few numbers it is round-off
         parts.append(t.pick(*ACTIVATIONS))
         if not plain and t.chance(0.1):
             parts.append(lambda: nn.Dropout(0.3))

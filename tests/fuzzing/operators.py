@@ -177,7 +177,7 @@ def judge_matrix(
     Without a size, entries may be off by the condition of their layer times the norm of its block."""
     size, moves = bounds
     dtype, slices, dense = op.dtype, op.partition.slices, t.call(op.dense)
-    if not t.finite(f"{what}: dense()", dense):
+    if not t.close(f"{what}: dense()", dense, expected, math.inf):
         return
     sizes = [norm(expected[i, i]) if size is None else size for i in slices]
     for l, m in itertools.product(range(len(slices)), repeat=2):
