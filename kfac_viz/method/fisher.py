@@ -286,7 +286,10 @@ def independent(a: Tensor, g: Tensor, convention: str) -> tuple[Tensor, Tensor]:
 
 def _directional(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
     """``Σ_t g[s,n,t]ᵀ V a[n,t]`` for one layer or a stack, and V (…, out, features): (…, S, N)."""
-    return torch.einsum("...snto,...nto->...sn", g, torch.einsum("...nti,...oi->...nto", a, V))
+    outputs = torch.einsum("...nti,...oi->...nto", a, V)
+    if V.ndim < a.ndim and g.shape[-4] > 1:  # one v: einsum would copy g
+        return (g * outputs.unsqueeze(-4)).sum((-2, -1))
+    return torch.einsum("...snto,...nto->...sn", g, outputs)
 
 
 def _layer_scores(a: Tensor, g: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -272,7 +273,7 @@ class TwoLevelKFAC(Optimizer):
         model = QuadraticModel(T.A.operator, g, self._ridge())
         proposed = update(
             self._moving(T._apply(g), grads),
-            self._joined(self._buffers(grads)) if any(self._momentum(p) for p in self._params) else None,
+            self._last_step(grads),
             model,
             self.options,
             lr=self._per_parameter("lr"),
@@ -301,14 +302,14 @@ class TwoLevelKFAC(Optimizer):
             grads.update(zip(params, found, strict=True))
         if not grads:
             raise ValueError("No parameter of the optimizer has a gradient; call loss.backward() first.")
-        return self._joined(grads), grads
+        return self._joined([grads.get(p) for p in self._params]), grads
 
     def _moving(self, v: Tensor, grads: dict[Tensor, Tensor]) -> Tensor:
         """v, zero where no step is taken: its length must not depend on what stays."""
         for name, s in zip(self.partition.names, self.partition.slices, strict=True):
             if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
                 v[s] = 0
-        if not self._index <= grads.keys():
+        if len(grads) < len(self._params) or not self._index <= grads.keys():
             for p, piece in zip(self._params, self._split(v), strict=True):
                 if p not in grads:
                     piece.zero_()
@@ -316,27 +317,31 @@ class TwoLevelKFAC(Optimizer):
 
     def _write(self, proposed: Update, g: Tensor, grads: dict[Tensor, Tensor]) -> None:
         """Take the step if all that it would write is finite; one look at the device, or none if capturable."""
-        steps = dict(zip(self._params, self._split(proposed.step), strict=True))
-        buffers = (
-            {} if proposed.momentum is None else dict(zip(self._params, self._split(proposed.momentum), strict=True))
+        moving = [p in grads for p in self._params]
+        params, momentum = list(compress(self._params, moving)), proposed.momentum
+        steps = list(compress(self._split(proposed.step), moving))
+        owners, buffers = (
+            ([], []) if momentum is None else (list(params), list(compress(self._split(momentum), moving)))
         )
-        steps, buffers = ({p: x for p, x in some.items() if p in grads} for some in (steps, buffers))
-        self._plain_steps({p: grad for p, grad in grads.items() if p not in self._index}, steps, buffers)
-        params, new = list(steps), [step.to(p.dtype) for p, step in steps.items()]
+        if len(grads) > len(params):
+            plain, along, left = self._plain_steps({p: grad for p, grad in grads.items() if p not in self._index})
+            params, steps = params + list(plain), steps + along
+            owners, buffers = owners + list(left), buffers + list(left.values())
+        new = [step if step.dtype == p.dtype else step.to(p.dtype) for p, step in zip(params, steps, strict=True)]
         for group in self.param_groups if self.options.decoupled else ():
             if group["weight_decay"]:
-                shrunk = {p for p in group["params"] if p in steps}
+                shrunk = set(group["params"])
                 left = -group["lr"] * group["weight_decay"]
                 new = [torch.add(x, p, alpha=left) if p in shrunk else x for p, x in zip(params, new, strict=True)]
         new = torch._foreach_add(params, new)
-        left = [x.to(p.dtype) for p, x in buffers.items()]
+        left = [x if x.dtype == p.dtype else x.to(p.dtype) for p, x in zip(owners, buffers, strict=True)]
         narrow = [x for x in left if x.dtype != g.dtype]  # what is finite in v may overflow there
         facts = list(proposed.facts.values())
         numbers = torch.stack([*facts, g.sum(), *torch._foreach_norm([*new, *narrow], dtype=g.dtype)])
         if self.options.capturable:
             fine = numbers.isfinite().all()
             new = [torch.where(fine, x, p) for p, x in zip(params, new, strict=True)]
-            left = [torch.where(fine, x, self._buffer(p)) for p, x in zip(buffers, left, strict=True)]
+            left = [torch.where(fine, x, self._buffer(p)) for p, x in zip(owners, left, strict=True)]
             self._skipped = ~fine + (0 if self._skipped is None else self._skipped)
             self._facts.update(proposed.facts)
         else:
@@ -345,15 +350,17 @@ class TwoLevelKFAC(Optimizer):
                 self._check_update(g, [*new, *narrow], read[: len(facts)], grads)
             self._facts.update(zip(proposed.facts, read, strict=False))
         torch._foreach_copy_(params, new)
-        if buffers:
-            torch._foreach_copy_([self._buffer(p) for p in buffers], left)
+        if left:
+            torch._foreach_copy_([self._buffer(p) for p in owners], left)
         if "overshoot" in proposed.facts and not self.options.capturable:
             self._count_overshoot(self._facts["overshoot"])
 
-    def _plain_steps(
-        self, directions: dict[Tensor, Tensor], steps: dict[Tensor, Tensor], buffers: dict[Tensor, Tensor]
-    ) -> None:
-        """For parameters without curvature ``-lr · buffer`` with ``buffer ← momentum · buffer + gradient``."""
+    def _plain_steps(self, directions: dict[Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor], dict[Tensor, Tensor]]:
+        """For parameters without curvature ``-lr · buffer`` with ``buffer ← momentum · buffer + gradient``: the
+        parameters, their steps, and the buffers of those that have momentum."""
+        moved: list[Tensor] = []
+        steps: list[Tensor] = []
+        buffers: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p in directions]
             along = [directions[p] for p in params]
@@ -363,7 +370,9 @@ class TwoLevelKFAC(Optimizer):
                 last = [self.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p)) for p in params]
                 along = torch._foreach_add(torch._foreach_mul(last, group["momentum"]), along)
                 buffers |= zip(params, along, strict=True)
-            steps |= zip(params, torch._foreach_mul(along, -group["lr"]), strict=True)
+            moved += params
+            steps += torch._foreach_mul(along, -group["lr"])
+        return moved, steps, buffers
 
     def _check_update(self, g: Tensor, new: list[Tensor], facts: list[float], grads: dict[Tensor, Tensor]) -> None:
         """Raise the sentence for a step that is not finite, where it comes in; sums may overflow by themselves."""
@@ -460,44 +469,47 @@ class TwoLevelKFAC(Optimizer):
 
     def _split(self, v: Tensor) -> list[Tensor]:
         """Views of v (P,) in the shapes of the layers' parameters, in the order of ``self._params``."""
-        pieces = []
-        for layer, V in zip(self.partition.layers, self.partition.split(v), strict=True):
-            weight = self._params[len(pieces)]
-            pieces.append(V[:, : layer.features - layer.bias].view(weight.shape))
+        pieces: list[Tensor] = []
+        for layer, where in zip(self.partition.layers, self.partition.slices, strict=True):
+            V, shape = v[where].view(layer.shape), self._params[len(pieces)].shape
+            W = V[:, :-1] if layer.bias else V
+            pieces.append(W if len(shape) == 2 else W.view(shape))
             if layer.bias:
                 pieces.append(V[:, -1])
         return pieces
 
-    def _joined(self, tensors: dict[Tensor, Tensor]) -> Tensor:
-        """The inverse of :meth:`_split`; parameters that are missing have zeros."""
-        make = torch.empty if self._index <= tensors.keys() else torch.zeros
-        v = make(self.partition.size, dtype=self._like().dtype, device=self._like().device)
-        views = [(view, tensors[p]) for p, view in zip(self._params, self._split(v), strict=True) if p in tensors]
+    def _joined(self, tensors: list[Tensor | None]) -> Tensor:
+        """The inverse of :meth:`_split`; those that are None have zeros."""
+        like, whole = self._like(), all(x is not None for x in tensors)
+        v = (torch.empty if whole else torch.zeros)(self.partition.size, dtype=like.dtype, device=like.device)
+        views = [(view, x) for x, view in zip(tensors, self._split(v), strict=True) if x is not None]
         if views:
             torch._foreach_copy_(*map(list, zip(*views, strict=True)))
         return v
 
     def _per_parameter(self, option: str) -> float | Tensor:
         """An option of the groups: one number where they agree, else one per parameter of the partition, (P,)."""
-        values = {float(self._group[p][option]) for p in self._params}
+        values = {float(group[option]) for group in self._own_groups}
         if len(values) == 1:
             return values.pop()
-        v = torch.empty(self.partition.size, dtype=self._like().dtype, device=self._like().device)
+        v = self._like().new_empty(self.partition.size)
         for p, view in zip(self._params, self._split(v), strict=True):
             view.fill_(float(self._group[p][option]))
         return v
 
-    def _momentum(self, p: Tensor) -> float:
-        """Of a parameter; with the quadratic rule a layer that is not to move has none."""
-        group = self._group[p]
-        return group["momentum"] if self.options.step_rule != "quadratic" or group["lr"] else 0.0
+    def _last_step(self, grads: dict[Tensor, Tensor]) -> Tensor | None:
+        """The layers' momentum (P,), zero where there is none yet or none is wanted; None without any momentum.
 
-    def _buffers(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """What the layers' last steps have left, where they have any and are to go on."""
-        kept = (
-            (p, self.state.get(p, {}).get("momentum_buffer")) for p in self._params if p in grads and self._momentum(p)
-        )
-        return {p: buffer for p, buffer in kept if buffer is not None}
+        With the quadratic rule a layer that is not to move has none.
+        """
+        going_on = [g["momentum"] and (self.options.step_rule != "quadratic" or g["lr"]) for g in self._own_groups]
+        if not any(going_on):
+            return None
+        last = [self.state[p].get("momentum_buffer") if p in self.state and p in grads else None for p in self._params]
+        if not all(going_on):
+            stays = {id(group) for group, goes in zip(self._own_groups, going_on, strict=True) if not goes}
+            last = [None if id(self._group[p]) in stays else x for p, x in zip(self._params, last, strict=True)]
+        return self._joined(last)
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -583,6 +595,7 @@ class TwoLevelKFAC(Optimizer):
         modules = (self.model.get_submodule(name) for name in self.partition.names)
         self._params = [p for module in modules for p in own_parameters(module)]
         self._index = set(self._params)
+        self._own_groups = [group for group in self.param_groups if not self._index.isdisjoint(group["params"])]
 
     def _tell(self, key: str, message: str) -> None:
         if key not in self._told:
