@@ -94,7 +94,7 @@ class Panel(widgets.VBox):
         if self.comm is None:  # closed before, or never opened
             return
         with self._lock:
-            self._busy = True  # a move that arrives late changes nothing
+            self._busy = True  # for a move that is on its way
             self._ahead[1].cancel()
             self._other_core.submit(_forget)  # once what is being computed there has come to its end
             self._other_core.shutdown(wait=False)
@@ -133,7 +133,7 @@ class Panel(widgets.VBox):
             self._tell("")
         except (ValueError, TypeError) as error:
             self._tell(str(error))
-        except Exception as error:  # would go to a log that nobody sees
+        except Exception as error:  # Jupyter would write it into a hidden log
             self._tell(f"{type(error).__name__}: {error}")
 
     def _look_ahead(self, change: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class Panel(widgets.VBox):
         positions = range(slider.min, slider.max + 1) if whole else [value for _, value in slider._options_full]
         here, before = positions.index(change["new"]), positions.index(change["old"])
         there = 2 * here - before
-        if abs(here - before) == 1 and 0 <= there < len(positions):  # a drag jumps, and is not foreseen
+        if abs(here - before) == 1 and 0 <= there < len(positions):  # a single step: a drag jumps
             values = self._values | {name: positions[there]}
             self._ahead[1].cancel()
             self._ahead = tuple(values.items()), self._other_core.submit(self.run, **values)

@@ -97,7 +97,7 @@ class MatrixView:
     def update(self, matrix: ArrayLike, limit: float) -> None:
         """Draw another matrix; ``limit`` is the modulus at which the colours end."""
         if (shown := (id(matrix), limit, self.logarithmic)) != self._shown:
-            self._matrix, self._shown = matrix, shown  # kept, so that no other matrix gets its id
+            self._matrix, self._shown = matrix, shown  # while it is held no other matrix has its id
             self.image.set_data(self.shade(pooled(matrix, self._group), limit))
 
     def shade(self, values: NDArray, limit: float) -> NDArray:

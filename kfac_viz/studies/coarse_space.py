@@ -179,7 +179,7 @@ def _one_level(where: Setting, rule: str, damping: float) -> _OneLevel:
     M = KFAC(where.F, damping, rule)
     weights = 1 / (where.F.eigen.d + damping)
     half = (where.F.eigen.U * weights.sqrt()).cpu().numpy()
-    inverse = torch.from_numpy(half @ half.T)  # NumPy knows that a matrix times its transpose is half the work
+    inverse = torch.from_numpy(half @ half.T)  # NumPy does X Xᵀ in half the time
     scale = float(weights.norm())
     missed = _without_noise(inverse.to(weights.device) - M.dense(), scale)
     spectrum = _eigenvalues(_whitened(where, M)[0])
@@ -272,7 +272,6 @@ def _share(x: float, of: float) -> float:
 
 
 # ---- the picture --------------------------------------------------------------------------------------
-
 
 FLOOR, CEILING = 1e-4, 1e2  # of the spectrum's axis
 MATRICES = {  # name, left end in inches, title
@@ -400,7 +399,6 @@ def percent(x: float) -> str:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
 
 @exercise("00a", "Compare the bars of the four corrections with that of K-FAC.")
 def _takes_the_same_step_twice() -> str:
