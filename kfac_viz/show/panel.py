@@ -73,8 +73,7 @@ class Panel(widgets.VBox):
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._picture = widgets.Image(format="jpeg")
         self._below, self._alert = widgets.HTML(), widgets.HTML()
-        self.scale = widgets.Dropdown(options=["lin–log", "linear"], **_about("colours"), layout={"width": "auto"})
-        for control in (*self.controls.values(), self.scale):
+        for control in self.controls.values():
             control.observe(self._moved, "value")
         self._busy = False
         self._draw()
@@ -82,7 +81,6 @@ class Panel(widgets.VBox):
         W, H = (str(round(inches * self._live.plot.figure.dpi)) for inches in plot.size)
         first = [self.controls[name] for name in names if name in FIRST]
         others = [self.controls[name] for name in names if name not in FIRST]
-        others += [self.scale] if hasattr(plot, "scale") else []
         row = widgets.Layout(flex_flow="row wrap", width="100%")
         style = widgets.HTML(f"<style>{_CSS.replace('WIDTH', W).replace('HEIGHT', H)}</style>")
         rows = [widgets.Box(first, layout=row), widgets.Box(others, layout=row)]
@@ -124,10 +122,7 @@ class Panel(widgets.VBox):
             result = ahead.result() if key == tuple(values.items()) else self.run(**values)
             if not self._live.plot.fits(result):
                 self._live = Live(self._plot_type(result))
-            plot = self._live.plot
-            if hasattr(plot, "scale"):
-                plot.scale(self.scale.index == 0)
-            plot.update(result)
+            self._live.plot.update(result)
             self._values, self.result = values, result
             self._draw()
             self._tell("")
@@ -138,8 +133,9 @@ class Panel(widgets.VBox):
 
     def _look_ahead(self, change: dict[str, Any]) -> None:
         """While the browser draws, compute where the slider will be if it moves on in the same direction."""
-        slider, name = change["owner"], next((n for n, c in self.controls.items() if c is change["owner"]), None)
-        if name is None or self.error or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
+        slider = change["owner"]
+        name = next(name for name, control in self.controls.items() if control is slider)
+        if self.error or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
             return
         whole = isinstance(slider, widgets.IntSlider)
         positions = range(slider.min, slider.max + 1) if whole else [value for _, value in slider._options_full]
@@ -186,13 +182,11 @@ class Panel(widgets.VBox):
 panel = Panel
 
 
-def _about(name: str, tooltip: str = "") -> dict[str, Any]:
-    return {"description": name, "style": {"description_width": "initial"}, "tooltip": tooltip}
-
-
 def _control(parameter: Parameter, value: Any) -> widgets.Widget:
     """A slider or a list where it reaches every allowed value and no other, else a line of text."""
-    about, span = _about(parameter.name, parameter.help or parameter.allowed), parameter.range
+    about = {"description": parameter.name, "tooltip": parameter.help or parameter.allowed,
+             "style": {"description_width": "initial"}}  # fmt: skip
+    span = parameter.range
     wide = {"width": "48%", "min_width": "20em"}
     plain = not (parameter.many or parameter.optional)
     if parameter.choices and plain and parameter.kind is int:

@@ -300,15 +300,9 @@ class CoarseSpacePlot(Plot):
             if name in ("blocks", "added"):
                 view.ax.set_yticks([])
         self.views["fisher"].name_layers()
-        self.bars = [ColourBar(self._axes(left, 3.4, 4.25, 0.09)) for left in (0.87, 5.52)]
-        for bar in self.bars:
-            self.add(bar)
+        self.bars = [self.add(ColourBar(self._axes(left, 3.4, 4.25, 0.09))) for left in (0.87, 5.52)]
         self._build_spectra(self._axes(0.87, 4.15, 4.25, 1.5), result)
         self._build_captured(self._axes(7.1, 4.2, 2.15, 1.5))
-
-    def scale(self, logarithmic: bool) -> None:
-        for part in (*self.views.values(), *self.bars):
-            part.logarithmic = logarithmic
 
     def _build_spectra(self, ax: Axes, result: CoarseSpaceResult) -> None:
         P = result.partition.size
