@@ -372,3 +372,13 @@ def test_a_closure_that_fails_the_second_time_leaves_everything():
     with pytest.raises(KeyError, match="mine"):
         opt.step(closure)
     assert torch.equal(weights(model), before) and str(opt.state_dict()) == state
+
+
+@pytest.mark.filterwarnings("ignore:Outside the Fisher")
+def test_exploring_takes_the_layers_that_the_refusal_names():
+    model, x = transformer(), normal(6, 5, 4)
+    with pytest.raises(ValueError, match=r"layers=\['block.linear1', 'block.linear2', 'head'\]"):
+        kv.explore(model, x, likelihood="categorical")
+    panel = kv.explore(model, x, likelihood="categorical", layers=["block.linear2", "head"])
+    assert "layers=['block.linear2', 'head']" in panel.command
+    panel.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ def explore(
     *,
     likelihood: str,
     fisher: str = "exact",
+    layers: Sequence[str] | None = None,
     **values: Any,
 ) -> Panel:
     """The playground on the reader's own network, of some hundred parameters; the model is left as it is.
@@ -36,6 +38,7 @@ def explore(
             model, so that the gradient is noise of the model's own kind. ``fisher="empirical"`` needs them.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
         fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        layers: names of those to look at, all by default; it leaves out what cannot be captured.
         values: where the controls start, such as ``damping=0.1``.
 
     Raises:
@@ -43,9 +46,9 @@ def explore(
     """
     from ..show.panel import Panel
 
-    Partition.from_model(model)  # refuses what has no layers, in words
+    names = Partition.from_model(model, layers).names  # refuses what has no layers, in words
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-    problem = Problem(model, inputs, targets, likelihood, type(model).__name__).to(dtype=torch.float64)
+    problem = Problem(model, inputs, targets, likelihood, type(model).__name__, names).to(dtype=torch.float64)
     small_enough(problem).model.eval()
     if targets is None:
         problem.capture(fisher)  # refuses the rest, in words, before a label is drawn
@@ -59,7 +62,8 @@ def explore(
     def captured(flavour: str) -> str:
         labels = ", targets" * (flavour == "empirical")
         other = f", fisher={flavour!r}" * (flavour != "exact")
-        return f"kv.capture(model, inputs{labels}, likelihood={likelihood!r}{other})"
+        some = "" if layers is None else f", layers={list(names)!r}"
+        return f"kv.capture(model, inputs{labels}, likelihood={likelihood!r}{other}{some})"
 
     def reproduce(values: dict[str, Any]) -> str:
         space, gradient = f"kv.coarse.{values['coarse']}(F, per_layer={values['per_layer']})", ""

@@ -26,6 +26,7 @@ class Problem:
         model: in training mode only where it has batch norm to settle; evaluated in eval mode.
         inputs: (N, …), or a tuple of arguments of the model.
         targets: see :func:`kfac_viz.nll`.
+        layers: names of those that the Fisher is to cover; None for all.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Problem:
     targets: Tensor
     likelihood: str
     name: str = ""
+    layers: tuple[str, ...] | None = None
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
@@ -41,7 +43,7 @@ class Problem:
 
     @property
     def partition(self) -> Partition:
-        return Partition.from_model(self.model)
+        return Partition.from_model(self.model, self.layers)
 
     def loss(self) -> Tensor:
         """Mean negative log-likelihood of the batch in eval mode, a scalar."""
@@ -58,6 +60,7 @@ class Problem:
         """The Fisher of this problem; see :func:`kfac_viz.capture`."""
         if fisher == "empirical":
             options["targets"] = self.targets
+        options.setdefault("layers", self.layers)
         return capture(self.model, self.inputs, likelihood=self.likelihood, fisher=fisher, **options)
 
     def trained(self, steps: int, lr: float = 1e-2) -> Problem:
