@@ -17,13 +17,15 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -71,21 +73,31 @@ def drawn_kind(seed: int) -> str:
     return random.Random(f"kind {seed}").choice(list(KINDS))
 
 
-def _alarm(*_: object) -> None:
-    raise Hanging(f"no answer within {PATIENCE} seconds")
+@contextlib.contextmanager
+def _patience() -> Iterator[Callable[[int], object]]:
+    """Inside, a function that sets the seconds until what runs is interrupted, where the system can do that."""
+
+    def ring(*_: object) -> None:
+        raise Hanging(f"no answer within {PATIENCE} seconds")
+
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield lambda seconds: None
+        return
+    previous = signal.signal(signal.SIGALRM, ring)
+    try:
+        yield signal.alarm
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def run(seeds: range, only: str | None = None) -> list[Outcome]:
     """Tries of these seeds, one after another in this process."""
-    outcomes = []
-    previous = signal.signal(signal.SIGALRM, _alarm)
-    try:
+    with _patience() as wait:
+        outcomes = []
         for seed in seeds:
-            signal.alarm(PATIENCE)
+            wait(PATIENCE)
             outcomes.append(attempt(only or drawn_kind(seed), seed))
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
     return outcomes
 
 
@@ -116,19 +128,16 @@ class Report:
         heads = ("tries", "accepted", "refused", "raw", "silent")
         names = ("tries", "accepted", "refused by a sentence", "raw errors", "silent differences")
         lines = [f"{'kind of try':14}" + "".join(f"{name:>{len(name) + 3}}" for name in names)]
-        total = Counter()
-        for kind, count in sorted(self.counts.items()):
-            total.update(count)
+        rows = sorted(self.counts.items()) + [("all", sum(self.counts.values(), Counter()))]
+        for kind, count in rows:
             lines.append(f"{kind:14}" + "".join(f"{count[h]:>{len(n) + 3}}" for h, n in zip(heads, names, strict=True)))
-        lines.append(f"{'all':14}" + "".join(f"{total[h]:>{len(n) + 3}}" for h, n in zip(heads, names, strict=True)))
         for (sort, what), outcomes in sorted(self.failures.items(), key=lambda item: -len(item[1])):
             again = f"--only {outcomes[0].kind} --seed {outcomes[0].seed} --tries 1"
             lines.append(f"\n{sort}, {len(outcomes)} times: {what}\n    python tests/fuzz.py {again}")
             if sort != "silent":
-                said = [
-                    text for (s, w), text in zip(outcomes[0].failures, outcomes[0].details, strict=True) if w == what
-                ]
-                lines.append(f"    {said[0].strip().splitlines()[-1][:150]}")
+                detail = outcomes[0].details[outcomes[0].failures.index((sort, what))]
+                said = [line for line in detail.splitlines() if re.match(r"[\w.]*(Error|Hanging|Mishap)\b", line)]
+                lines.append(f"    {said[-1][:150] if said else ''}")
         return "\n".join(lines)
 
 
@@ -142,9 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     report, started, seeds = Report(), time.monotonic(), range(args.seed, args.seed + args.tries)
     chunks = [(seeds[i : i + 100], args.only) for i in range(0, len(seeds), 100)]
-    with contextlib.ExitStack() as stack_:
+    with contextlib.ExitStack() as stack:
         if args.jobs > 1 and len(chunks) > 1:
-            pool = stack_.enter_context(multiprocessing.get_context("spawn").Pool(min(args.jobs, len(chunks))))
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(min(args.jobs, len(chunks))))
             results = pool.imap_unordered(_chunk, chunks)
         else:
             results = map(_chunk, chunks)

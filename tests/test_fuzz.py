@@ -1,4 +1,4 @@
-"""The random tries find nothing new, and find every fault that is planted."""
+"""The random tries find nothing, and find every fault that is planted."""
 
 import contextlib
 import functools
@@ -12,22 +12,19 @@ import kfac_viz as kv
 from kfac_viz.method import capture as capturing
 from kfac_viz.method import checks, fisher, kfac, krylov, operator, two_level
 from kfac_viz.train import curvature, optimizer
-
-# Failures that are known and not mended yet, as regular expressions.
-KNOWN = (r"^raw ", r"^silent ")
+from kfac_viz.train import update as updating
 
 TRIES = {"training": 400, "states": 200}  # of each other kind 600
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
-def test_the_package_has_no_unknown_failure(kind):
+def test_the_package_has_no_failure(kind):
     report = fuzz.Report()
     for outcome in fuzz.run(range(TRIES.get(kind, 600)), kind):
         report.add(outcome)
     count = report.counts[kind]
     assert count["accepted"] > (0.02 if kind == "arguments" else 0.2) * count["tries"] < 50 * count["refused"]
-    found = [f"{sort} {what}" for sort, what in report.failures]
-    assert [text for text in found if not any(re.search(known, text) for known in KNOWN)] == [], str(report)
+    assert not report.failures, f"{report}"
 
 
 SEEDS = {"states": range(120), "training": range(500)}  # for planted faults; of each other kind 300
@@ -74,7 +71,7 @@ def dirty_gradient(opt, original=optimizer.TwoLevelKFAC._gradient):
 
 def half_converged(*args, original=kv.pcg, **kwargs):
     s = original(*args, **kwargs)
-    return krylov.Solution(0.5 * s.solution, s.residuals, s.converged)
+    return krylov.Solution(0.5 * s.solution, s.residuals, s.residual, s.converged)
 
 
 def forgetful(opt, original=optimizer.TwoLevelKFAC.state_dict):
@@ -124,20 +121,22 @@ PLANTED = {
         "capture", (capturing, "evaluation"), lambda model: contextlib.nullcontext(model.eval()), "training flags",
     ),
     "any damping": (
-        "twolevel", (operator, "check_damping"), lambda x: 1.0, "accepted the damping nan",
+        "twolevel", (operator, "check_damping"), lambda *_: 1.0, "accepted the damping nan",
     ),
     "a longer step": (
-        "training", (optimizer.TwoLevelKFAC, "_steps_along"),
-        lambda opt, v, *rest, original=optimizer.TwoLevelKFAC._steps_along: original(opt, 1.05 * v, *rest),
+        "training", (optimizer, "update"),
+        lambda v, *rest, original=optimizer.update, **kw: original(1.05 * v, *rest, **kw),
         "a fixed step is wrong",
     ),
     "a layer that stands still": (
-        "training", (optimizer.TwoLevelKFAC, "_steps_along"),
-        lambda opt, v, *rest, original=optimizer.TwoLevelKFAC._steps_along: original(opt, still_first(opt, v), *rest),
+        "training", (optimizer, "update"),
+        lambda v, last, model, *rest, original=optimizer.update, **kw: original(
+            still_first(model.F, v), last, model, *rest, **kw
+        ),
         r"a Linear with a gradient is not moved \(stack\)",
     ),
     "a quadratic step": (
-        "training", (optimizer, "best_coefficients"), scaled(optimizer.best_coefficients), "a quadratic step is wrong",
+        "training", (updating, "best_coefficients"), scaled(updating.best_coefficients), "a quadratic step is wrong",
     ),
     "half a step": (
         "training", (optimizer.TwoLevelKFAC, "_gradient"), dirty_gradient, "step raised and changed parameters",
@@ -152,9 +151,9 @@ PLANTED = {
 }  # fmt: skip
 
 
-def still_first(opt, v):
+def still_first(F, v):
     v = v.clone()
-    v[opt.partition.slices[0]] = 0
+    v[F.partition.slices[0]] = 0
     return v
 
 

@@ -374,6 +374,24 @@ def test_a_closure_that_fails_the_second_time_leaves_everything():
     assert torch.equal(weights(model), before) and str(opt.state_dict()) == state
 
 
+@pytest.mark.parametrize("fails", ["raises", "answers NaN"])
+def test_eigenvalues_are_found_where_lapack_gives_up(monkeypatch, fails):
+    """It does on some matrices of low rank with rows of zeros, as inputs that are constant make them."""
+    F = kv.capture(mlp().float(), X.float(), likelihood="categorical")
+    expected, original = kv.KFAC(F, 0.1).dense(), torch.linalg.eigh
+
+    def gives_up(matrix):
+        if matrix.dtype == torch.float64:
+            return original(matrix)
+        if fails == "raises":
+            raise torch.linalg.LinAlgError("linalg.eigh: failed to converge")
+        return tuple(x * torch.nan for x in original(matrix))
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    again = kv.capture(mlp().float(), X.float(), likelihood="categorical")
+    assert_close(kv.KFAC(again, 0.1).dense(), expected, 1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:Outside the Fisher")
 def test_exploring_takes_the_layers_that_the_refusal_names():
     model, x = transformer(), normal(6, 5, 4)

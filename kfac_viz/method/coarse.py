@@ -62,6 +62,7 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
     Piece j of layer l is column ``l · per_layer + j``. Pieces that depend on earlier ones are removed: a warning
     says which, and ``removed`` keeps their numbers.
     """
+    check_type("M", M, Operator)
     check_same_space(A, M)
     A.partition.check(g, vector=True)
     A.check(g)
@@ -106,8 +107,8 @@ def optimal(A: Operator, M: Operator, per_layer: int) -> CoarseSpace:
     In balanced form no space of this size leaves a smaller λ_max. A yardstick, not a bound on the condition
     number or the captured decrease.
     """
-    check_same_space(A, M)
     check_symmetric(M, "optimal")
+    check_same_space(A, M)
     check_count("per_layer", per_layer, least=0)
     k = sum(min(per_layer, layer.size) for layer in A.partition.layers)
     if k == 0:

@@ -83,9 +83,9 @@ def pcg(
         return Solution(torch.zeros_like(g), (0.0,), 0.0, True)
     b = _ldexp(g.detach(), -power)  # of size 1, so that no square in the recursion over- or underflows
     x = torch.zeros_like(b) if x0 is None else _ldexp(x0.detach(), -power)
-    norm = float(torch.linalg.vector_norm(b))
+    norm = _norm(b)
     r = b.clone() if x0 is None else b - A._apply(x)  # line 1
-    residuals = [float(torch.linalg.vector_norm(r)) / norm]
+    residuals = [_norm(r) / norm]
     p, rho = None, 1.0
     kept = min(limit, len(g)) if reorthogonalize else 0
     R, Z = b.new_empty(kept, len(b)), b.new_empty(kept, len(b))  # earlier residuals r / √rᵀMr, and M times them
@@ -106,16 +106,21 @@ def pcg(
         r.sub_(Ap, alpha=rho / curvature)  # line 4
         if kept:
             r.sub_((Z[:k] @ r) @ R[:k])
-        residuals.append(float(torch.linalg.vector_norm(r)) / norm)
+        residuals.append(_norm(r) / norm)
         if callback is not None:
             callback(_ldexp(x, power), residuals[-1])
-    residual = float(torch.linalg.vector_norm(b - A._apply(x))) / norm
+    residual = _norm(b - A._apply(x)) / norm
     solution = _ldexp(x, power)
     if not (residual < inf and finite([solution])[0]):
         raise ValueError(f"The solution overflows {g.dtype}; scale the right-hand side, or choose a larger damping.")
     if 0 < ldexp(float(x.abs().max()), power) < torch.finfo(g.dtype).tiny:
         raise ValueError(f"The solution underflows {g.dtype}; scale the right-hand side, or choose a smaller damping.")
     return Solution(solution, tuple(residuals), residual, residual <= rtol)
+
+
+def _norm(x: Tensor) -> float:
+    """‖x‖, whose squares would overflow in float32 long before x does."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def _power_of_two(x: Tensor) -> int | None:

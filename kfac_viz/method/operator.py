@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
@@ -55,10 +56,23 @@ def eigenpairs(matrix: Tensor, what: str) -> Eigen:
 
 
 def _found(routine: Callable, matrix: Tensor, what: str) -> Any:
+    """What LAPACK finds. On the CPU it gives up, or answers NaN, on some matrices of low rank with rows of zeros; then
+    once more in double precision, shifted by a multiple of the identity so that no row is empty."""
+    with suppress(torch.linalg.LinAlgError):
+        found = routine(flushed(matrix))
+        d = found if isinstance(found, Tensor) else found[0]
+        if d.device.type != "cpu" or not np.isnan(d.detach().numpy()).any():  # numpy: nothing is read from a device
+            return found
+    shift = matrix.abs().max().double()
     try:
-        return routine(flushed(matrix))
+        found = routine(
+            matrix.double() + shift * torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+        )
     except torch.linalg.LinAlgError:
         raise ValueError(f"No eigenvalues were found of: {what}. Scale what goes into it.") from None
+    d, *U = (found,) if isinstance(found, Tensor) else found
+    d = (d - shift).to(matrix)
+    return (d, U[0].to(matrix)) if U else d
 
 
 def _check_range(matrix: Tensor, what: str) -> None:

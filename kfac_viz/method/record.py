@@ -157,9 +157,10 @@ def _check_layer_input(name: str, module: nn.Module, x: Tensor) -> None:
         fits, expected = x.ndim == 4 and x.shape[1] == module.in_channels, f"(N, {module.in_channels}, height, width)"
     else:
         fits, expected = x.ndim >= 2 and x.shape[-1] == module.in_features, f"(N, …, {module.in_features})"
-    if not fits or not x.is_floating_point():
+    if not fits or not x.is_floating_point() or x.numel() == 0:
         raise ValueError(
-            f"Layer {name!r} expects floating point inputs of shape {expected}; got {tuple(x.shape)}, {x.dtype}."
+            f"Layer {name!r} expects floating point inputs of shape {expected}, none of them 0; got {tuple(x.shape)}, "
+            f"{x.dtype}."
         )
 
 

@@ -38,8 +38,8 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
         return  # NaN, inf or an overflow, which the vectors of the Fisher are about to tell in their own words
     tolerance = _tolerance(outputs)
     mixes = any(module.training or module.running_mean is None for module in _batch_norms(model))
-    for name, (difference, told, size, others, all_rows) in zip(record.partition.names, read, strict=True):
-        if difference > tolerance * size:
+    for name, (worst, difference, told, others, all_rows) in zip(record.partition.names, read, strict=True):
+        if worst > tolerance:
             share = f"{difference / told:.0%} of that gradient" if told else "the whole of it"
             raise ValueError(
                 f"The weight of layer {name!r} is used outside the calls of this layer as well (a tied weight, or "
@@ -53,7 +53,10 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
                 "no per-example Fisher exists."
             )
     _warn_of_probabilities(outputs, likelihood)
-    if N > 1:
+    called = [
+        told for name, (_, _, told, *_) in zip(record.partition.names, read, strict=True) if name not in record.unused
+    ]
+    if N > 1 and all(called):  # without a gradient, as behind a dead ReLU, nothing was seen
         _trusted.setdefault(model, set()).add(key)
 
 
@@ -72,8 +75,9 @@ def _halves(N: int) -> list[Tensor]:
 
 
 def _facts(record: Record, weights: list[list[Tensor]], half: Tensor) -> Tensor:
-    """Per layer, with a cotangent on ``half`` of the examples: the difference of the two gradients, the norm of
-    autograd's, a bound on both, the norm of the rows of g that must be zero, and of all rows."""
+    """Per layer, with a cotangent on ``half`` of the examples: how far the two gradients differ, in the column where
+    that is most of what may round there; the norms of their difference and of autograd's; and the norms of the rows
+    of g that must be zero, and of all."""
     cotangent = _random_like(record.outputs) * half.view(-1, *[1] * (record.outputs.ndim - 1))
     g, grads = record.pull_back(cotangent[None], also=[p for own in weights for p in own])
     left, facts = iter(grads), []
@@ -82,23 +86,23 @@ def _facts(record: Record, weights: list[list[Tensor]], half: Tensor) -> Tensor:
         told = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(own, left, strict=False)]
         told = torch.cat([x.flatten(1) if x.ndim > 1 else x[:, None] for x in told], dim=1).to(g_l.dtype)
         seen = g_l.flatten(0, 1).mT @ a_l.flatten(0, 1)
-        size = a_l.norm() * g_l.norm()  # no less than either gradient, and than what rounds in it
-        facts.append(torch.stack([(seen - told).norm(), told.norm(), size, g_l[~half].norm(), g_l.norm()]))
+        size = a_l.flatten(0, 1).norm(dim=0) * g_l.norm()  # no less than a column, and than what rounds in it
+        differences = (seen - told).norm(dim=0)
+        worst = torch.where(differences > 0, differences / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0).max()
+        numbers = [worst.clamp_max(1.0), differences.norm(), told.norm(), g_l[~half].norm(), g_l.norm()]
+        facts.append(torch.stack(numbers))
     return torch.stack(facts)
 
 
 def _check_unused(model: nn.Module, record: Record) -> None:
-    """Refuse layers that have a gradient although they were never called."""
+    """Refuse layers whose weights lead to the outputs although the layers were never called."""
     unused = {name: list(_parameters(model, name)) for name in record.unused}
     if not (unused and record.outputs.requires_grad):
         return
-    flat = [p for own in unused.values() for p in own]
+    flat, vector = [p for own in unused.values() for p in own], torch.ones_like(record.outputs)
     # Free where none of them is in the graph: autograd visits only what leads to them.
-    grads = iter(
-        torch.autograd.grad(record.outputs, flat, _random_like(record.outputs), allow_unused=True, retain_graph=True)
-    )
-    reached = {name: [grad for grad in (next(grads) for _ in own) if grad is not None] for name, own in unused.items()}
-    hidden = [name for name, found in reached.items() if any(bool(grad.ne(0).any()) for grad in found)]
+    grads = iter(torch.autograd.grad(record.outputs, flat, vector, allow_unused=True, retain_graph=True))
+    hidden = [name for name, own in unused.items() if any([next(grads) is not None for _ in own])]
     if hidden:
         raise ValueError(
             f"Layers {hidden} have a gradient although they were never called: their weights are used without them, as "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
-from ..method.checks import check_damping, check_number, finite, own_precision, warn
+from ..method.checks import check_damping, check_number, check_type, finite, own_precision, warn
 from ..method.partition import Layer, Partition, describe, is_kronecker_layer, own_parameters
 from ..method.two_level import TwoLevel
 from . import state as states
@@ -183,8 +183,9 @@ class TwoLevelKFAC(Optimizer):
         self._check_last_step()
         if (self.options.fisher == "empirical") != (targets is not None):
             raise ValueError("fisher='empirical' needs the true labels as targets=…, and no other kind takes them.")
-        present = set(self.model.parameters())
-        if not all(p in present for p in self._params):
+        modules = dict(self.model.named_modules())
+        now = [own_parameters(modules[name]) or [] for name in self.partition.names if name in modules]
+        if [id(p) for own in now for p in own] != [id(p) for p in self._params]:
             raise ValueError("The model's layers have changed since the optimizer was built; build a new optimizer.")
         check_inputs(self.model, self.partition, inputs)
         before = self.partition.names
@@ -238,8 +239,6 @@ class TwoLevelKFAC(Optimizer):
                 overflows the parameters, or a group whose options were edited out of range; parameters and momentum
                 have not been changed then.
         """
-        for group in self.param_groups:
-            _check_group(group)
         judged = closure is not None and self.options.step_rule == "quadratic"
         if judged and self.options.capturable:
             raise ValueError(
@@ -290,6 +289,7 @@ class TwoLevelKFAC(Optimizer):
         """The gradient over the partition (P,), and of each parameter that has one, with weight decay."""
         grads: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
+            _check_group(group)
             params = [p for p in group["params"] if p.grad is not None]
             found = [p.grad for p in params]
             if any(grad.layout != torch.strided for grad in found):
@@ -515,11 +515,14 @@ class TwoLevelKFAC(Optimizer):
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"A group is a dictionary with its 'params'; got {type(param_group).__name__}.")
+        given = param_group["params"]
+        if not isinstance(given, Iterable):
+            raise TypeError(f"The 'params' of a group are parameters; got {type(given).__name__}.")
+        param_group = param_group | {"params": [given] if isinstance(given, Tensor) else list(given)}
         _check_group(self.defaults | param_group)
-        if isinstance(param_group["params"], (list, tuple)):
-            again = len(param_group["params"]) - len(set(map(id, param_group["params"])))
-            if again:
-                raise ValueError(f"A group holds {again} of its parameters twice; each is trained once.")
+        again = len(param_group["params"]) - len(set(map(id, param_group["params"])))
+        if again:
+            raise ValueError(f"A group holds {again} of its parameters twice; each is trained once.")
         try:
             super().add_param_group(param_group)
         except (TypeError, ValueError) as error:
@@ -669,6 +672,7 @@ def _check_group(group: dict[str, Any]) -> None:
     missing = [name for name in ("lr", "momentum", "weight_decay", "maximize") if name not in group]
     if missing:
         raise ValueError(f"A group of parameters has no {missing[0]!r}.")
+    check_type("maximize", group["maximize"], bool)
     check_number("lr", group["lr"], 0.0, math.inf)
     check_number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
     check_number("weight_decay", group["weight_decay"], 0.0, math.inf)

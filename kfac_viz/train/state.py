@@ -107,9 +107,10 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     steps = [None if mark is None else check_count("A mark of the state", mark, 0) for mark in marks[:3]]
     new.observed_at, new._built_at, new._coarse_at = steps[0], *(step or 0 for step in steps[1:])
     new._stale, new._coarse_stale = (_of_kind(mark, bool, "marks") for mark in marks[3:])
-    _warn_of_other_options(
-        _of_kind(state.get("options", {}), dict, "options"), options
-    )  # states of earlier versions have none
+    was = _of_kind(state.get("options", {}), dict, "options")  # states of earlier versions have none
+    if not all(isinstance(value, (str, int)) for value in was.values()):
+        raise ValueError("The state's 'options' must be words and whole numbers.")
+    _warn_of_other_options(was, options)
     return new
 
 

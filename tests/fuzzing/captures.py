@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import random
@@ -92,7 +93,8 @@ def capture(t: Try) -> None:
     context = surroundings(t) if t.chance(0.1) else contextlib.nullcontext()
     arguments = given if isinstance(given, (tuple, list)) else (given,)
     with untouched(t, asked, "capture"), context:
-        F = t.call(lambda: kv.capture(asked, given, **options), excuse=lambda: net.build(dtype).eval()(*arguments))
+        alone = net.build(dtype) if asked is model else asked
+        F = t.call(lambda: kv.capture(asked, given, **options), excuse=lambda: copy.deepcopy(alone).eval()(*arguments))
     twin = net.build(dtype).to(F64).eval()
     if asked is not model:
         if not (isinstance(asked, nn.Sequential) and len(asked) == 1):
@@ -132,7 +134,7 @@ def judge_fisher(
         return judge_labels(t, where, F, true, options)
     expected = true.fisher(options["likelihood"], options.get("targets"))
     eps = max(torch.finfo(kind).eps for kind in (dtype, true.precision))
-    size = norm(true.J.flatten(0, 1)) ** 2 / F.N
+    size = norm(true.J.flatten(0, 1)) * norm(true.J.flatten(0, 1)) / F.N
     largest = float(expected.abs().max())
     off = float((found.to(F64) - expected).abs().max())
     allowed = ROUND_OFF * eps * (largest + eps * size + (largest * size) ** 0.5 * eps**0.5) + torch.finfo(dtype).tiny

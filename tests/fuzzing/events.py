@@ -23,7 +23,7 @@ GOOD: dict[str, tuple] = {
     "damping": (0.1, 0.1, 1e-2, 1.0, 1, 1e3, 1e12, 1e-8, 0),
     "rule": ("factored", "eigen"),
     "coarse": ("nicolaides", "spectral", "smooth", "krylov", "random"),
-    "per_layer": (0, 1, 1, 2, 4, 20),
+    "per_layer": (0, 1, 1, 2, 4, 20, 10**400),
     "correction": ("additive", "a-def1", "a-def2", "balanced"),
     "coarse_operator": ("captured", "captured", "kronecker"),
     "fisher": ("exact", "exact", "mc", "empirical"),
@@ -51,10 +51,14 @@ BAD: dict[str, tuple] = {
     **dict.fromkeys(("step_rule", "overshoot", "convention"), WORDS),
     **dict.fromkeys(("samples", "observe_every", "refresh_every", "coarse_every", "coarse_examples", "coarse_window"),
                     (*BAD_COUNTS[:5], True, [], 1j, 0)),
-    "per_layer": (*BAD_COUNTS, 10**400), "seed": (*BAD_COUNTS, 10**400), "damping": BAD_DAMPINGS, "likelihood": WORDS,
-    "layers": ("0", [], [0], ["nope"], [None], 3, [[]], ["0", "0"], iter(["0"]), "", {"0": 1}),
-    "decoupled": ("x",), "maximize": ("x", None), "nonsense": (1,),
+    "per_layer": BAD_COUNTS, "seed": (*BAD_COUNTS, 10**400), "damping": BAD_DAMPINGS, "likelihood": WORDS,
+    "layers": ("0", [], [0], ["nope"], [None], 3, [[]], ["0", "0"], "", {"0": 1}),
+    "decoupled": ("x",), "maximize": ("x", None),
 }  # fmt: skip
+
+
+# Where none of the values above is right, so that to be taken is a failure. None is the default of two.
+STRICT = tuple(name for name in BAD if name not in ("layers", "decoupled", "maximize"))
 
 
 def parameters_asked_for(t: Try, run: Training) -> Any:

@@ -154,7 +154,8 @@ def worth(t: Try) -> None:
         true = float((g64 - x.A64 @ s.solution.detach().to(F64)).norm()) / max(float(g64.norm()), 1e-300)
         rtol = options.get("rtol", 1e-8)
         if t.check(isinstance(rtol, (int, float, Tensor)) and 0 < rtol < math.inf, f"pcg accepted rtol {rtol!r}"):
-            longest = max(norm(y) for y in (s.solution, options.get("x0", g * 0), *(c for c, _ in calls)))
+            start = options.get("x0")
+            longest = max(norm(y) for y in (s.solution, *([] if start is None else [start]), *(c for c, _ in calls)))
             slack = 100 * eps * P * (1 + s.iterations) * (1 + norm(x.A64) * longest / max(norm(g64), 1e-300))
             if s.converged and rtol < 1e300:
                 t.check(not true > 2 * float(rtol) + slack, "pcg converged, and the residual is large", f"{true:.3g}")
@@ -187,15 +188,18 @@ def worth(t: Try) -> None:
             t.benign, v = False, spoiled(t, v)
         with surroundings(t) if t.chance(0.1) else contextlib.nullcontext():
             share = t.call(lambda: kv.captured_decrease(A, g, v))
-        if t.finite("captured_decrease", share):
-            v64 = real(v)
-            a, b = float(v64.abs().max()), float(g64.abs().max())
-            v1, g1 = v64 / a if a else v64, g64 / b if b else g64
-            best = float(g1 @ pinv(x.A64) @ g1)
-            ratio = a / b if b else math.inf
-            squared = ratio * ratio
-            expected = (2 * float(g1 @ v1) * ratio - float(v1 @ x.A64 @ v1) * squared) / best if best else math.nan
-            terms = 2 * float(g1.abs() @ v1.abs()) * ratio + norm(x.A64) * float(v1 @ v1) * squared
-            terms = terms / best if best else 0.0
-            t.close("captured_decrease", torch.tensor(share, dtype=F64), torch.tensor(expected, dtype=F64),
-                    allowance(dtype, κ, terms + abs(expected)))  # fmt: skip
+        expected, terms = true_share(x.A64, g64, real(v))
+        allowed = allowance(dtype, κ, terms + abs(expected)) + 10 * eps
+        t.close("captured_decrease", torch.tensor(share, dtype=F64), torch.tensor(expected, dtype=F64), allowed)
+
+
+def true_share(A: Tensor, g: Tensor, v: Tensor) -> tuple[float, float]:
+    """The captured decrease and the size of its terms, without the overflow and underflow of squares."""
+    a, b = float(v.abs().max()), float(g.abs().max())
+    v, g = v / a if a else v, g / b if b else g
+    best, ratio = float(g @ pinv(A) @ g), a / b if b else math.inf
+    if not best:
+        return math.nan, math.nan
+    expected = 2 * float(g @ v) * ratio - float(v @ A @ v) * ratio * ratio
+    terms = 2 * float(g.abs() @ v.abs()) * ratio + norm(A) * float(v @ v) * ratio * ratio
+    return expected / best, terms / best

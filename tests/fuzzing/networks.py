@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class Net:
 
 
 # Networks that nobody has a reason to refuse.
-ORDINARY = ("stack", "conv", "called twice", "positions", "residual", "changed in place", "bare",
+ORDINARY = ("stack", "conv", "called twice", "positions", "residual", "changed in place", "in pieces", "bare",
             "listed twice")  # fmt: skip
 SHORT = (torch.int32, torch.int16, torch.uint8)  # integers that may be class indices too
 ACTIVATIONS = (nn.Tanh, nn.ReLU, lambda: nn.ReLU(inplace=True), nn.Sigmoid, nn.GELU, nn.ELU, nn.SiLU, nn.Identity)
@@ -68,7 +69,7 @@ def stack(t: Try, first: int, last: int, *, plain: bool = False) -> Callable[[],
         if not plain and t.chance(0.1):
             parts.append(lambda m=m: batch_norm(m))
         if not plain and t.chance(0.1):
-            parts.append(lambda m=m: nn.LayerNorm(m))
+            parts.append(lambda m=m: nn.LayerNorm(m) if m > 2 else nn.Identity())  # of few numbers it is round-off
         parts.append(t.pick(*ACTIVATIONS))
         if not plain and t.chance(0.1):
             parts.append(lambda: nn.Dropout(0.3))
@@ -188,6 +189,22 @@ def network(t: Try) -> Net:
             lambda: Forward(lambda s, x: s.head(x + torch.relu_(s.one(x))), one=L(n, n, bias=bias), head=L(n, c)), (n,),
         ),
         "changed in place": (lambda: Forward(in_place, one=L(n, m), head=L(m, c)), (n,)),
+        "changed in place with positions": (
+            lambda: Forward(lambda s, x: s.head(torch.relu_(s.one(x))).sum(1), one=L(n, m, bias=bias), head=L(m, c)),
+            (T, n),
+        ),
+        "patched forward": (lambda: patched(nn.Sequential(L(n, m), nn.Tanh(), L(m, c))), (n,)),
+        "in pieces": (
+            lambda: Forward(lambda s, x: s.head(torch.tanh(s.one(x)) * s.one(x).flip(1)), one=L(n, m), head=L(m, c)),
+            (n,),
+        ),
+        "some rows": (
+            lambda: Forward(lambda s, x: s.head(x).index_add(0, (x[:, 0] > 0).nonzero()[:, 0], s.one(x[x[:, 0] > 0])),
+                            one=L(n, c), head=L(n, c)), (n,),
+        ),
+        "chosen by data": (
+            lambda: Forward(lambda s, x: torch.where(x[:, :1] > 0, s.one(x), s.two(x)), one=L(n, c), two=L(n, c)), (n,),
+        ),
         "hooked": (lambda: hooked(nn.Sequential(L(n, m), nn.Tanh(), L(m, c)), half), (n,)),
         "own forward": (lambda: nn.Sequential(L(n, m), Scaled(m, c)), (n,)),
         "only own forward": (lambda: nn.Sequential(Scaled(n, c)), (n,)),
@@ -256,6 +273,12 @@ def in_place(s: nn.Module, x: Tensor) -> Tensor:
     h.mul_(2)
     h[:, 0] = 0
     return s.head(torch.tanh(h))
+
+
+def patched(model: nn.Sequential) -> nn.Module:
+    """A forward pass put onto one module and not its class."""
+    model[0].forward = types.MethodType(lambda s, x: 2 * functional.linear(x, s.weight, s.bias), model[0])
+    return model
 
 
 def hooked(model: nn.Sequential, before: bool) -> nn.Module:

@@ -90,12 +90,16 @@ def _clipped(opt: kv.TwoLevelKFAC, A: Tensor, v: Tensor, lr: Tensor, off: float)
     """The direction as long as kl_clip lets it be."""
     if opt.options.step_rule == "fixed":
         return v, off
-    form = float((lr * v) @ A @ (lr * v))
-    if not form > 0:
+    largest = float(v.abs().max())
+    if not largest or not bool((lr > 0).any()):
         return v, off
-    scale = min(1.0, (opt.options.kl_clip / form) ** 0.5)
-    relative = norm(A) * norm(lr * v) * off * float(lr.max()) / form
-    return (scale * v, scale * (off + relative * norm(v))) if relative < 0.1 else None
+    u, off = v / largest, off / largest  # whose squares do not overflow
+    form = float((lr * u) @ A @ (lr * u))
+    relative = norm(A) * norm(lr * u) * off * float(lr.max()) / form if form > 0 else math.inf
+    if not relative < 0.1:
+        return None
+    length = min(largest, (opt.options.kl_clip / form) ** 0.5)
+    return length * u, length * (off + relative * norm(u))
 
 
 def _quadratic(

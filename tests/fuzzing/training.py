@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import kfac_viz as kv
 
 from .captures import outputs_of, untouched
-from .events import BAD, GOOD, Events, closure_of, parameters_asked_for
+from .events import BAD, GOOD, STRICT, Events, closure_of, parameters_asked_for
 from .hostile import tampered
 from .judge import F64, Raw, Refused, Try, difference, seeded
 from .networks import ORDINARY, batch, examples, labels, network
@@ -168,7 +169,8 @@ class Training:
             expected = expected_step(opt, T, self.dtype)
         marks = {k: told(opt, k) for k in ("shortened", "rejected")}
         with context():
-            self.atomic(opt, "step", lambda: opt.step(closure) if closure is not None else opt.step(), buffers=False)
+            act = opt.step if closure is None else functools.partial(opt.step, closure)
+            self.atomic(opt, "step", act, closure, buffers=False)
         finite = all(bool(p.isfinite().all()) for p in model.parameters())
         if not t.check(finite or not was_finite, "a step left NaN or inf in the parameters"):
             return
@@ -228,6 +230,8 @@ def training(t: Try) -> None:
     if run.backward(x, y) is None:
         return
     opt = run.build(**others)
+    for name, value in others.items():
+        t.check(name not in STRICT or value is None, f"TwoLevelKFAC accepted {name}={value!r}"[:60])
     if any(len(set(group["params"])) < len(group["params"]) for group in opt.param_groups):
         return t.wrong("the optimizer accepted a parameter twice")  # which would be moved twice or four times
     eventless = True
