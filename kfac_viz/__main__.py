@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -43,7 +42,6 @@ class Notebook:
     question: str
     defaults: dict[str, Any]  # of its parameters cell, without out_dir
     code: str  # hash of its code cells: prose may change without a new figure
-    cells: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def load(path: Path, run: Callable) -> Notebook:
     del defaults["out_dir"]
     headings = re.findall(r"^#+ *(.+)", "\n".join(text), re.MULTILINE)
     return Notebook(path, run, headings[0] if headings else "", parameters.check(run, defaults),
-                    sha256("\0".join(code).encode()), len(cells))
+                    sha256("\0".join(code).encode()))
 
 
 def notebooks() -> dict[str, Callable]:
@@ -178,38 +176,23 @@ def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
             "start_timeout": START_SECONDS,
             "execution_timeout": CELL_SECONDS,
         })  # fmt: skip
-    started, terminal, failures = time.monotonic(), sys.stdout.isatty(), []
-    cells, running = [0] * len(jobs), {}
-
-    def say(line: str) -> None:
-        print("\r\x1b[2K" * terminal + line, flush=True)
-
+    failures = []
     try:
-        for happened in run_notebooks(orders, workers):
-            index, event = happened or (None, {})
+        for index, event in run_notebooks(orders, workers):
+            job = jobs[index]
             if "error" in event:
-                job, error = jobs[index], event["error"]
-                running.pop(index, None)
-                cells[index] = job.notebook.cells
+                error = event["error"]
                 try:
                     if error is None:
                         publish(job, made[index], out)
                 except (ValueError, TypeError, OSError) as mistake:
                     error = mistake
-                say(f"{job.name}: {'done' if error is None else 'failed'}")
+                print(f"{job.name}: {'done' if error is None else 'failed'}", flush=True)
                 if error is not None:
                     where = f"cell {event['cell']}: " if event.get("cell") else ""
                     failures.append(f"{job.name} failed: {where}{error}\n    executed copy: {copies[index]}")
-            elif event:
-                if index not in running and not terminal:
-                    say(f"{jobs[index].name}: started")
-                running[index] = cells[index] = event["cell"]
-            if terminal and running:
-                done, total = sum(cells), sum(job.notebook.cells for job in jobs)
-                left = (time.monotonic() - started) * (total - done) / done
-                now = "  ".join(f"{jobs[i].name} cell {n}/{jobs[i].notebook.cells}" for i, n in running.items())
-                line = f"{now}  about {left:.0f} s left"[: shutil.get_terminal_size().columns - 1]
-                print("\r\x1b[2K" + line, end="", flush=True)
+            elif event["cell"] == 1:
+                print(f"{job.name}: started", flush=True)
     finally:
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
@@ -224,7 +207,7 @@ def figures(arguments: argparse.Namespace) -> int:
     jobs = plan([w for w in words if "=" not in w], [w for w in words if "=" in w])
     if not str(arguments.out).strip():
         raise ValueError("--out needs the name of a folder; an empty one came.")
-    out = Path(os.path.realpath(arguments.out))  # does not mind a loop of links: making the folder tells
+    out = Path(os.path.realpath(arguments.out))  # unlike resolve, no error on a loop of links
     for job in jobs:
         hidden = (out / name for name in (job.stamp, job.copy, "index.html"))
         refuse_folders([*(out / job.folder).glob(f"{job.stem}*"), *hidden])
@@ -290,7 +273,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: >&-
+    # A stream is None where the shell has closed it.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no mistake
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up on kill, too
     sys.exit(main())

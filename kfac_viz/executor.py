@@ -20,13 +20,12 @@ _ENVIRONMENT = {
 }
 
 
-def run_notebooks(orders: list[dict], workers: int) -> Iterator[tuple[int, dict] | None]:
+def run_notebooks(orders: list[dict], workers: int) -> Iterator[tuple[int, dict]]:
     """Execute each order, the keyword arguments of ``papermill.execute_notebook``.
 
     Yields:
         ``(index of the order, event)``; an event is ``{"cell": 3}`` when that cell of the notebook starts,
         counted from 1, and finally ``{"error": None}`` or ``{"error": "what happened", "cell": 3}``.
-        ``None`` when half a second has passed without an event.
     """
     os.environ.update(_ENVIRONMENT)
     events, left = queue.SimpleQueue(), len(orders)
@@ -37,8 +36,7 @@ def run_notebooks(orders: list[dict], workers: int) -> Iterator[tuple[int, dict]
         while left:
             try:
                 index, event = events.get(timeout=0.5)
-            except queue.Empty:
-                yield None
+            except queue.Empty:  # an interrupt is met now and then, on every system
                 continue
             left -= "error" in event
             yield index, event
@@ -51,7 +49,7 @@ def _run(order: dict, tell: Callable[[dict], None]) -> None:
     from papermill.exceptions import PapermillExecutionError
 
     for name in ("papermill", "traitlets"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # errors are told
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # errors reach the reader as events
     reached = 0
 
     def start(cell, cell_index: int) -> None:

@@ -380,17 +380,6 @@ def test_plain_papermill_does_the_same(shelf, tmp_path):
     assert (out / "01_twice.csv").read_text() == "x,twice\n3,6\n"
 
 
-def test_a_terminal_sees_the_cell_and_the_time_left(shelf, monkeypatch, capsys):
-    events = [(0, {"cell": 1}), None, (0, {"cell": 2}), (0, {"error": "Oh: no", "cell": 2})]
-    monkeypatch.setattr(cli, "run_notebooks", lambda orders, workers: iter(events))
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert cli.main(["figures"]) == 1
-    shown = capsys.readouterr()
-    assert "\r\x1b[2K01_twice cell 2/3  about 0 s left" in shown.out
-    assert "\r\x1b[2K01_twice: failed\n" in shown.out
-    assert "01_twice failed: cell 2: Oh: no" in shown.err
-
-
 def test_a_kernel_that_never_starts_is_told(shelf, monkeypatch, capsys):
     monkeypatch.setattr(cli, "run_notebooks", lambda orders, workers: iter([(0, {"error": "RuntimeError: no kernel"})]))
     assert cli.main(["figures"]) == 1

@@ -60,8 +60,6 @@ def test_each_control_changes_picture_words_and_command(panel):
         assert panel._below.value != before[1]
         assert panel.result.parameters[name] == ((4, 4) if name == "widths" else value)
         assert f"{name}={str(value)}" in panel.command
-    panel.scale.value = "linear"
-    assert panel.error == ""
 
 
 def test_the_command_makes_this_very_result(panel):

@@ -1,4 +1,4 @@
-// Runs whenever the words below the picture are new: what ipywidgets has no trait for.
+/* Runs whenever the words below the picture are new: what ipywidgets has no trait for. */
 const panel = this.closest('.kfac-panel');
 panel.querySelector('img.widget-image').alt = this.dataset.alt;
 panel.querySelectorAll('.widget-slider').forEach(slider => {

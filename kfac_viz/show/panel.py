@@ -73,8 +73,7 @@ class Panel(widgets.VBox):
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._picture = widgets.Image(format="jpeg")
         self._below, self._alert = widgets.HTML(), widgets.HTML()
-        self.scale = widgets.Dropdown(options=["lin–log", "linear"], **_about("colours"), layout={"width": "auto"})
-        for control in (*self.controls.values(), self.scale):
+        for control in self.controls.values():
             control.observe(self._moved, "value")
         self._busy = False
         self._draw()
@@ -82,7 +81,6 @@ class Panel(widgets.VBox):
         W, H = (str(round(inches * self._live.plot.figure.dpi)) for inches in plot.size)
         first = [self.controls[name] for name in names if name in FIRST]
         others = [self.controls[name] for name in names if name not in FIRST]
-        others += [self.scale] if hasattr(plot, "scale") else []
         row = widgets.Layout(flex_flow="row wrap", width="100%")
         style = widgets.HTML(f"<style>{_CSS.replace('WIDTH', W).replace('HEIGHT', H)}</style>")
         rows = [widgets.Box(first, layout=row), widgets.Box(others, layout=row)]
@@ -94,7 +92,7 @@ class Panel(widgets.VBox):
         if self.comm is None:  # closed before, or never opened
             return
         with self._lock:
-            self._busy = True  # a move that arrives late changes nothing
+            self._busy = True  # for a move that is on its way
             self._ahead[1].cancel()
             self._other_core.submit(_forget)  # once what is being computed there has come to its end
             self._other_core.shutdown(wait=False)
@@ -124,28 +122,26 @@ class Panel(widgets.VBox):
             result = ahead.result() if key == tuple(values.items()) else self.run(**values)
             if not self._live.plot.fits(result):
                 self._live = Live(self._plot_type(result))
-            plot = self._live.plot
-            if hasattr(plot, "scale"):
-                plot.scale(self.scale.index == 0)
-            plot.update(result)
+            self._live.plot.update(result)
             self._values, self.result = values, result
             self._draw()
             self._tell("")
         except (ValueError, TypeError) as error:
             self._tell(str(error))
-        except Exception as error:  # would go to a log that nobody sees
+        except Exception as error:  # Jupyter would write it into a hidden log
             self._tell(f"{type(error).__name__}: {error}")
 
     def _look_ahead(self, change: dict[str, Any]) -> None:
         """While the browser draws, compute where the slider will be if it moves on in the same direction."""
-        slider, name = change["owner"], next((n for n, c in self.controls.items() if c is change["owner"]), None)
-        if name is None or self.error or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
+        slider = change["owner"]
+        name = next(name for name, control in self.controls.items() if control is slider)
+        if self.error or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
             return
         whole = isinstance(slider, widgets.IntSlider)
         positions = range(slider.min, slider.max + 1) if whole else [value for _, value in slider._options_full]
         here, before = positions.index(change["new"]), positions.index(change["old"])
         there = 2 * here - before
-        if abs(here - before) == 1 and 0 <= there < len(positions):  # a drag jumps, and is not foreseen
+        if abs(here - before) == 1 and 0 <= there < len(positions):  # a single step: a drag jumps
             values = self._values | {name: positions[there]}
             self._ahead[1].cancel()
             self._ahead = tuple(values.items()), self._other_core.submit(self.run, **values)
@@ -186,13 +182,11 @@ class Panel(widgets.VBox):
 panel = Panel
 
 
-def _about(name: str, tooltip: str = "") -> dict[str, Any]:
-    return {"description": name, "style": {"description_width": "initial"}, "tooltip": tooltip}
-
-
 def _control(parameter: Parameter, value: Any) -> widgets.Widget:
     """A slider or a list where it reaches every allowed value and no other, else a line of text."""
-    about, span = _about(parameter.name, parameter.help or parameter.allowed), parameter.range
+    about = {"description": parameter.name, "tooltip": parameter.help or parameter.allowed,
+             "style": {"description_width": "initial"}}  # fmt: skip
+    span = parameter.range
     wide = {"width": "48%", "min_width": "20em"}
     plain = not (parameter.many or parameter.optional)
     if parameter.choices and plain and parameter.kind is int:

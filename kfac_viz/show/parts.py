@@ -96,8 +96,8 @@ class MatrixView:
 
     def update(self, matrix: ArrayLike, limit: float) -> None:
         """Draw another matrix; ``limit`` is the modulus at which the colours end."""
-        if (shown := (id(matrix), limit, self.logarithmic)) != self._shown:
-            self._matrix, self._shown = matrix, shown  # kept, so that no other matrix gets its id
+        if (shown := (id(matrix), limit)) != self._shown:
+            self._matrix, self._shown = matrix, shown  # while it is held no other matrix has its id
             self.image.set_data(self.shade(pooled(matrix, self._group), limit))
 
     def shade(self, values: NDArray, limit: float) -> NDArray:
@@ -129,19 +129,19 @@ class PairView:
 
 
 class ColourBar:
-    """The scale of one or several views, below them; its numbers are texts that :meth:`update` sets."""
+    """The linear–logarithmic scale of some views, below them; its numbers are texts that :meth:`update` sets."""
 
-    def __init__(self, ax: Axes, *, logarithmic: bool = True) -> None:
-        self.logarithmic = logarithmic
+    def __init__(self, ax: Axes) -> None:
         ax.imshow(np.linspace(-1, 1, 256)[None], cmap=SIGNED, extent=(-1, 1, 0, 1), aspect="auto")
         ax.set(xticks=[], yticks=[])
-        sides = ("left", "center", "center", "center", "right")
-        self.artists = self.texts = [ax.text(0, -0.8, "", ha=side, va="top", fontsize=9) for side in sides]
+        self.shares = {-1: "left", -0.1: "center", 0: "center", 0.1: "center", 1: "right"}
+        self.artists = [
+            ax.text(compressed(share), -0.8, "", ha=side, va="top", fontsize=9) for share, side in self.shares.items()
+        ]
 
     def update(self, limit: float) -> None:
-        inner = 0.1 if self.logarithmic else 0.5
-        for text, share in zip(self.texts, (-1, -inner, 0, inner, 1), strict=True):
-            text.set(x=compressed(share) if self.logarithmic else share, text=number(share * limit, 2))
+        for text, share in zip(self.artists, self.shares, strict=True):
+            text.set_text(number(share * limit, 2))
 
 
 def compressed(share: NDArray) -> NDArray:

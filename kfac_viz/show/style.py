@@ -20,6 +20,7 @@ BLUE = "#0072B2"
 METHODS: dict[str, Style] = {
     "exact": Style("exact natural gradient", "#000000", "*", "-"),
     "gradient": Style("gradient", "#888888", "h", ":"),
+    "none": Style("no preconditioner", "#888888", "h", ":"),
     "adam": Style("Adam", "#56B4E9", "v", ":"),
     "diagonal": Style("diagonal", "#56B4E9", "v", "--"),
     "block-diagonal": Style("exact blocks", BLUE, "s", "--"),

@@ -32,4 +32,4 @@ NOTEBOOKS: dict[str, Callable] = {
     "09_speed": run_speed,
 }
 for _name, _run in reversed(NOTEBOOKS.items()):
-    _run.notebook = _name  # the first of its notebooks is named by a panel
+    _run.notebook = _name  # what a panel says; of two notebooks the first

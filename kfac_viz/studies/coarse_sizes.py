@@ -106,8 +106,7 @@ def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...]) ->
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-
-NONE = METHODS["gradient"]._replace(label="no preconditioner")
+SERIES = {"none": METHODS["none"], **SPACES}
 QUANTITIES = {  # title, ends of the axis and numbers on it
     "captured": ("captured by one step", (-3, 1.08), (1, 0.5, 0, -1, -2)),
     "largest": ("λ_max of T A", (0.95, 12), (1, 2, 3, 5, 10)),
@@ -126,8 +125,8 @@ class CoarseSizesPlot(Plot):
         for row, axes in zip(CORRECTIONS, self.figure.subplots(2, 3), strict=True):
             for ax, (quantity, (title, ends, numbers)) in zip(axes, QUANTITIES.items(), strict=True):
                 self.views[row, quantity] = self.add(CurveView(
-                    ax, {"none": NONE, **SPACES}, shown(result, row, quantity), f"{row.capitalize()}: {title}",
-                    x="columns per layer", xlim=(-0.1, max(sizes) * 1.12), ylim=ends,
+                    ax, SERIES, shown(result, row, quantity), f"{row.capitalize()}: {title}", x="columns per layer",
+                    xlim=(-0.1, max(sizes) * 1.12), ylim=ends,
                     scale=("symlog", "symlog" if quantity == "captured" else "log"),
                 ))  # fmt: skip
                 ax.set_xscale("symlog", linthresh=1, linscale=0.3)
@@ -152,7 +151,6 @@ def shown(result: CoarseSizesResult, row: str, quantity: str) -> dict[str, Curve
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
 
 @exercise("05c", "Look at a column x of the space: M A x = μ x, and what is Q A x?", 1e-3)
 def _what_the_optimal_space_adds() -> float:

@@ -179,7 +179,7 @@ def _one_level(where: Setting, rule: str, damping: float) -> _OneLevel:
     M = KFAC(where.F, damping, rule)
     weights = 1 / (where.F.eigen.d + damping)
     half = (where.F.eigen.U * weights.sqrt()).cpu().numpy()
-    inverse = torch.from_numpy(half @ half.T)  # NumPy knows that a matrix times its transpose is half the work
+    inverse = torch.from_numpy(half @ half.T)  # NumPy does X Xᵀ in half the time
     scale = float(weights.norm())
     missed = _without_noise(inverse.to(weights.device) - M.dense(), scale)
     spectrum = _eigenvalues(_whitened(where, M)[0])
@@ -273,7 +273,6 @@ def _share(x: float, of: float) -> float:
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-
 FLOOR, CEILING = 1e-4, 1e2  # of the spectrum's axis
 MATRICES = {  # name, left end in inches, title
     "fisher": ("F", 0.87, "Exact Fisher $F$"),
@@ -301,15 +300,9 @@ class CoarseSpacePlot(Plot):
             if name in ("blocks", "added"):
                 view.ax.set_yticks([])
         self.views["fisher"].name_layers()
-        self.bars = [ColourBar(self._axes(left, 3.4, 4.25, 0.09)) for left in (0.87, 5.52)]
-        for bar in self.bars:
-            self.add(bar)
+        self.bars = [self.add(ColourBar(self._axes(left, 3.4, 4.25, 0.09))) for left in (0.87, 5.52)]
         self._build_spectra(self._axes(0.87, 4.15, 4.25, 1.5), result)
         self._build_captured(self._axes(7.1, 4.2, 2.15, 1.5))
-
-    def scale(self, logarithmic: bool) -> None:
-        for part in (*self.views.values(), *self.bars):
-            part.logarithmic = logarithmic
 
     def _build_spectra(self, ax: Axes, result: CoarseSpaceResult) -> None:
         P = result.partition.size
@@ -400,7 +393,6 @@ def percent(x: float) -> str:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
 
 @exercise("00a", "Compare the bars of the four corrections with that of K-FAC.")
 def _takes_the_same_step_twice() -> str:

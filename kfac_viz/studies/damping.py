@@ -116,7 +116,6 @@ def _follow(s: Setting, method: str, λs: NDArray) -> NDArray:
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-
 LINES = dict(zip(MOMENTS, (":", "-"), strict=True))
 MOMENT = {moment: Style(moment, INK, "", line) for moment, line in LINES.items()}
 SERIES = {
@@ -173,7 +172,6 @@ def shown(result: DampingResult, quantity: str) -> dict:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
 
 def crossing(f: Callable[[float], float], low: float, high: float) -> float:
     """The λ between 10^low and 10^high at which f changes its sign."""

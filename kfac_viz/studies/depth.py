@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import Annotated, Literal
 
@@ -96,7 +97,9 @@ def _network(data: str, depth: int, width: int, n: int, steps: int, seed: int, d
     else:
         problem = problems.planted(depth, width, n, seed, batch_norm=data == "planted_bn", device=device)
     network = Setting(problem.trained(steps))
-    return network, torch.linalg.eigvalsh(network.dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of batch norm's parameters, which stay outside the Fisher
+        return network, torch.linalg.eigvalsh(network.dense)
 
 
 def _measure(data, depth, width, n, steps, seed, device, damping, per_layer, rtol) -> dict[tuple[str, str], float]:
@@ -120,9 +123,8 @@ def _measure(data, depth, width, n, steps, seed, device, damping, per_layer, rto
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-
 SERIES: dict[str, Style] = {  # what is added lies close to K-FAC, and is drawn below it
-    "none": METHODS["gradient"]._replace(label="no preconditioner"),
+    "none": METHODS["none"],
     "constants, additive": styled("nicolaides", "additive"),
     "leading, additive": styled("spectral", "additive"),
     "kfac": METHODS["kfac"],
@@ -174,7 +176,6 @@ def shown(result: DepthResult, quantity: str) -> dict[str, Curve]:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
 
 @exercise("06a", "Take v whose pieces v_l all have v_lᵀ A_ll v_l = 1, and Cauchy–Schwarz for the cross terms.")
 def _most_block_jacobi_can_overshoot() -> int:

@@ -203,7 +203,6 @@ def _landscape(likelihood: str, seed: int) -> tuple[NDArray, NDArray, NDArray]:
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-
 FLAVOURS: dict[str, Style] = {
     "exact": Style("exact Fisher", "#000000", "*", "-"),
     "mc": Style("Monte Carlo Fisher", "#009E73", "s", "-"),
@@ -300,7 +299,6 @@ class Landscape:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
 
 @exercise("01a", "The error falls with the root of the number of labels: what does a factor of ten cost?", 0.2)
 def _labels_for_one_percent() -> float:

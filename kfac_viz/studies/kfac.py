@@ -178,7 +178,6 @@ def _by_pair(s: Setting) -> tuple[Tensor, NDArray, NDArray]:
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-
 class KfacPlot(Plot):
     """Matrices and pairs of layers above; pieces of the error and other methods below."""
 
@@ -266,7 +265,6 @@ class Bars:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
 
 @exercise("02a", "Only the blocks between layers are lost for certain; what is the norm of those?", 0.01)
 def _best_block_diagonal_error() -> float:

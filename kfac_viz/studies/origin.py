@@ -184,17 +184,14 @@ def _ridge_iterations(clusters: int, n: int, damping: float, rtol: float, seed: 
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-
-NONE = METHODS["gradient"]._replace(label="no preconditioner")
 BLOCKS = METHODS["kfac"]._replace(label="block Jacobi")
 BALANCED = METHODS["balanced"]._replace(label="block Jacobi and constants, balanced")
 ADDITIVE = METHODS["additive"]._replace(label="block Jacobi and constants, additive")
 CONSTANTS = SPACES["nicolaides"]._replace(label="constants of clusters alone")
 RANDOM = SPACES["random"]._replace(label="constants of random groups alone")
-POISSON = {"none": NONE, "blocks": BLOCKS, "additive": ADDITIVE, "balanced": BALANCED}
-RIDGE = {"none": NONE, "random": RANDOM, "blocks": BLOCKS, "balanced": BALANCED, "clusters": CONSTANTS}
+POISSON = {"none": METHODS["none"], "blocks": BLOCKS, "additive": ADDITIVE, "balanced": BALANCED}
+RIDGE = {"none": METHODS["none"], "random": RANDOM, "blocks": BLOCKS, "balanced": BALANCED, "clusters": CONSTANTS}
 ERRORS = {"start": Style("error at the start", FAINT, ""), "blocks": BLOCKS, "balanced": BALANCED}
-FRAME = ("local", "subdomains", "shown", "clusters", "n", "seed")  # what else than lines depends on
 
 
 class OriginPlot(Plot):
@@ -269,7 +266,6 @@ def last(result: OriginResult, quantity: str, *names: str) -> list[int]:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
 
 @exercise("04a", "Each inner boundary couples one pair of neighbours, and that pair spans how many dimensions?")
 def _interface_eigenvalues() -> int:

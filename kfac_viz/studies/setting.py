@@ -27,7 +27,7 @@ Flavour = Annotated[
 ]
 Rule = Annotated[Literal["eigen", "factored"], "how K-FAC is damped."]
 Damping = Annotated[float, Range(1e-6, 10, log=True, steps=71), "λ of A = F + λI, and of all that is made of it."]
-DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the slider of the first studies; some positions carry their curves
+DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the slider of the first studies, and where their curves lie
 OVER_DAMPINGS = {"x": "damping λ", "xlim": (DAMPINGS.low, DAMPINGS.high)}
 LARGEST = 2500  # parameters: the matrices are dense
 
@@ -42,9 +42,7 @@ class Setting:
 
     @cached_property
     def F(self) -> Fisher:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the parameters of batch norm stay outside the Fisher
-            return self.problem.capture(self.fisher)
+        return self.problem.capture(self.fisher)
 
     @cached_property
     def g(self) -> Tensor:

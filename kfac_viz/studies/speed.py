@@ -91,7 +91,6 @@ def _rows(name: str) -> list[dict[str, str]]:
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-
 STYLES: dict[str, Style] = {
     "Adam": METHODS["adam"],
     "K-FAC": METHODS["kfac"],
@@ -171,7 +170,6 @@ def shown(result: SpeedResult, quantity: str) -> dict[str, Curve]:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
 
 @exercise("09a", "Set the three products of the gradient equal to the two of K-FAC: 3 N o i = o² i + o i².", 0.01)
 def _batch_that_pays_for_kfac() -> float:
