@@ -672,7 +672,7 @@ def test_quadratic_rule_minimises_over_step_and_momentum():
     closure_of(opt, model)()
     opt.observe(X)
     before, g = opt.partition.pack(model), opt.partition.pack_grad(model)
-    A, previous = opt.preconditioner.A, opt._joined({p: opt.state[p]["momentum_buffer"] for p in opt._params})
+    A, previous = opt.preconditioner.A, opt._joined([opt.state[p]["momentum_buffer"] for p in opt._params])
     D = torch.stack([-(opt.preconditioner @ g), previous], dim=1)
     best = torch.linalg.solve(D.T @ (A @ D), -D.T @ g)
     opt.step()
