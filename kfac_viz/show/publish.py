@@ -108,7 +108,7 @@ def publish(output: Output, made: Path, out: Path) -> None:
 
 
 def put(contents: dict[str, bytes], out: Path) -> tuple[Path, ...]:
-    """Write files into ``out``, which is made if it is missing: all of them, or none."""
+    """Write files into ``out``, which is made if it is missing: each of them whole, a record last."""
     out.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=out, prefix=".making-"))
     try:

@@ -33,7 +33,7 @@ class Saved(NamedTuple):
 
 
 def save(figure: Figure, result: Any, name: str, out_dir: str | Path) -> Saved:
-    """Write NAME.svg, NAME.png, NAME.csv and NAME.json into ``out_dir``: all of them, or none.
+    """Write NAME.svg, NAME.png, NAME.csv and NAME.json into ``out_dir``; the record, NAME.json, comes last.
 
     No date, path or duration enters the files, so the same numbers give the same bytes.
 
