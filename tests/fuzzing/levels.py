@@ -147,7 +147,8 @@ def worth(t: Try) -> None:
         if t.chance(0.2):
             options["callback"] = t.pick(lambda *both: calls.append(both), lambda *both: calls.append(both), "x", 3)
         s = t.call(lambda: kv.pcg(A, g, M=T, **options))
-        t.finite("pcg: solution", s.solution)
+        if not t.finite("pcg: solution", s.solution):
+            return
         t.finite("pcg: residuals", list(s.residuals))
         true = float((g64 - x.A64 @ s.solution.detach().to(F64)).norm()) / max(float(g64.norm()), 1e-300)
         rtol = options.get("rtol", 1e-8)
