@@ -154,7 +154,9 @@ def worth(t: Try) -> None:
         rtol = options.get("rtol", 1e-8)
         if t.check(isinstance(rtol, (int, float, Tensor)) and 0 < rtol < math.inf, f"pcg accepted rtol {rtol!r}"):
             start = options.get("x0")
-            longest = max(norm(y) for y in (s.solution, *([] if start is None else [start]), *(c for c, _ in calls)))
+            longest = max(
+                norm(real(y)) for y in (s.solution, *([] if start is None else [start]), *(c for c, _ in calls))
+            )
             slack = 100 * eps * P * (1 + s.iterations) * (1 + norm(x.A64) * longest / max(norm(g64), 1e-300))
             if s.converged and rtol < 1e300:
                 t.check(not true > 2 * float(rtol) + slack, "pcg converged, and the residual is large", f"{true:.3g}")
