@@ -106,8 +106,10 @@ class Try:
         return bool(holds)
 
     def finite(self, what: str, found: object) -> bool:
-        values = found if isinstance(found, Tensor) else torch.tensor(found, dtype=F64)
-        return self.check(bool(torch.isfinite(values.detach()).all()), f"{what} holds NaN or inf", found)
+        values = found.detach() if isinstance(found, Tensor) else torch.tensor(found, dtype=F64)
+        if values.layout != torch.strided:
+            return self.check(False, f"{what} is a {values.layout} tensor")
+        return self.check(bool(torch.isfinite(values).all()), f"{what} holds NaN or inf", found)
 
     def close(self, what: str, found: Tensor, expected: Tensor, allowed: float) -> bool:
         """``|found − expected| ≤ allowed`` in every entry, found being finite; an ``allowed`` that is not finite

@@ -20,6 +20,8 @@ def expected_step(opt: kv.TwoLevelKFAC, T: kv.TwoLevel, dtype: torch.dtype) -> T
     layers = []
     for layer in opt.partition.layers:
         module = opt.model.get_submodule(layer.name)
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            return None  # another module is there by now
         layers.append([q for q in (module.weight, module.bias) if q is not None])
     groups = {p: group for group in opt.param_groups for p in group["params"]}
     if not _usual(opt, layers, groups, dtype):
