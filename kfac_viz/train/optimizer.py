@@ -513,8 +513,9 @@ class TwoLevelKFAC(Optimizer):
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
+        last = state.get("momentum_buffer")
+        if last is None or (last.dtype, last.device) != (p.dtype, p.device):  # the model may have moved since
+            state["momentum_buffer"] = torch.zeros_like(p) if last is None else last.to(p)
         return state["momentum_buffer"]
 
     # ---- what it acts on ------------------------------------------------------------------------------
