@@ -89,7 +89,7 @@ def pcg(
     p, rho = None, 1.0
     kept = min(limit, len(g)) if reorthogonalize else 0
     R, Z = b.new_empty(kept, len(b)), b.new_empty(kept, len(b))  # earlier residuals r / √rᵀMr, and M times them
-    while residuals[-1] > rtol and len(residuals) <= limit:  # line 2
+    while residuals[-1] > rtol and len(residuals) <= limit and isfinite(residuals[-1]):  # line 2
         z = r if M is None else M._apply(r)  # line 5, and 1 for the first
         rho, before = float(r @ z), rho
         p = z.clone() if p is None else z + (rho / before) * p  # lines 6 and 7: β = rho / before
@@ -111,7 +111,7 @@ def pcg(
             callback(_ldexp(x, power), residuals[-1])
     residual = _norm(b - A._apply(x)) / norm
     solution = _ldexp(x, power)
-    if not (residual < inf and finite([solution])[0]):
+    if not (residual < inf and max(residuals) < inf and finite([solution])[0]):
         raise ValueError(f"The solution overflows {g.dtype}; scale the right-hand side, or choose a larger damping.")
     if 0 < ldexp(float(x.abs().max()), power) < torch.finfo(g.dtype).tiny:
         raise ValueError(f"The solution underflows {g.dtype}; scale the right-hand side, or choose a smaller damping.")

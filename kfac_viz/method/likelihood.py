@@ -76,7 +76,7 @@ def output_vectors(
         else:
             vectors = (f.sigmoid() if likelihood == "bernoulli" else f) - targets.reshape(f.shape)
         vectors = vectors[None]
-    return vectors.reshape(-1, *shape).to(outputs.dtype)
+    return vectors.detach().reshape(-1, *shape).to(outputs.dtype)
 
 
 def count_vectors(outputs: Tensor, flavour: str, samples: int) -> int:

@@ -126,6 +126,8 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -
             stack.callback(module.register_forward_hook(after, with_kwargs=True, prepend=True).remove)
         outputs = model(*inputs)
     check_outputs(outputs)
+    if not outputs.requires_grad:
+        raise ValueError("The model's outputs do not depend on its parameters in any way that autograd knows.")
     for name, made in calls.items():
         for call in made:
             if len(call.a) != len(outputs):
@@ -159,8 +161,7 @@ def _check_layer_input(name: str, module: nn.Module, x: Tensor) -> None:
         fits, expected = x.ndim >= 2 and x.shape[-1] == module.in_features, f"(N, …, {module.in_features})"
     if not fits or not x.is_floating_point() or x.numel() == 0:
         raise ValueError(
-            f"Layer {name!r} expects floating point inputs of shape {expected}, none of them 0; got {tuple(x.shape)}, "
-            f"{x.dtype}."
+            f"Layer {name!r} expects floating point inputs, not empty, of shape {expected}; got {tuple(x.shape)}, {x.dtype}."
         )
 
 

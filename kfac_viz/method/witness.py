@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from math import inf, isfinite
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,17 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
     weights = [list(_parameters(model, name)) for name in record.partition.names]
     halves = [half.to(outputs.device) for half in _halves(N)]
     read = torch.stack([_facts(record, weights, half) for half in halves]).amax(0).tolist()
-    if not all(x < float("inf") for fact in read for x in fact):
-        return  # NaN, inf or an overflow, which the vectors of the Fisher are about to tell in their own words
     tolerance = _tolerance(outputs)
     mixes = any(module.training or module.running_mean is None for module in _batch_norms(model))
     for name, (worst, difference, told, others, all_rows) in zip(record.partition.names, read, strict=True):
+        if others > tolerance * all_rows and not mixes:
+            raise ValueError(
+                f"In layer {name!r} the rows do not belong to one example each: either the examples are not on the "
+                "first axis there (batch_first=True puts them there), or the model mixes the examples of a batch, and "
+                "no per-example Fisher exists."
+            )
+        if not (isfinite(worst) and isfinite(told)):
+            continue  # this product overflows, and what is wrong in the vectors of the Fisher they are about to tell
         if worst > tolerance:
             share = f"{difference / told:.0%} of that gradient" if told else "the whole of it"
             raise ValueError(
@@ -46,17 +53,11 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
                 f"attention that reads it by itself), and what it does there is not seen: {share} is missing from its "
                 f"scores. {_advice(record, [name])}"
             )
-        if others > tolerance * all_rows and not mixes:
-            raise ValueError(
-                f"In layer {name!r} the rows do not belong to one example each: either the examples are not on the "
-                "first axis there (batch_first=True puts them there), or the model mixes the examples of a batch, and "
-                "no per-example Fisher exists."
-            )
     _warn_of_probabilities(outputs, likelihood)
     called = [
         told for name, (_, _, told, *_) in zip(record.partition.names, read, strict=True) if name not in record.unused
     ]
-    if N > 1 and all(called):  # without a gradient, as behind a dead ReLU, nothing was seen
+    if N > 1 and all(0 < told < inf for told in called):  # without a gradient, as behind a dead ReLU, nothing was seen
         _trusted.setdefault(model, set()).add(key)
 
 

@@ -96,7 +96,7 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     new.factors.newest = {name for name in weights if name in _field(state, "newest", list)}
     for entry in _field(state, "window", list):
         F = _fisher(partition, entry, options, "a")
-        batch, N = (check_count(f"The window's {key!r}", _field(entry, key), 0) for key in ("batch", "N"))
+        batch, N = (check_count(f"The window's {key!r}", _field(entry, key), 1) for key in ("batch", "N"))
         new.window.parts.append(Part(batch, N, F.with_vectors(F.stacked)))
     level = _field(state, "level")
     if level is not None:

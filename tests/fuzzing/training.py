@@ -195,7 +195,8 @@ class Training:
         most = max(sizes.values(), default=0.0)
         if (
             not any(moved.values())
-            or not most > 1e-30
+            or not 1e-8 < most < 1e8  # or the step may be less than a unit in the last place
+            or max(float(p.abs().max()) for p in before) > 1e6
             or self.dtype not in (F64, torch.float32)
             or told(opt, "clip", 1.0) < 1e-4
         ):
