@@ -161,7 +161,8 @@ def _check_layer_input(name: str, module: nn.Module, x: Tensor) -> None:
         fits, expected = x.ndim >= 2 and x.shape[-1] == module.in_features, f"(N, …, {module.in_features})"
     if not fits or not x.is_floating_point() or x.numel() == 0:
         raise ValueError(
-            f"Layer {name!r} expects floating point inputs, not empty, of shape {expected}; got {tuple(x.shape)}, {x.dtype}."
+            f"Layer {name!r} expects floating point inputs, not empty, of shape {expected}; got {tuple(x.shape)}, "
+            f"{x.dtype}."
         )
 
 
