@@ -313,7 +313,12 @@ class Damped(Operator):
         return self._in_range(solution, "The solution")
 
     def with_damping(self, damping: float) -> Damped:
+        """The same operator at another λ."""
         return Damped(self.operator, damping)
+
+    def at(self, damping: float) -> Damped:
+        """As :meth:`with_damping`, for a λ that has been checked."""
+        return replace(self, damping=damping)
 
     def __repr__(self) -> str:
         return f"{self.operator!r} + {self.damping:.3g}·I"

@@ -20,14 +20,18 @@ class Preconditioner(Operator):
 
     def _init(self, operator: Operator | KroneckerFactors, damping: float) -> None:
         self.partition, self.dtype, self.device = operator.partition, operator.dtype, operator.device
-        self._damp(damping)
+        self._damp(check_damping(damping, self.dtype))
 
     def _damp(self, damping: float) -> None:
-        """Set λ and what depends on it."""
-        self.damping = check_damping(damping, self.dtype)
+        """Set λ, which has been checked, and what depends on it."""
+        self.damping = damping
 
     def with_damping(self, damping: float) -> Preconditioner:
         """The same preconditioner at another λ; what was factorised is shared."""
+        return self.at(check_damping(damping, self.dtype))
+
+    def at(self, damping: float) -> Preconditioner:
+        """As :meth:`with_damping`, for a λ that has been checked."""
         twin = replace(self)
         twin._damp(damping)
         return twin

@@ -51,7 +51,7 @@ def run_speed(*, seed: Seed = 0, device: Device = "cpu") -> SpeedResult:
     """Read the timings that ``make bench`` has written for this kind of device.
 
     Args:
-        seed: of nothing here; every notebook has one.
+        seed: has no effect; timings are measured, and every notebook has this parameter.
         device: whose measurements to show.
 
     Raises:
