@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -18,7 +19,7 @@ import kfac_viz as kv
 from kfac_viz.method.kronecker import LeadingEigenvectors
 from kfac_viz.method.two_level import CORRECTIONS
 from kfac_viz.train.optimizer import TwoLevelKFAC
-from kfac_viz.train.options import COARSE_OPERATORS, SPACES
+from kfac_viz.train.options import COARSE_OPERATORS, NAMES, SPACES
 from kfac_viz.train.statistics import RunningFactors, Window
 
 X, Y = normal(20, 4), torch.arange(20) % 3
@@ -1027,6 +1028,16 @@ def test_zero_damping_is_an_error_or_a_counted_fallback():
 def test_hyperparameters_are_checked(option, value):
     with pytest.raises((ValueError, TypeError), match=option):
         TwoLevelKFAC(mlp(), **FIXED | {option: value})
+
+
+def test_every_option_is_in_the_signature_with_its_default():
+    shown = inspect.signature(TwoLevelKFAC).parameters
+    assert [name for name in ("lr", "layers", *NAMES) if name not in shown] == []
+    assert (shown["damping"].default, shown["per_layer"].default) == (0.1, 4)
+    with pytest.raises(TypeError, match="no option 'dampening'; it has likelihood, damping"):
+        TwoLevelKFAC(mlp(), **FIXED, dampening=1.0)
+    with pytest.raises(TypeError, match="Name the likelihood"):
+        TwoLevelKFAC(mlp())
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,9 @@ class TwoLevelKFAC(Optimizer):
         convention: ``"expand"`` or ``"reduce"`` for layers with positions (Eschenhagen et al. 2023).
         layers: names of the layers to precondition; all of them by default.
         seed: of the sampled labels, which have their own generator.
+        capturable: read nothing from the device in a plain step, so that it can be part of a CUDA graph: a bad gradient
+            then leaves parameters and momentum alone by masking, and is told at the next observation. Closures that
+            judge a step are refused.
 
     Raises:
         ValueError, TypeError: a hyperparameter out of range, in words.
