@@ -11,6 +11,7 @@ from ..method import coarse as spaces
 from ..method.capture import observed
 from ..method.checks import warn
 from ..method.columns import CoarseSpace
+from ..method.fisher import Fisher
 from ..method.kfac import KFAC
 from ..method.kronecker import LeadingEigenvectors
 from ..method.kronecker_fisher import KroneckerFisher
@@ -68,17 +69,17 @@ class RunningCurvature:
         """Whether this step has had its observation."""
         return self.observed_at == self.step
 
-    def observe(
+    def captured(
         self, model: nn.Module, inputs: tuple[Tensor, ...], targets: Tensor | None, partition: Partition
-    ) -> None:
-        """Capture the batch and take it into the averages; a further part of it in the same step joins it.
+    ) -> tuple[Fisher, tuple[str, ...]]:
+        """The Fisher of a batch as the options ask for it, and the layers that took part; nothing is changed yet.
 
-        ``partition`` may be another one than before: it is taken up once the capture has gone well.
+        ``partition`` may be another one than before, if layers were frozen or unfrozen.
         """
         options, generator = self.options, torch.Generator(inputs[0].device)
         generator.manual_seed((1_000_003 * options.seed + self.counters["observations"]) % 2**63)
         with untouched(model, inputs[0].device):
-            F, seen = observed(
+            return observed(
                 model,
                 inputs,
                 partition,
@@ -89,8 +90,11 @@ class RunningCurvature:
                 generator=generator,
                 partial=True,
             )
-        if partition is not self.partition:
-            self.lay_out(partition)
+
+    def take_in(self, F: Fisher, seen: tuple[str, ...]) -> None:
+        """Take a captured batch into the averages; a further part of it in the same step joins it."""
+        if F.partition != self.partition:
+            self.lay_out(F.partition)
         self.factors.add(F, seen, same_batch=self.just_observed)
         self.window.add(F, same_batch=self.just_observed)
         self.observed_at, self._stale, self._coarse_stale = self.step, True, True

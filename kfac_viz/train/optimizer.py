@@ -194,8 +194,9 @@ class TwoLevelKFAC(Optimizer):
         check_inputs(self.model, self.partition, inputs)
         before = self.partition.names
         partition = self.partition if self._eligible() == self.partition.names else self._layers()
+        F, seen = self.curvature.captured(self.model, inputs, targets, partition)
         self._follow()
-        self.curvature.observe(self.model, inputs, targets, partition)
+        self.curvature.take_in(F, seen)
         if partition.names != before:  # a layer was frozen or unfrozen since
             self._take_up()
 
@@ -254,10 +255,10 @@ class TwoLevelKFAC(Optimizer):
                 loss = closure()
         if judged:
             _number(loss)
-        self._follow()
         kept = copy.copy(self.curvature)
         kept.counters = dict(kept.counters)
         try:
+            self._follow()
             self._take(closure if judged else None, loss)
         except BaseException:
             self.curvature = kept  # a refresh that was due still is
@@ -661,8 +662,6 @@ class TwoLevelKFAC(Optimizer):
         if (kept.dtype, kept.device) != (like.dtype, like.device):
             saved = states.saved(self.curvature)
             self.curvature = states.restored(saved, self.options, self._all_layers(), like)
-            for p, state in self.state.items():
-                self.state[p] = {name: x.to(p) if isinstance(x, Tensor) else x for name, x in state.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("model", "options", "curvature", "_told", "_only", "_facts", "_skipped")

@@ -79,7 +79,7 @@ def _usual(opt: kv.TwoLevelKFAC, layers: list[list[Tensor]], groups: dict[Tensor
 
 
 def _gradient(opt: kv.TwoLevelKFAC, p: Tensor, group: dict) -> Tensor:
-    g = p.grad.detach().to(F64) * (-1 if group["maximize"] else 1)
+    g = p.grad.detach().to(F64) * (-1 if group.get("maximize") else 1)
     return g if opt.options.decoupled else g + group["weight_decay"] * p.detach().to(F64)
 
 
