@@ -197,6 +197,7 @@ class Training:
             not any(moved.values())
             or not 1e-8 < most < 1e8  # or the step may be less than a unit in the last place
             or max(float(p.abs().max()) for p in before) > 1e6
+            or max((float(A.abs().max()) for A in opt.curvature.factors.A.values()), default=0.0) > 1e8
             or self.dtype not in (F64, torch.float32)
             or told(opt, "clip", 1.0) < 1e-4
         ):
