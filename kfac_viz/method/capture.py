@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checks import check_choice, check_count, check_room, check_type, finite, own_precision, warn
 from .fisher import Fisher
 from .likelihood import FLAVOURS, LIKELIHOODS, count_vectors, output_vectors
-from .partition import Partition
+from .partition import Partition, own_parameters
 from .record import Record, record
 from .witness import check_witnessed
 
@@ -170,8 +170,7 @@ def _tell_what_is_wrong(model: nn.Module, inputs: tuple[Tensor, ...], run: Recor
 def _check_data(model: nn.Module, partition: Partition, inputs: tuple[Tensor, ...]) -> None:
     """Refuse NaN and inf in weights and inputs, by name."""
     for name in partition.names:
-        module = model.get_submodule(name)
-        if not all(finite([p.detach() for p in (module.weight, module.bias) if p is not None])):
+        if not all(finite([p.detach() for p in own_parameters(model.get_submodule(name))])):
             raise ValueError(f"The weights of layer {name!r} hold NaN or inf.")
     if not all(finite([x for x in inputs if x.is_floating_point()])):
         raise ValueError("The inputs of the model hold NaN or inf.")

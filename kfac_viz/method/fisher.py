@@ -63,11 +63,8 @@ class Fisher(Operator):
         for layer, a, g in zip(layers, self.a, self.g, strict=True):
             check_type(f"a of layer {layer.name!r}", a, Tensor)
             check_type(f"g of layer {layer.name!r}", g, Tensor)
-            if a.ndim != 3 or g.ndim != 4 or g.shape != (self.g[0].shape[0], len(like), a.shape[1], layer.out):
-                fits = False
-            else:
-                fits = a.shape[0] == len(like) > 0 and a.shape[2] == layer.features and g.numel() > 0
-            if not fits:
+            fits = a.ndim == 3 and g.ndim == 4 and g.shape == (len(self.g[0]), len(like), a.shape[1], layer.out)
+            if not (fits and a.shape[0] == len(like) and a.shape[2] == layer.features and g.numel() > 0):
                 raise ValueError(
                     f"Layer {layer.name!r} needs a (N, T, {layer.features}) and g (S, N, T, {layer.out}), with N and S "
                     f"as everywhere; got {tuple(a.shape)} and {tuple(g.shape)}."

@@ -90,7 +90,7 @@ class KFAC(Preconditioner):
         """``(G + √λ/π I)⁻¹`` and ``(A + π√λ I)⁻¹``, stacked: by Cholesky, a third of the work of LU."""
         f, root = self.factors, self.damping**0.5
         damped = [
-            (_shifted(G, root / π), _shifted(A, root * π)) for (G, A), π in zip(f.stacked, f.stacked_pi, strict=True)
+            (shifted(G, root / π), shifted(A, root * π)) for (G, A), π in zip(f.stacked, f.stacked_pi, strict=True)
         ]
         lower = [[torch.linalg.cholesky_ex(X) for X in pair] for pair in damped]
         failed = sum(torch.cat([info.view(-1) for pair in lower for _, info in pair]).ne(0).tolist())
@@ -159,7 +159,7 @@ class EKFAC(KFAC):
         return self._describe(f"λ = {self.damping:.3g}")
 
 
-def _shifted(X: Tensor, shift: Tensor) -> Tensor:
+def shifted(X: Tensor, shift: Tensor) -> Tensor:
     """``X + shift I`` for a stack X and one shift for each member."""
     X = X.clone()
     X.diagonal(0, -2, -1).add_(shift[..., None])

@@ -314,7 +314,7 @@ class Damped(Operator):
 
     def with_damping(self, damping: float) -> Damped:
         """The same operator at another λ."""
-        return Damped(self.operator, damping)
+        return self.at(check_damping(damping, self.dtype))
 
     def at(self, damping: float) -> Damped:
         """As :meth:`with_damping`, for a λ that has been checked."""

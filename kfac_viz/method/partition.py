@@ -214,7 +214,7 @@ class Partition:
         """The ``.grad`` of ``model`` as one vector (P,); a ValueError names a layer that has none."""
         pieces = []
         for layer, module in zip(self.layers, self._modules(model), strict=True):
-            grads = [p.grad for p in (module.weight, module.bias) if p is not None]
+            grads = [p.grad for p in own_parameters(module)]
             if any(grad is None for grad in grads):
                 raise ValueError(f"Layer {layer.name!r} has no gradient; call loss.backward() first.")
             pieces.append(_matrix(*grads) if layer.bias else _matrix(grads[0], None))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .checks import check_type
 from .fisher import Fisher
+from .kfac import shifted
 from .operator import cholesky
 from .preconditioner import Preconditioner
 
@@ -34,7 +35,7 @@ class BlockTridiagonal(Preconditioner):
     def _damp(self, damping: float) -> None:
         super()._damp(damping)
         f, root, round_off = self.factors, self.damping**0.5, 10 * torch.finfo(self.dtype).eps
-        K = [torch.kron(_plus(G, root / π), _plus(A, root * π)) for G, A, π in zip(f.G, f.A, f.pi, strict=True)]
+        K = [torch.kron(shifted(G, root / π), shifted(A, root * π)) for G, A, π in zip(f.G, f.A, f.pi, strict=True)]
         Ξ = torch.eye(self.partition.size, dtype=self.dtype, device=self.device)
         slices, inverses = self.partition.slices, []
         for l, (here, name) in enumerate(zip(slices, self.partition.names, strict=True)):
@@ -57,7 +58,3 @@ class BlockTridiagonal(Preconditioner):
 
     def dense(self) -> Tensor:
         return self._in_range(self._matrix.clone(), "The matrix")
-
-
-def _plus(X: Tensor, shift: Tensor) -> Tensor:
-    return X + shift * torch.eye(len(X), dtype=X.dtype, device=X.device)

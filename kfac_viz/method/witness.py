@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import warn
+from .partition import own_parameters
 from .record import Record
 
 _trusted: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # what was found in order, by model
@@ -32,7 +33,7 @@ def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
     if key in _trusted.get(model, ()):
         return
     N, outputs = len(record.outputs), record.outputs
-    weights = [list(_parameters(model, name)) for name in record.partition.names]
+    weights = [own_parameters(model.get_submodule(name)) for name in record.partition.names]
     halves = [half.to(outputs.device) for half in _halves(N)]
     read = torch.stack([_facts(record, weights, half) for half in halves]).amax(0).tolist()
     tolerance = _tolerance(outputs)
@@ -97,7 +98,7 @@ def _facts(record: Record, weights: list[list[Tensor]], half: Tensor) -> Tensor:
 
 def _check_unused(model: nn.Module, record: Record) -> None:
     """Refuse layers whose weights lead to the outputs although the layers were never called."""
-    unused = {name: list(_parameters(model, name)) for name in record.unused}
+    unused = {name: own_parameters(model.get_submodule(name)) for name in record.unused}
     if not (unused and record.outputs.requires_grad):
         return
     flat, vector = [p for own in unused.values() for p in own], torch.ones_like(record.outputs)
@@ -121,11 +122,6 @@ def _advice(record: Record, hidden: list[str]) -> str:
     if not others:
         return "No other layer is left here; write the model with nn.Linear layers that are called."
     return f"Leave it out by naming the others: layers={others}."
-
-
-def _parameters(model: nn.Module, name: str) -> Iterator[Tensor]:
-    module = model.get_submodule(name)
-    return (p for p in (module.weight, module.bias) if p is not None)
 
 
 def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:

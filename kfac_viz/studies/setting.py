@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import KFAC, CoarseSpace, Damped, Dense, Fisher, Operator, captured_decrease, coarse, pcg
+from ..method.kfac import shifted
 from ..parameters import Range
 from . import problems
 from .problems import Problem
@@ -107,10 +108,6 @@ def first_network(steps: int = 100) -> Setting:
 def kronecker_blocks(F: Fisher, damping: float = 0.0) -> Tensor:
     """K-FAC as a matrix (P, P): ``G ⊗ A`` in each layer; with damping, what its factored rule inverts."""
     f, root = F.kronecker(), damping**0.5
-
-    def shifted(X: Tensor, shift: Tensor) -> Tensor:
-        return X + shift * torch.eye(len(X), dtype=X.dtype, device=X.device)
-
     layers = zip(f.A, f.G, f.pi, strict=True)
     return torch.block_diag(*(torch.kron(shifted(G, root / π), shifted(A, root * π)) for A, G, π in layers))
 

@@ -328,15 +328,15 @@ class TwoLevelKFAC(Optimizer):
             ([], []) if momentum is None else (list(params), list(compress(self._split(momentum), moving)))
         )
         if len(grads) > len(params):
-            plain, along, left = self._plain_steps({p: grad for p, grad in grads.items() if p not in self._index})
-            params, steps = params + list(plain), steps + along
-            owners, buffers = owners + list(left), buffers + list(left.values())
+            plain, along, kept = self._plain_steps({p: grad for p, grad in grads.items() if p not in self._index})
+            params, steps = params + plain, steps + along
+            owners, buffers = owners + list(kept), buffers + list(kept.values())
         new = [step if step.dtype == p.dtype else step.to(p.dtype) for p, step in zip(params, steps, strict=True)]
         for group in self.param_groups if self.options.decoupled else ():
             if group["weight_decay"]:
                 shrunk = set(group["params"])
-                left = -group["lr"] * group["weight_decay"]
-                new = [torch.add(x, p, alpha=left) if p in shrunk else x for p, x in zip(params, new, strict=True)]
+                decay = -group["lr"] * group["weight_decay"]
+                new = [torch.add(x, p, alpha=decay) if p in shrunk else x for p, x in zip(params, new, strict=True)]
         new = torch._foreach_add(params, new)
         left = [x if x.dtype == p.dtype else x.to(p.dtype) for p, x in zip(owners, buffers, strict=True)]
         narrow = [x for x in left if x.dtype != g.dtype]  # what is finite in v may overflow there

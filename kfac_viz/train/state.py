@@ -136,13 +136,9 @@ def _levels(new: RunningCurvature, level: dict[str, Any]) -> Any:
 
 
 def _fisher(partition: Partition, entry: Any, options: Options, key: str) -> Fisher:
-    """A Fisher from saved inputs and vectors, of the shapes that fit each other and the layers."""
+    """A Fisher from saved inputs and vectors, which it checks against each other and the layers."""
     entry = _of_kind(entry, dict, "window")
-    a, g = (_of_kind(_field(entry, which), list, which, len(partition)) for which in (key, "g"))
-    S, N = _shaped(g[0], (None,) * 4, "g").shape[:2]
-    for layer, x, y in zip(partition.layers, a, g, strict=True):
-        _shaped(x, (N, None, layer.features), f"inputs of layer {layer.name!r}")
-        _shaped(y, (S, N, x.shape[1], layer.out), f"vectors of layer {layer.name!r}")
+    a, g = (_field(entry, which, list) for which in (key, "g"))
     return Fisher(partition, a, g, likelihood=options.likelihood, flavour=options.fisher)
 
 
