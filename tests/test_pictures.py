@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import kfac_viz as kv
-from kfac_viz.show import METHODS, SPACES, CurveView, Style
+from kfac_viz.show import METHODS, SPACES, CurveView, MapView, Style
 from kfac_viz.show.live import Live
 from kfac_viz.show.style import rc
 from kfac_viz.studies.curves import curve
@@ -22,7 +22,11 @@ PICTURES = {  # run, plot, parameters, and what a slider changes
     ),
     "coarse_space": (NETWORK, dict(damping=1.0, per_layer=1, correction="additive")),
     "coarse_sizes": (NETWORK | dict(sizes=(0, 1, 3), repeats=2), dict(damping=1.0)),
-    "depth": (dict(layers=(2, 3), width=6, n=40, steps=2, repeats=2), dict(damping=0.05, per_layer=2)),
+    "depth": (
+        dict(layers=(2, 3), width=6, n=40, steps=2, repeats=2, networks=("planted",), damping_shares=(1e-3, 1e-2),
+             measured=""),
+        dict(damping_share=0.05, per_layer=2, steps=3),
+    ),
     "speed": ({}, {}),
 }
 SMALLEST = 11  # pixels, of type in a picture of 900: what a panel has in a window of 1366 × 768
@@ -81,6 +85,18 @@ def test_one_colour_for_one_thing():
     others = {style.color for name, style in METHODS.items() if style.label.split()[0] != "two-level,"}
     assert len(corrections) == 4 and len(spaces) == len(kv.coarse.SPACES)
     assert not corrections & spaces and not (corrections | spaces) & others
+
+
+def test_a_map_finds_the_place_of_each_number():
+    places = [("two", "x"), ("two", "y"), ("one", "x"), ("one", "y")]
+    values = dict(zip(places, (0.1, 0.2, 0.3, 0.4), strict=True))
+    with matplotlib.rc_context(rc()):
+        view = MapView(Figure().subplots(), [(*place, 0.0) for place in places], "title", limits=(0, 1))
+        view.update([(*place, values[place]) for place in reversed(places)])
+        fresh = MapView(Figure().subplots(), [(*place, values[place]) for place in places], "title", limits=(0, 1))
+    assert view.words() == "title. two: 0.10, 0.20; one: 0.30, 0.40."
+    np.testing.assert_array_equal(view.mesh.get_array(), fresh.mesh.get_array())
+    assert [t.get_text() for t in view.texts] == [t.get_text() for t in fresh.texts]
 
 
 SERIES = {"a": Style("a", "#0072B2"), "b": Style("b", "#D55E00", "s", "--")}

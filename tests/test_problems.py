@@ -13,6 +13,7 @@ PROBLEMS = {
     "autoencoder": lambda **o: kv.problems.autoencoder(side=4, n=60, **o),
     "planted": lambda **o: kv.problems.planted(n=60, **o),
     "planted, batch norm": lambda **o: kv.problems.planted(n=60, batch_norm=True, **o),
+    "planted, residual": lambda **o: kv.problems.planted(n=60, residual=True, **o),
     "planted linear": lambda **o: kv.problems.planted(n=60, activation=None, **o),
     "deep linear": lambda **o: kv.problems.deep_linear(n=60, **o),
 }
@@ -42,6 +43,18 @@ def test_numbers_do_not_depend_on_the_default_dtype():
         assert all(torch.equal(x, y) for x, y in zip(expected, state(PROBLEMS["planted"]()), strict=True))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_residual_connections_add_what_comes_in():
+    problem = kv.problems.planted(depth=4, width=10, residual=True, n=20)
+    first, *hidden, last = (m for m in problem.model.modules() if isinstance(m, nn.Linear))
+    x = torch.tanh(first(problem.inputs))
+    for layer in hidden:
+        x = x + torch.tanh(layer(x))
+    assert len(hidden) == 2 and torch.equal(problem.model(problem.inputs), last(x))
+    plain = kv.problems.planted(depth=4, width=10, n=20)  # the same weights, drawn in the same order
+    weights = [p for p in plain.model.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), weights, strict=True))
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

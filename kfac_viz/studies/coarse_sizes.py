@@ -6,11 +6,11 @@ from collections import defaultdict
 from functools import lru_cache
 from typing import Annotated
 
-from .. import KFAC, CoarseSpace, Damped, Dense, TwoLevel, captured_decrease, coarse, spectrum
+from .. import KFAC, CoarseSpace, Damped, Dense, TwoLevel, coarse, spectrum
 from ..method.operator import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, Widths, check
 from ..show import FAINT, METHODS, SPACES, CurveView, Plot, plain_numbers
-from .curves import Curve, Study, over_seeds, seeds
+from .curves import Curve, Study, over_seeds, seeds, share
 from .exercises import exercise
 from .setting import (
     Damping,
@@ -23,6 +23,7 @@ from .setting import (
     iterations,
     largest_eigenvalue,
     setting,
+    shares,
     space,
 )
 from .threads import one_thread
@@ -33,17 +34,20 @@ CORRECTIONS = ("balanced", "additive")
 class CoarseSizesResult(Study):
     """Curves over the number of columns per layer, a series for each ``"space, correction"``.
 
-    Quantities: ``captured`` decrease of one step, ``largest`` eigenvalue of T A, ``iterations`` of conjugate
-    gradients with orthogonal residuals, there also ``"none"`` for those without preconditioner. Size 0 is K-FAC.
+    Quantities: the shares ``captured``, ``at_best_length`` and ``at_layer_lengths`` of :func:`.setting.shares`; the
+    ``largest`` eigenvalue of T A; ``iterations`` of conjugate gradients with orthogonal residuals, there also
+    ``"none"`` for those without preconditioner. Size 0 is K-FAC.
     """
 
     @property
     def headline(self) -> str:
-        sizes, captured = self.parameters["sizes"], self.of("captured")
-        at = min(range(len(sizes)), key=lambda i: abs(sizes[i] - 4))
-        constants, leading = (captured[f"{name}, balanced"].y[at] for name in ("nicolaides", "spectral"))
-        return (f"{sizes[at]} balanced eigenvectors per layer let one step capture {leading:.2f}, constants "
-                f"{constants:.2f}, K-FAC alone {captured['spectral, balanced'].y[0]:.2f}")
+        sizes, quantities = self.parameters["sizes"], ("at_best_length", "captured")
+        at, zero = (min(range(len(sizes)), key=lambda i: abs(sizes[i] - size)) for size in (4, 0))
+        leading, kfac = ([share(self.of(quantity)["spectral, balanced"].y[i]) for quantity in quantities]
+                         for i in (at, zero))  # fmt: skip
+        alone = "K-FAC" if sizes[zero] == 0 else f"{sizes[zero]} of them"
+        return (f"Best length: {sizes[at]} balanced eigenvectors per layer capture {leading[0]}, {alone} {kfac[0]} "
+                f"(unscaled {leading[1]} and {kfac[1]})")
 
 
 @one_thread()
@@ -89,7 +93,8 @@ def _rows(
             T = TwoLevel(A, M, Z)
             for correction in CORRECTIONS:
                 method, series = Dense(T.with_correction(correction).dense(), F.partition), f"{name}, {correction}"
-                rows["captured", series].append(captured_decrease(A, g, method @ g))
+                for quantity, value in shares(A, g, method @ g)._asdict().items():
+                    rows[quantity, series].append(value)
                 rows["largest", series].append(largest_eigenvalue(method.dense(), L))
                 rows["iterations", series].append(iterations(system, g, method, rtol))
     return rows
@@ -108,26 +113,27 @@ def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...]) ->
 
 SERIES = {"none": METHODS["none"], **SPACES}
 QUANTITIES = {  # title, ends of the axis and numbers on it
-    "captured": ("captured by one step", (-3, 1.08), (1, 0.5, 0, -1, -2)),
+    "at_best_length": ("best length", (0.4, 1.03), (0.4, 0.6, 0.8, 1)),
+    "captured": ("unscaled", (-3, 1.08), (1, 0.5, 0, -1, -2)),
     "largest": ("λ_max of T A", (0.95, 12), (1, 2, 3, 5, 10)),
     "iterations": ("iterations", (2, 120), (3, 10, 30, 100)),
 }
 
 
 class CoarseSizesPlot(Plot):
-    """Balanced corrections above, added ones below."""
+    """What one step captures, the largest eigenvalue and iterations; balanced corrections above, added ones below."""
 
-    size = (10.0, 6.6)
+    size = (10.0, 6.2)
     fixed = ("sizes",)
 
     def build(self, result: CoarseSizesResult) -> None:
         sizes, self.views = result.parameters["sizes"], {}
-        for row, axes in zip(CORRECTIONS, self.figure.subplots(2, 3), strict=True):
+        for row, axes in zip(CORRECTIONS, self.figure.subplots(2, 4), strict=True):
             for ax, (quantity, (title, ends, numbers)) in zip(axes, QUANTITIES.items(), strict=True):
                 self.views[row, quantity] = self.add(CurveView(
                     ax, SERIES, shown(result, row, quantity), f"{row.capitalize()}: {title}", x="columns per layer",
                     xlim=(-0.1, max(sizes) * 1.12), ylim=ends,
-                    scale=("symlog", "symlog" if quantity == "captured" else "log"),
+                    scale=("symlog", {"captured": "symlog", "at_best_length": "linear"}.get(quantity, "log")),
                 ))  # fmt: skip
                 ax.set_xscale("symlog", linthresh=1, linscale=0.3)
                 if quantity == "captured":

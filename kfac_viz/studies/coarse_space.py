@@ -16,9 +16,9 @@ from .. import KFAC, Diagonal, Partition, TwoLevel, captured_decrease, coarse
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Examples, Range, Seed, Widths, check, number
 from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, limit_of, plain_numbers
-from .curves import rounded
+from .curves import rounded, share
 from .exercises import exercise
-from .setting import Damping, Data, Flavour, Rule, Setting, captured, chosen, first_network, setting, space
+from .setting import Damping, Data, Flavour, Rule, Setting, Shares, chosen, first_network, setting, shares, space
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class CoarseSpaceResult:
         fisher: the exact Fisher F; ``blocks``: what K-FAC keeps of it, ``G ⊗ A`` in each layer.
         missed: ``A⁻¹ − M``, with ``A = F + λI`` and M = K-FAC; ``added``: ``T − M``, with T the two-level method.
         spectra: ascending eigenvalues (P,) of M A ("kfac") and T A (the correction's name).
-        captured: captured decrease of each direction; ``at_best_length``: the same after the best rescaling.
+        captured: captured decrease of each direction as it is; ``at_best_length``: with one best length for all of it;
+            ``at_layer_lengths``: with one for each layer's piece.
         errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ ("kfac") and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
             correction's name), in the Frobenius norm.
         norms: of every block of ``fisher``, ``blocks``, ``missed`` and ``added``, layer by layer.
@@ -56,24 +57,25 @@ class CoarseSpaceResult:
     spectra: dict[str, Tensor]
     captured: dict[str, float]
     at_best_length: dict[str, float]
+    at_layer_lengths: dict[str, float]
     errors: dict[str, float]
     norms: dict[str, list[list[float]]]
 
     @property
     def headline(self) -> str:
         p = self.parameters
-        kfac, two = (f"{self.captured[name]:.2f}".replace("-", "−") for name in ("kfac", p["correction"]))
+        kfac, two = ([share(found[name]) for found in (self.at_best_length, self.captured)]
+                     for name in ("kfac", p["correction"]))  # fmt: skip
         if not self.size:
-            return f"Without coarse space: one step of K-FAC captures {kfac} of the best decrease"
-        space = SPACES[p["coarse"]].label
-        words = f"{space[0].upper()}{space[1:]}, {p['per_layer']} per layer, {p['correction']}"
-        return f"{words}: one step captures {two} of the best decrease; K-FAC {kfac}"
+            return f"Without coarse space: K-FAC captures {kfac[0]} at its best length (unscaled {kfac[1]})"
+        space = f"{p['per_layer']} {SPACES[p['coarse']].label}, {p['correction']}"
+        return f"{space}, capture {two[0]} at best length (unscaled {two[1]}); K-FAC {kfac[0]} ({kfac[1]})"
 
     @property
     def where(self) -> str:
         p, layers = self.parameters, self.partition.layers
         widths = "→".join(str(n) for n in (layers[0].features - layers[0].bias, *(layer.out for layer in layers)))
-        moment = f" after {p['steps']} Adam steps," if p.get("steps") else ""
+        moment = f" after {p['steps']} Adam steps," if p.get("steps") else " untrained," if "steps" in p else ""
         return f"{self.problem}, {widths},{moment} λ = {number(p['damping'])}, coarse dimension {self.size}"
 
     def table(self) -> pandas.DataFrame:
@@ -81,7 +83,7 @@ class CoarseSpaceResult:
         import pandas
 
         rows: list[tuple] = []
-        for quantity in ("captured", "at_best_length", "errors"):
+        for quantity in (*Shares._fields, "errors"):
             rows += [(quantity, item, "", value) for item, value in getattr(self, quantity).items()]
         for item, norms in self.norms.items():
             for l, row in enumerate(norms):
@@ -116,7 +118,7 @@ def run_coarse_space(
     return coarse_space(setting(*chosen(p)), p)
 
 
-def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
+def run_on(network: Setting) -> Callable[..., CoarseSpaceResult]:
     """The same experiment on a setting of the reader's own: what does not depend on the network stays to choose."""
 
     def run(
@@ -128,36 +130,35 @@ def run_on(where: Setting) -> Callable[..., CoarseSpaceResult]:
         rule: Rule = "eigen",
     ) -> CoarseSpaceResult:
         choices = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
-        return coarse_space(where, choices | {"fisher": where.fisher})
+        return coarse_space(network, choices | {"fisher": network.fisher})
 
     return run
 
 
-def coarse_space(where: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
+def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
     """:func:`run_coarse_space` with the parameters p in a setting of the reader's own."""
     damping, correction = p["damping"], p["correction"]
     depends = damping if p["coarse"] in ("krylov", "optimal") else None
     with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as other_core:
-        levels = _levels(where, p["per_layer"], p["coarse"], p["rule"], depends)
+        levels = _levels(network, p["per_layer"], p["coarse"], p["rule"], depends)
         T = levels.two_level.with_damping(damping).with_correction(correction)
-        spectrum = other_core.submit(levels.spectrum, where, T)  # at the same time: it is half of the work
-        one = _one_level(where, p["rule"], damping)
+        spectrum = other_core.submit(levels.spectrum, network, T)  # at the same time: it is half of the work
+        one = _one_level(network, p["rule"], damping)
         added = _without_noise(T.contribution(), one.scale)
-        as_it_is, at_best_length = _captured(where, T)
+        found = _shares(network, T)
         left = _share((one.missed - added).norm(), one.missed.norm())
-        _, _, error, norms = _of_network(where)
+        _, _, error, norms = _of_network(network)
     return CoarseSpaceResult(
         parameters=p,
-        partition=where.F.partition,
-        problem=where.problem.name,
+        partition=network.F.partition,
+        problem=network.problem.name,
         size=T.Z.size,
-        fisher=where.dense.cpu(),
-        blocks=where.blocks.cpu(),
+        fisher=network.dense.cpu(),
+        blocks=network.blocks.cpu(),
         missed=one.missed.cpu(),
         added=added.cpu(),
         spectra={"kfac": one.spectrum, correction: spectrum.result()},
-        captured=as_it_is,
-        at_best_length=at_best_length,
+        **{kind: {name: getattr(shares, kind) for name, shares in found.items()} for kind in Shares._fields},
         errors={"blocks": error, "kfac": one.error, correction: left},
         norms=norms | {"missed": one.norms, "added": _norms(T.partition, added)},
     )
@@ -175,14 +176,14 @@ class _OneLevel:
 
 
 @lru_cache(maxsize=4)
-def _one_level(where: Setting, rule: str, damping: float) -> _OneLevel:
-    M = KFAC(where.F, damping, rule)
-    weights = 1 / (where.F.eigen.d + damping)
-    half = (where.F.eigen.U * weights.sqrt()).cpu().numpy()
+def _one_level(network: Setting, rule: str, damping: float) -> _OneLevel:
+    M = KFAC(network.F, damping, rule)
+    weights = 1 / (network.F.eigen.d + damping)
+    half = (network.F.eigen.U * weights.sqrt()).cpu().numpy()
     inverse = torch.from_numpy(half @ half.T)  # NumPy does X Xᵀ in half the time
     scale = float(weights.norm())
     missed = _without_noise(inverse.to(weights.device) - M.dense(), scale)
-    spectrum = _eigenvalues(_whitened(where, M)[0])
+    spectrum = _eigenvalues(_whitened(network, M)[0])
     return _OneLevel(missed, _norms(M.partition, missed), spectrum, _share(missed.norm(), scale), scale)
 
 
@@ -194,13 +195,13 @@ class _Levels:
     columns: Tensor
     image: Tensor
 
-    def spectrum(self, where: Setting, T: TwoLevel) -> Tensor:
+    def spectrum(self, network: Setting, T: TwoLevel) -> Tensor:
         """Ascending eigenvalues of T A, (P,): those of M A after an update of rank k in the whitened basis.
 
         ``balanced`` and both a-def have an eigenvalue 1 for each column, and otherwise those of
         ``M^½ (A − A Q A) M^½``; ``additive`` is similar to ``R S R`` with ``R² = I + M^-½ Q M^-½``.
         """
-        S, half = _whitened(where, T.M)
+        S, half = _whitened(network, T.M)
         root = T.Q.E.weights.sqrt()
         if T.correction != "additive":
             B = half[:, None] * (self.image + T.damping * self.columns) * root
@@ -213,39 +214,38 @@ class _Levels:
 
 
 @lru_cache(maxsize=24)
-def _levels(where: Setting, per_layer: int, coarse: str, rule: str, damping: float | None) -> _Levels:
-    """``damping`` is None where the columns do not depend on it: what is kept then serves every λ."""
-    A, M = where.matrix.damped(damping or 1.0), KFAC(where.F, damping or 1.0, rule)
-    T = TwoLevel(A, M, space(coarse, A, M, where.g, per_layer, where.seed))
-    basis = _of_network(where)[0]
+def _levels(network: Setting, per_layer: int, coarse: str, rule: str, damping: float | None) -> _Levels:
+    """``damping`` is None network the columns do not depend on it: what is kept then serves every λ."""
+    A, M = network.matrix.damped(damping or 1.0), KFAC(network.F, damping or 1.0, rule)
+    T = TwoLevel(A, M, space(coarse, A, M, network.g, per_layer, network.seed))
+    basis = _of_network(network)[0]
     return _Levels(T, basis.T @ T.Q.columns, basis.T @ T.image_columns)
 
 
-def _captured(where: Setting, T: TwoLevel) -> tuple[dict[str, float], dict[str, float]]:
-    """Captured decrease of every direction, as it is and with its best length."""
-    A, g = where.F.damped(T.damping), where.g
-    directions = {"gradient": g, "diagonal": Diagonal(where.F, T.damping) @ g, "kfac": T.M @ g}
+def _shares(network: Setting, T: TwoLevel) -> dict[str, Shares]:
+    """What every direction captures."""
+    A, g = network.F.damped(T.damping), network.g
+    directions = {"gradient": g, "diagonal": Diagonal(network.F, T.damping) @ g, "kfac": T.M @ g}
     directions |= {name: T.with_correction(name) @ g for name in CORRECTIONS}
     directions["exact"] = A.solve(g)
-    shares = rounded([captured(A, g, v) for v in directions.values()])
-    return tuple(dict(zip(directions, column, strict=True)) for column in shares.T.tolist())
+    return {name: Shares(*rounded(shares(A, g, v)).tolist()) for name, v in directions.items()}
 
 
 @lru_cache(maxsize=8)
-def _of_network(where: Setting) -> tuple[Tensor, Tensor, float, dict[str, list[list[float]]]]:
+def _of_network(network: Setting) -> tuple[Tensor, Tensor, float, dict[str, list[list[float]]]]:
     """What neither λ nor the coarse space changes: K-FAC's eigenvectors ``U_G ⊗ U_A``, (P, P), in which K-FAC is
     diagonal for every λ; the Fisher in that basis; ‖F − blocks‖ / ‖F‖; and the norms of the blocks of both."""
-    f, partition = where.F.kronecker(), where.F.partition
+    f, partition = network.F.kronecker(), network.F.partition
     basis = torch.block_diag(*(torch.kron(G.U, A.U) for A, G in zip(f.eigen_A, f.eigen_G, strict=True)))
-    norms = {"fisher": _norms(partition, where.dense), "blocks": _norms(partition, where.blocks)}
-    error = _share((where.dense - where.blocks).norm(), where.dense.norm())
-    return basis, basis.T @ where.dense @ basis, error, norms
+    norms = {"fisher": _norms(partition, network.dense), "blocks": _norms(partition, network.blocks)}
+    error = _share((network.dense - network.blocks).norm(), network.dense.norm())
+    return basis, basis.T @ network.dense @ basis, error, norms
 
 
-def _whitened(where: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
+def _whitened(network: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
     """``S = M^½ A M^½`` in K-FAC's eigenbasis, (P, P), and the diagonal of ``M^½`` there, (P,)."""
     half = torch.cat([weights.flatten() for weights in M.eigenvalues()]).sqrt()
-    S = _of_network(where)[1] * half * half[:, None]
+    S = _of_network(network)[1] * half * half[:, None]
     S.diagonal().add_(M.damping * half.square())
     return S, half
 
@@ -302,7 +302,7 @@ class CoarseSpacePlot(Plot):
         self.views["fisher"].name_layers()
         self.bars = [self.add(ColourBar(self._axes(left, 3.4, 4.25, 0.09))) for left in (0.87, 5.52)]
         self._build_spectra(self._axes(0.87, 4.15, 4.25, 1.5), result)
-        self._build_captured(self._axes(7.1, 4.2, 2.15, 1.5))
+        self._build_captured(self._axes(6.95, 4.2, 1.95, 1.5))
 
     def _build_spectra(self, ax: Axes, result: CoarseSpaceResult) -> None:
         P = result.partition.size
@@ -321,7 +321,7 @@ class CoarseSpacePlot(Plot):
 
     def _build_captured(self, ax: Axes) -> None:
         self.text(5.52, 3.94, "Captured decrease of one step", weight="bold")
-        self.text(5.52, 4.12, "bars as it is,  |  with the best step length", color=MUTED, size=9)
+        self.text(5.52, 4.12, "bars with the best length,  ○  one per layer,  |  as it is", color=MUTED, size=9)
         self.rows = {name: row for row, name in enumerate(ORDER)}
         ax.set(xlim=(-1, 1), ylim=(len(ORDER) - 0.4, -0.6))
         ax.set_yticks(range(len(ORDER)), [METHODS[name].label.replace("exact ", "") for name in ORDER])
@@ -333,9 +333,10 @@ class CoarseSpacePlot(Plot):
                       for name, row in self.rows.items()]  # fmt: skip
         self.numbers = [self.add(ax.text(1.1, row, "", va="center", size=9)) for row in self.rows.values()]
         line = dict(linestyle="none", color=INK)
-        (self.best,) = ax.plot([], [], marker="|", markersize=9, markeredgewidth=1.6, **line)
+        (self.per_layer,) = ax.plot([], [], marker="o", markersize=5, markerfacecolor="white", clip_on=False, **line)
+        (self.unscaled,) = ax.plot([], [], marker="|", markersize=9, markeredgewidth=1.6, **line)
         (self.off,) = ax.plot([], [], marker="<", markersize=6, clip_on=False, **line)
-        self.animated += [self.best, self.off]
+        self.animated += [self.per_layer, self.unscaled, self.off]
 
     def move(self, result: CoarseSpaceResult) -> None:
         p, errors = result.parameters, result.errors
@@ -359,22 +360,27 @@ class CoarseSpacePlot(Plot):
                            min(float(d[0]) for d in result.spectra.values()))
         for marks, end, beyond in zip(self.ends, (CEILING, FLOOR), (highest > CEILING, lowest < FLOOR), strict=True):
             marks.set_data([stretched(len(values) if end == CEILING else 1, len(values))] * beyond, [end] * beyond)
-        captured = [result.captured[name] for name in self.rows]
-        for box, text, value in zip(self.boxes, self.numbers, captured, strict=True):
-            box.set_width(max(value, -1))
-            text.set_text(number(value))
-        self.best.set_data([result.at_best_length[name] for name in self.rows], list(self.rows.values()))
-        below = [row for row, value in enumerate(captured) if value < -1]
+        for box, text, name in zip(self.boxes, self.numbers, self.rows, strict=True):
+            box.set_width(result.at_best_length[name])
+            text.set_text(f"{share(result.at_best_length[name])} ({share(result.captured[name])})")
+        rows, unscaled = list(self.rows.values()), [result.captured[name] for name in self.rows]
+        self.per_layer.set_data([result.at_layer_lengths[name] for name in self.rows], rows)
+        self.unscaled.set_data([value if value >= -1 else np.nan for value in unscaled], rows)
+        below = [row for row, value in enumerate(unscaled) if value < -1]
         self.off.set_data([-1.0] * len(below), below)
 
     def words(self, result: CoarseSpaceResult) -> str:
         (one, other), errors, p = result.spectra.values(), result.errors, result.parameters
-        captured = ", ".join(f"{METHODS[name].label} {number(result.captured[name])}" for name in ORDER)
+        told = ", ".join(
+            f"{METHODS[name].label} {number(result.at_best_length[name])}, {number(result.at_layer_lengths[name])}, "
+            f"{number(result.captured[name])}" for name in ORDER
+        )  # fmt: skip
         return (
             f"{super().words(result)} K-FAC's blocks miss {percent(errors['blocks'])} of F, its inverse "
             f"{percent(errors['kfac'])} of A⁻¹, and the correction leaves {percent(errors[p['correction']])} of that. "
             f"Eigenvalues from {number(one[0])} to {number(one[-1])} with K-FAC, from {number(other[0])} to "
-            f"{number(other[-1])} with the correction. Captured decrease: {captured}."
+            f"{number(other[-1])} with the correction. Captured at the best length, with one length per layer, and "
+            f"unscaled: {told}."
         )
 
     def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
@@ -396,8 +402,8 @@ def percent(x: float) -> str:
 
 @exercise("00a", "Compare the bars of the four corrections with that of K-FAC.")
 def _takes_the_same_step_twice() -> str:
-    captured = run_coarse_space().captured
-    return next(name for name in ("additive", "a-def1", "a-def2", "balanced") if captured[name] < captured["kfac"])
+    unscaled = run_coarse_space().captured
+    return next(name for name in CORRECTIONS if unscaled[name] < unscaled["kfac"])
 
 
 @exercise("00b", "Move per_layer upwards until the bar of the balanced correction reaches 0.9.")

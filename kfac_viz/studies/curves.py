@@ -66,6 +66,15 @@ def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
     return np.reshape([float(f"{v:.{digits}g}") for v in values.ravel()], values.shape)
 
 
+def share(x: float) -> str:
+    """A captured decrease for a reader: two decimals, and fewer digits far below zero.
+
+    >>> share(0.9), share(-2.341), share(-225.3)
+    ('0.90', '−2.34', '−230')
+    """
+    return f"{x:.2f}".replace("-", "−") if abs(x) < 10 else number(x, 2)
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """A result made of curves: ``curves[quantity, series]``; subclasses add their headline, and what pictures need."""

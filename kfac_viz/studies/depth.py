@@ -1,178 +1,398 @@
-"""Depth: whether a coarse space does for the layers of a network what it does for subdomains."""
+"""Depth: what a coarse space does for the layers of a network, where K-FAC's step has a length and a direction."""
 
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .. import KFAC, BlockDiagonal, Dense, Partition, TwoLevel, captured_decrease, coarse, spectrum
+from .. import KFAC, BlockDiagonal, Damped, Dense, Diagonal, Identity, Operator, Partition, TwoLevel, coarse, spectrum
 from ..method.operator import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
-from ..show import FAINT, METHODS, MUTED, CurveView, Plot, Style, plain_numbers, styled
+from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers, styled
 from . import problems
-from .curves import Curve, Study, by_key, over_seeds, seeds
+from .curves import Curve, Study, curve, rounded, seeds, share
 from .exercises import exercise
-from .setting import Setting, iterations, largest_eigenvalue
+from .setting import Setting, iterations, largest_eigenvalue, shares
 from .threads import one_thread
 
+if TYPE_CHECKING:
+    import pandas
 
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NETWORKS = {
+    "planted_bn": "planted, batch norm",
+    "planted": "planted",
+    "planted_bn_residual": "planted, batch norm and residual",
+    "planted_residual": "planted, residual",
+    "digits4": "digits 4×4",
+}
+Network = Literal["planted_bn", "planted", "planted_bn_residual", "planted_residual", "digits4"]
+SHARES = Range(1e-5, 1e-1, log=True, steps=61)
+MAPPED = ("none", "kfac", "leading, balanced")  # what the map over λ compares
+
+
+class Case(NamedTuple):
+    """One network at one moment, and one λ: what a row of the measured table is about."""
+
+    data: str
+    layers: int
+    width: int
+    n: int
+    steps: int
+    seed: int
+    damping_share: float
+    per_layer: int
+    rtol: float
+
+
+Found = dict[tuple[str, str], float]  # by quantity and series
+
+
+@dataclass(frozen=True, eq=False)
 class DepthResult(Study):
-    """Curves over the number of layers, a series for each method.
+    """Curves over the number of layers, a series for each method, for the network, moment and λ that are asked for.
 
-    Quantities: ``iterations`` of conjugate gradients with orthogonal residuals, ``largest`` eigenvalue of M A,
-    ``captured`` decrease; and ``above``, the number of eigenvalues of F that exceed λ.
+    Quantities: the shares ``captured``, ``at_best_length`` and ``at_layer_lengths`` of :func:`.setting.shares`; the
+    ``largest`` eigenvalue of M A; ``iterations`` of conjugate gradients with orthogonal residuals; ``above``, the
+    number of eigenvalues of F that exceed λ; ``claims``, the largest eigenvalue of ``Σ_l H_l``, ``H_l = K_l (K_l +
+    λ)⁻¹``, with ``K_l`` what layer l alone contributes to F in sample space: how many layers take the same step.
+
+    Attributes:
+        everywhere: the same curves by network, moment and λ: ``(data, steps, damping_share)``.
     """
+
+    everywhere: Mapping[tuple[str, int, float], Mapping[tuple[str, str], Curve]]
 
     @property
     def headline(self) -> str:
-        p, captured = self.parameters, self.of("captured")
+        p, best, as_it_is = self.parameters, self.of("at_best_length"), self.of("captured")
         at = int(np.argmax(p["layers"]))
-        return (f"At {p['layers'][at]} layers one step of K-FAC captures {number(captured['kfac'].y[at])} of the best "
-                f"decrease, balanced eigenvectors {number(captured['leading, balanced'].y[at])}")
+        one, two = ([share(found[name].y[at]) for found in (best, as_it_is)] for name in ("kfac", "leading, balanced"))
+        return (f"{p['layers'][at]} layers, best length: K-FAC captures {one[0]}, balanced eigenvectors {two[0]} "
+                f"(unscaled {one[1]} and {two[1]})")
 
     @property
     def where(self) -> str:
         p = self.parameters
-        data = {"planted_bn": "planted, batch norm", "planted": "planted", "digits4": "digits 4×4"}[p["data"]]
-        return (f"{data}, {p['n']} examples, hidden width {p['width']}, after {p['steps']} Adam steps, "
-                f"λ = {number(p['damping'])} λ_max, {p['per_layer']} eigenvectors per layer; median and range of "
-                f"{p['repeats']} seeds")
+        moment = f"after {p['steps']} Adam steps" if p["steps"] else "untrained"
+        return (f"{NETWORKS[p['data']]}, {p['n']} examples, width {p['width']}, {moment}, "
+                f"λ = {number(p['damping_share'])} λ_max, {p['per_layer']} columns per layer; {p['repeats']} seeds")
+
+    def table(self) -> pandas.DataFrame:
+        """One row per point: data, steps, damping_share, quantity, series, x, median, low, high."""
+        import pandas
+
+        columns = ["data", "steps", "damping_share", "quantity", "series", "x", "median", "low", "high"]
+        rows = [(*network, *key, *point) for network, curves in self.everywhere.items()
+                for key, c in curves.items() for point in zip(*c, strict=True)]  # fmt: skip
+        return pandas.DataFrame(rows, columns=columns)
 
 
 @one_thread()
 def run_depth(
     *,
-    damping: Annotated[float, Range(1e-5, 1e-1, log=True, steps=61)] = 1e-3,
+    damping_share: Annotated[float, SHARES] = 1e-3,
     per_layer: Annotated[int, Range(1, 7)] = 4,
-    layers: Annotated[tuple[int, ...], Range(2, 24)] = (2, 3, 5, 9, 17),
+    layers: Annotated[tuple[int, ...], Range(2, 33)] = (2, 3, 5, 9, 17, 33),
     width: Annotated[int, Range(6, 16)] = 8,
-    data: Literal["planted_bn", "planted", "digits4"] = "planted_bn",
+    data: Network = "planted_bn_residual",
+    networks: Annotated[tuple[Network, ...], "compared at the start and after ``steps``."] = (
+        "planted_bn", "planted", "planted_bn_residual", "planted_residual",
+    ),
+    damping_shares: Annotated[tuple[float, ...], SHARES] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     n: Examples = 500,
     steps: Steps = 100,
     rtol: Tolerance = 1e-6,
     repeats: Repeats = 5,
+    measured: str = "../figures/benchmarks/depth.csv",
     seed: Seed = 0,
     device: Device = "cpu",
-) -> DepthResult:
-    """Conjugate gradients on ``(F + λI) v = g`` for networks of more and more layers.
+) -> DepthResult:  # fmt: skip
+    """Steps, and conjugate gradients on ``(F + λI) v = g``, for networks of more and more layers.
 
     Args:
-        damping: λ as a share of the largest eigenvalue of F, so that every depth is asked the same.
-        per_layer: leading eigenvectors in each layer; the constants are always one per layer.
+        damping_share: λ as a share of the largest eigenvalue of F, so that every depth is asked the same.
+        per_layer: leading eigenvectors, and Krylov pieces, in each layer; the constants are always one per layer.
         layers: how many Linear layers.
         width: of the hidden layers.
-        data: the planted toy problem with or without batch norm, or digits of 4×4 pixels. Without batch norm
-            the signal fades from layer to layer.
+        data: the planted toy problem with or without batch norm and residual connections, or digits of 4×4 pixels. It
+            takes both for the signal to reach the last of 33 layers, and the first.
+        damping_shares: for the map of iterations over λ and depth.
+        measured: table that ``make bench ARGS=depth`` has written, as seen from notebooks/; what stands there on the
+            CPU is not computed again. Empty to compute everything.
+
+    Raises:
+        ValueError: ``measured`` names no file.
     """
     p = check(run_depth, locals())
-    curves = over_seeds(layers, (
-        by_key(_measure(data, depth, width, n, steps, s, device, damping, per_layer, rtol) for depth in layers)
-        for s in seeds(p)
-    ))  # fmt: skip
-    return DepthResult(p, curves)
+    stored = _stored(p["measured"]) if p["measured"] and device == "cpu" else {}
+    grouped: dict[tuple[str, int, float], dict[tuple[str, str], list]] = defaultdict(lambda: defaultdict(list))
+    for case, all_of_it in cases(p).items():
+        found = stored.get(case)
+        if not found or all_of_it and not whole(found):
+            found = measure(case, all_of_it, device)
+        for key, value in sorted(found.items(), key=lambda pair: QUANTITIES.index(pair[0][0])):
+            grouped[case.data, case.steps, case.damping_share][key].append(value)
+    everywhere = {
+        network: {key: curve(layers, np.reshape(values, (len(layers), -1)).T) for key, values in by_series.items()}
+        for network, by_series in grouped.items()
+    }
+    return DepthResult(p, everywhere[p["data"], p["steps"], p["damping_share"]], everywhere)
 
 
-def methods(A: Dense, M: KFAC, F, per_layer: int) -> dict[str, Dense | TwoLevel | KFAC]:
-    """The preconditioners that the study compares, by the name of their series."""
-    constants, leading = coarse.nicolaides(F, 1), coarse.spectral(F, per_layer)
+def cases(p: Mapping[str, Any]) -> dict[Case, bool]:
+    """What these parameters need, and whether all of it or the iterations of MAPPED alone."""
+    networks = [(p["data"], p["steps"])]
+    networks += [(data, steps) for data in p["networks"] for steps in dict.fromkeys((0, p["steps"]))]
+    wanted = [(*network, p["damping_share"], True) for network in dict.fromkeys(networks)]
+    wanted += [(p["data"], p["steps"], share, False) for share in p["damping_shares"] if share != p["damping_share"]]
     return {
+        Case(data, depth, p["width"], p["n"], steps, seed, share, p["per_layer"], p["rtol"]): all_of_it
+        for data, steps, share, all_of_it in wanted
+        for depth in p["layers"]
+        for seed in seeds(p)
+    }
+
+
+def methods(A: Damped, M: KFAC, g: torch.Tensor, per_layer: int) -> dict[str, Operator]:
+    """The preconditioners that the study compares, by the name of their series."""
+    F, λ = A.operator, M.damping
+    constants, leading = coarse.nicolaides(M, 1), coarse.spectral(M, per_layer)
+    T = TwoLevel(A, M, leading)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pieces that depend on earlier ones
+        pieces = coarse.krylov(A, M, g, per_layer)
+    return {
+        "none": Identity(A),
+        "diagonal": Diagonal(F, λ),
+        "block-diagonal": BlockDiagonal(F, λ),
         "kfac": M,
+        "factored": KFAC(M.factors, λ, "factored"),
         "constants, additive": TwoLevel(A, M, constants, "additive"),
-        "constants, balanced": TwoLevel(A, M, constants, "balanced"),
-        "leading, additive": TwoLevel(A, M, leading, "additive"),
-        "leading, balanced": TwoLevel(A, M, leading, "balanced"),
+        "constants, balanced": TwoLevel(A, M, constants),
+        "leading, additive": T.with_correction("additive"),
+        "leading, a-def1": T.with_correction("a-def1"),
+        "leading, a-def2": T.with_correction("a-def2"),
+        "leading, balanced": T,
+        "krylov, balanced": TwoLevel(A, M, pieces),
     }
 
 
 @lru_cache(maxsize=64)
-def _network(data: str, depth: int, width: int, n: int, steps: int, seed: int, device: str) -> tuple[Setting, Tensor]:
-    """A network, and the eigenvalues of its Fisher: at 1,200 parameters these are cheap, eigenvectors not."""
+def _network(data: str, layers: int, width: int, n: int, steps: int, seed: int, device: str) -> Setting:
+    """A network at a moment: everything that λ does not change."""
     if data == "digits4":
-        problem = problems.digits([width] * (depth - 1), n, seed, side=4, device=device)
+        problem = problems.digits([width] * (layers - 1), n, seed, side=4, device=device)
     else:
-        problem = problems.planted(depth, width, n, seed, batch_norm=data == "planted_bn", device=device)
+        extras = dict(batch_norm="bn" in data, residual=data.endswith("residual"))
+        problem = problems.planted(layers, width, n, seed, device=device, **extras)
     network = Setting(problem.trained(steps))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of batch norm's parameters, which stay outside the Fisher
-        return network, torch.linalg.eigvalsh(network.dense)
+        return network if network.F else network  # captured here, once
 
 
-def _measure(data, depth, width, n, steps, seed, device, damping, per_layer, rtol) -> dict[tuple[str, str], float]:
-    """One number for every quantity and series. Dense throughout: quickest for some hundred parameters."""
-    s, eigenvalues = _network(data, depth, width, n, steps, seed, device)
-    λ = damping * float(eigenvalues[-1])
-    F, g, system = s.F, s.g, s.matrix.damped(λ)
-    A = Dense(system.dense(), F.partition)
-    L = cholesky(A.dense(), "The damped Fisher")
-    found = {
-        ("above", "eigenvalues"): float((eigenvalues > λ).sum()),
-        ("iterations", "none"): iterations(A, g, None, rtol),
-    }
-    for name, method in methods(system, KFAC(F, λ), F, per_layer).items():
-        T = Dense(method.dense(), F.partition)
-        found["iterations", name] = iterations(A, g, T, rtol)
-        found["largest", name] = largest_eigenvalue(T.dense(), L)
-        found["captured", name] = captured_decrease(A, g, T @ g)
-    return found
+@lru_cache(maxsize=4096)
+def measure(case: Case, all_of_it: bool, device: str = "cpu") -> Found:
+    """One number, of 4 digits, for every quantity and series; or else the iterations of MAPPED alone.
 
+    Dense throughout: quickest for some hundred parameters.
+    """
+    s = _network(case.data, case.layers, case.width, case.n, case.steps, case.seed, device)
+    F, g, (d, U) = s.F, s.g, s.F.eigen
+    λ = case.damping_share * float(d[-1])
+    system = s.matrix.damped(λ)
+    A, L = Dense(system.dense(), F.partition), None
+    found = {}
+    for name, method in methods(system, KFAC(F, λ), g, case.per_layer).items():
+        if not all_of_it and name not in MAPPED:
+            continue
+        T = Dense(method.dense(), F.partition) if method.symmetric else method
+        if method.symmetric:
+            found["iterations", name] = iterations(A, g, None if name == "none" else T, case.rtol)
+        if not all_of_it:
+            continue
+        for quantity, value in shares(system, g, T @ g)._asdict().items():
+            found[quantity, name] = value
+        if method.symmetric and name != "none":
+            L = cholesky(A.dense(), "The damped Fisher") if L is None else L
+            found["largest", name] = largest_eigenvalue(T.dense(), L)
+        if name == "block-diagonal":  # K_l (K_l + λ)⁻¹ = J_l (F_ll + λ)⁻¹ J_lᵀ / N: their sum has the spectrum of M F
+            found["claims", "layers"] = largest_eigenvalue(T.dense(), U * d.clamp_min(0).sqrt())
+    if all_of_it:
+        found["above", "eigenvalues"] = int((d > λ).sum())
+    return {key: float(rounded(value)) for key, value in found.items()}
+
+
+# ---- the measured table -------------------------------------------------------------------------------
+
+QUANTITIES = ("at_best_length", "captured", "at_layer_lengths", "largest", "iterations", "above", "claims")
+COLUMNS = (*Case._fields, "series", *QUANTITIES)
+
+
+def rows(case: Case, found: Found) -> list[dict[str, Any]]:
+    """A row of the table for each series; what was not measured is empty."""
+    by_series: dict[str, dict[str, Any]] = {}
+    for (quantity, series), value in found.items():
+        by_series.setdefault(series, {**case._asdict(), "series": series})[quantity] = f"{value:.4g}"
+    return list(by_series.values())
+
+
+def whole(found: Found) -> bool:
+    """Whether it is all that is measured of a case, and not the iterations alone."""
+    return ("captured", "kfac") in found
+
+
+def _stored(path: str) -> dict[Case, Found]:
+    """What the table says, by case."""
+    file = NOTEBOOKS / path
+    if not file.is_file():
+        raise ValueError(f"measured must name a table, as seen from notebooks/; {path!r} is none. "
+                         "make bench ARGS=depth writes one, and measured=\"\" does without.")
+    return read(file)
+
+
+def read(file: Path) -> dict[Case, Found]:
+    """A table that rows of :func:`rows` were written to."""
+    import csv
+
+    kinds = get_type_hints(Case).values()
+    found: dict[Case, Found] = defaultdict(dict)
+    with file.open(newline="", encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            case = Case(*(kind(row[name]) for kind, name in zip(kinds, Case._fields, strict=True)))
+            found[case] |= {(quantity, row["series"]): float(row[quantity]) for quantity in QUANTITIES if row[quantity]}
+    return dict(found)
 
 # ---- the picture --------------------------------------------------------------------------------------
 
 SERIES: dict[str, Style] = {  # what is added lies close to K-FAC, and is drawn below it
     "none": METHODS["none"],
-    "constants, additive": styled("nicolaides", "additive"),
+    "diagonal": METHODS["diagonal"],
     "leading, additive": styled("spectral", "additive"),
+    "block-diagonal": METHODS["block-diagonal"],
     "kfac": METHODS["kfac"],
+    "factored": METHODS["factored"],
     "constants, balanced": styled("nicolaides", "balanced"),
+    "krylov, balanced": styled("krylov", "balanced"),
     "leading, balanced": styled("spectral", "balanced"),
 }
+LENGTHS = {  # how the length of a step is chosen: words and line
+    "captured": ("step as it is", ":"),
+    "at_best_length": ("one best length", "-"),
+    "at_layer_lengths": ("one length per layer", "--"),
+}
+SEPARATED = ("kfac", "leading, balanced")
+LENGTH_AND_DIRECTION = {
+    f"{name}, {quantity}": SERIES[name]._replace(label=words, line=line)
+    for name in SEPARATED
+    for quantity, (words, line) in LENGTHS.items()
+}
 ABOVE = {"eigenvalues": Style("eigenvalues of F above λ", FAINT, "")}
+PLACES = {  # as names of columns
+    data: name.removeprefix("planted").removeprefix(", ").replace(" and", "\nand") or "plain"
+    for data, name in NETWORKS.items()
+}
+CLAIMS = {"layers": Style("layers that claim one direction", INK, "", "--")}
+SHORT = {  # columns of the map of networks
+    "none": "gradient",
+    "diagonal": "diagonal",
+    "block-diagonal": "exact blocks",
+    "kfac": "K-FAC",
+    "constants, balanced": "constants",
+    "krylov, balanced": "Krylov pieces",
+    "leading, balanced": "eigenvectors",
+}
 
 
 class DepthPlot(Plot):
-    """Largest eigenvalue, iterations and captured decrease side by side."""
+    """Steps above: at their best length, by kind of length, and why they are too long; conjugate gradients in the
+    middle, and where they pay; below the deepest of all networks."""
 
-    size = (10.0, 4.7)
-    fixed = ("layers",)
+    size = (10.0, 9.6)
+    fixed = ("layers", "networks", "damping_shares")
 
     def build(self, result: DepthResult) -> None:
-        axes = self.figure.subplots(1, 3)
-        layers = sorted(result.parameters["layers"])
-        x = dict(x="layers", xlim=(layers[0] / 1.15, layers[-1] * 1.15))
-        self.views = {
-            "largest": self.add(CurveView(axes[0], SERIES, shown(result, "largest"), "Largest eigenvalue of M A",
-                                          ylim=(0.9, 100), **x)),
-            "iterations": self.add(CurveView(axes[1], ABOVE | SERIES, shown(result, "iterations"), "Iterations",
-                                             ylim=(8, 800), **x)),
-            "captured": self.add(CurveView(axes[2], SERIES, shown(result, "captured"), "Captured by one step",
-                                           ylim=(-2000, 1.15), scale=("log", "symlog"), **x)),
+        p, mapped = result.parameters, len(result.parameters["damping_shares"]) > 1
+        heights = (1.15, 1, 1)[: 3 if p["networks"] else 2]
+        grid = self.figure.add_gridspec(len(heights), 3, height_ratios=heights)
+        best, lengths, largest = (self.figure.add_subplot(grid[0, i]) for i in range(3))
+        iterations = self.figure.add_subplot(grid[1, 0] if mapped else grid[1, :])
+        layers = sorted(p["layers"])
+        over = dict(x="layers", xlim=(layers[0] / 1.15, layers[-1] * 1.15))
+        curves = {  # axes, series, title, ends, scale and numbers of the upright axis
+            "at_best_length": (best, SERIES, "Captured at the best length", (0, 1.05), "linear", (0, 0.5, 1)),
+            "lengths": (lengths, LENGTH_AND_DIRECTION, "Length or direction?", (-2000, 1.15), "symlog",
+                        (1, 0.5, 0, -0.5, -1, -10, -100, -1000)),
+            "largest": (largest, CLAIMS | SERIES, "Largest eigenvalue of M A", (0.9, 250), "log", (1, 3, 10, 30, 100)),
+            "iterations": (iterations, ABOVE | SERIES, "Iterations", (3, 300), "log", (3, 10, 30, 100, 300)),
         }  # fmt: skip
-        axes[2].set_yscale("symlog", linthresh=1, linscale=0.7)
-        axes[2].axhline(0, color=FAINT, linewidth=1, zorder=0.5)
-        axes[0].plot(layers, layers, color=FAINT, linewidth=1, zorder=0.5)
-        axes[0].annotate("one for each layer", (layers[-2], layers[-2]), (5, -3), textcoords="offset points", va="top",
-                         color=MUTED)  # fmt: skip
-        numbers = (1, 3, 10, 30, 100), (10, 30, 100, 300), (1, 0, -1, -10, -100, -1000)
-        for ax, ticks in zip(axes, numbers, strict=True):
+        self.views = {}
+        for quantity, (ax, series, title, ends, scale, numbers) in curves.items():
+            self.views[quantity] = self.add(CurveView(ax, series, shown(result, quantity), title, ylim=ends,
+                                                      scale=("log", scale), **over))  # fmt: skip
+            if scale == "symlog":
+                ax.set_yscale("symlog", linthresh=1, linscale=2.5)
             plain_numbers(ax.xaxis, layers)
-            plain_numbers(ax.yaxis, ticks)
-        lines = self.views["iterations"].lines
-        self.legend([lines[name] for name in (*SERIES, *ABOVE)], 3)
+            plain_numbers(ax.yaxis, numbers)
+        lengths.axhline(0, color=FAINT, linewidth=1, zorder=0.5)
+        largest.plot(layers, layers, color=FAINT, linewidth=1, zorder=0.5)
+        if mapped:
+            for column, name in ((1, "kfac"), (2, "leading, balanced")):
+                self.views[name] = self.add(MapView(
+                    self.figure.add_subplot(grid[1, column]), shown(result, name),
+                    f"Iterations: {SHORT[name]} / none", x="λ / λ_max", y="layers", limits=(1 / 4, 4), colour=np.log,
+                    palette="PuOr_r", form="{:.1f}".format,
+                ))  # fmt: skip
+        if p["networks"]:
+            self.views["networks"] = self.add(MapView(
+                self.figure.add_subplot(grid[2, :]), shown(result, "networks"),
+                f"Captured at the best length, {layers[-1]} layers: networks at the start and after training",
+                limits=(0, 1),
+            ))  # fmt: skip
+        lines = self.views["at_best_length"].lines
+        others = [self.views["iterations"].lines["eigenvalues"], self.views["largest"].lines["layers"]]
+        kinds = [lengths.plot([], [], color=INK, linestyle=line, label=words)[0] for words, line in LENGTHS.values()]
+        self.legend([*(lines[name] for name in SERIES), *others, *kinds], 4)
 
     def move(self, result: DepthResult) -> None:
         for quantity, view in self.views.items():
             view.update(shown(result, quantity))
 
 
-def shown(result: DepthResult, quantity: str) -> dict[str, Curve]:
-    """The curves of one axes, with bands where the lines are solid: five of them would hide each other."""
-    curves = result.of(quantity) | (result.of("above") if quantity == "iterations" else {})
-    return {name: c._replace(low=c.y, high=c.y) if "additive" in name else c for name, c in curves.items()}
+def shown(result: DepthResult, quantity: str) -> Any:
+    """What one axes shows: curves, or for a map its points."""
+    p = result.parameters
+    deepest = int(np.argmax(p["layers"]))
+    if quantity == "lengths":
+        return {f"{name}, {kind}": result.of(kind)[name] for name in SEPARATED for kind in LENGTHS}
+    if quantity in SHORT:  # iterations of this method over those without preconditioner
+        over = {share: result.everywhere[p["data"], p["steps"], share] for share in sorted(p["damping_shares"])}
+        return [
+            (str(depth), number(share, 2) if i % 2 == 0 else " " * i,
+             c["iterations", quantity].y[at] / c["iterations", "none"].y[at])
+            for at, depth in sorted(enumerate(p["layers"]), key=lambda pair: pair[1])
+            for i, (share, c) in enumerate(over.items())
+        ]  # fmt: skip
+    if quantity == "networks":
+        found = {(data, steps): result.everywhere[data, steps, p["damping_share"]] for data in p["networks"]
+                 for steps in dict.fromkeys((0, p["steps"]))}  # fmt: skip
+        return [
+            (label, f"{PLACES[data]}\n{'trained' if steps else 'start'}", c["at_best_length", name].y[deepest])
+            for name, label in SHORT.items() for (data, steps), c in found.items()
+        ]  # fmt: skip
+    curves = result.of(quantity)
+    curves |= result.of({"iterations": "above", "largest": "claims"}.get(quantity, ""))
+    banded = ("kfac", "leading, balanced", "none")  # more would hide each other
+    return {name: c if name in banded else c._replace(low=c.y, high=c.y) for name, c in curves.items()}
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
@@ -184,7 +404,8 @@ def _most_block_jacobi_can_overshoot() -> int:
     return round(float(spectrum(A, BlockDiagonal(A, 1e-9))[-1]))
 
 
-@exercise("06b", "Call run_depth for one size after the other and watch the captured decrease.")
-def _eigenvectors_for_nine_tenths() -> int:
-    captured = (run_depth(layers=(9,), repeats=1, per_layer=k).of("captured")["leading, balanced"] for k in range(1, 8))
-    return next(k for k, c in enumerate(captured, 1) if c.y[0] >= 0.95)
+@exercise("06b", "Call run_depth for one size after the other and watch the share at the best length.")
+def _eigenvectors_for_eight_tenths() -> int:
+    one = dict(layers=(9,), repeats=1, networks=(), damping_shares=(), measured="")
+    best = (run_depth(per_layer=k, **one).of("at_best_length")["leading, balanced"].y[0] for k in range(1, 8))
+    return next(k for k, captured in enumerate(best, 1) if captured >= 0.8)

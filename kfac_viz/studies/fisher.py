@@ -16,7 +16,7 @@ from ..show import FAINT, INK, METHODS, CurveView, MatrixView, Plot, Style, empt
 from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
 from .problems import Problem
-from .setting import DAMPINGS, OVER_DAMPINGS, at_best_length, captured, chosen, first_network, setting
+from .setting import DAMPINGS, OVER_DAMPINGS, at_best_length, chosen, first_network, setting, shares
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class Plane:
 @dataclass(frozen=True, eq=False)
 class FisherResult(Study):
     """Series are flavours; by quantity: ``spectrum`` over rank, as a share of the largest eigenvalue of F;
-    ``error`` over samples, ‖F̂ − F‖ / ‖F‖; ``captured`` and ``rescaled`` over λ; ``plane``, the shares of its steps.
+    ``error`` over samples, ‖F̂ − F‖ / ‖F‖; ``captured`` and ``at_best_length`` over λ, see :func:`.setting.shares`;
+    ``plane``, what its steps capture.
     """
 
     partition: Partition
@@ -87,8 +88,8 @@ def run_fisher(
     parameters = check(run_fisher, locals())
     partition, matrices, curves, largest = _network(chosen(parameters), samples, repeats)
     plane = _plane(damping, samples, (weight, bias), likelihood, seed, device)
-    shares = {("plane", name): curve([damping], [share]) for name, share in plane.shares.items()}
-    return FisherResult(parameters, curves | shares, partition, matrices, largest, plane)
+    steps = {("plane", name): curve([damping], [share]) for name, share in plane.shares.items()}
+    return FisherResult(parameters, curves | steps, partition, matrices, largest, plane)
 
 
 def sampling_error(F: Fisher, probabilities: Tensor) -> float:
@@ -139,9 +140,9 @@ def _network(network: tuple, samples: int, repeats: int):
     for name, Fs in flavours.items():
         d = np.stack([F.eigen.d.flip(0).cpu().numpy() for F in Fs]) / largest
         curves["spectrum", name] = curve(1 + np.arange(d.shape[1]), np.where(d < 1e-12, 0, d))
-        shares = np.array([[captured(s.F.damped(λ), s.g, F.damped(λ).solve(s.g)) for λ in λs] for F in Fs])
-        curves["captured", name] = curve(λs, shares[:, :, 0])
-        curves["rescaled", name] = curve(λs, shares[:, :, 1])
+        found = np.array([[shares(s.F.damped(λ), s.g, F.damped(λ).solve(s.g)) for λ in λs] for F in Fs])
+        curves["captured", name] = curve(λs, found[:, :, 0])
+        curves["at_best_length", name] = curve(λs, found[:, :, 1])
     return s.F.partition, {name: matrix.cpu() for name, matrix in matrices.items()}, curves, largest
 
 
@@ -164,7 +165,7 @@ def _plane(damping, samples, point, likelihood, seed, device) -> Plane:
         *_landscape(likelihood, seed),
         {name: fisher.damped(damping).dense().cpu().numpy() for name, fisher in F.items()},
         {name: rounded(at_best_length(A, g, v).cpu()) for name, v in directions.items()},
-        {name: float(rounded(captured(A, g, v)[1])) for name, v in directions.items()},
+        {name: float(rounded(shares(A, g, v).at_best_length)) for name, v in directions.items()},
     )
 
 
@@ -236,8 +237,8 @@ class FisherPlot(Plot):
             top[2], FLAVOURS | {"theory": THEORY}, result.of("error"), "‖F̂ − F‖ / ‖F‖", x="labels per example",
             xlim=(0.9, 1.1 * SAMPLES[-1]), ylim=(0.005, 3),
         ))  # fmt: skip
-        self.rescaled = self.add(CurveView(
-            top[3], FLAVOURS, result.of("rescaled"), "Captured, best length", ylim=(0, 1.03),
+        self.at_best_length = self.add(CurveView(
+            top[3], FLAVOURS, result.of("at_best_length"), "Captured, best length", ylim=(0, 1.03),
             scale=("log", "linear"), **OVER_DAMPINGS,
         ))  # fmt: skip
         self.spectrum = self.add(CurveView(
@@ -272,7 +273,7 @@ class FisherPlot(Plot):
         for view, matrix in zip(self.matrices, result.matrices.values(), strict=True):
             view.update(matrix, limit)
         self.error.update(result.of("error"), at=p["samples"])
-        self.rescaled.update(result.of("rescaled"), at=p["damping"])
+        self.at_best_length.update(result.of("at_best_length"), at=p["damping"])
         self.spectrum.update(result.of("spectrum"))
         self.level.set_ydata([p["damping"] / result.largest] * 2)
 

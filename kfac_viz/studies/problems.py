@@ -139,6 +139,7 @@ def planted(
     *,
     activation: str | None = "tanh",
     batch_norm: bool = False,
+    residual: bool = False,
     noise: float = 0.1,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
@@ -149,11 +150,12 @@ def planted(
         depth: number of Linear layers, at least 1.
         activation: ``None`` for a linear network.
         batch_norm: after every hidden layer, with statistics settled on the data.
+        residual: add the input of every hidden layer but the first to what it gives: ``x + tanh(W x + b)``.
         noise: standard deviation added to the labels.
     """
     check_count("depth", depth, least=1)
     x, y = _regression(n, 10, 1, noise, seed)
-    model = _mlp([10, *[width] * (depth - 1), 1], activation, seed, batch_norm)
+    model = _mlp([10, *[width] * (depth - 1), 1], activation, seed, batch_norm, residual)
     name = "planted" + (" linear" if activation is None else "")
     return _settled(Problem(model, x, y, "gaussian", name).to(device, dtype))
 
@@ -198,7 +200,16 @@ def _regression(n: int, inputs: int, outputs: int, noise: float, seed: int) -> t
     return x, x @ (plant / inputs**0.5) + noise * errors
 
 
-def _mlp(widths: list[int], activation: str | None, seed: int, batch_norm: bool = False) -> nn.Sequential:
+class Residual(nn.Sequential):
+    """Its modules one after another, and their input added to what they give."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def _mlp(
+    widths: list[int], activation: str | None, seed: int, batch_norm: bool = False, residual: bool = False
+) -> nn.Sequential:
     """Linear layers with PyTorch's own initialisation, drawn in float64 whatever the default dtype is."""
     for width in widths:
         check_count("Every width", width, least=1)
@@ -209,16 +220,17 @@ def _mlp(widths: list[int], activation: str | None, seed: int, batch_norm: bool 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(check_seed(seed))
         for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            modules.append(nn.Linear(fan_in, fan_out, dtype=torch.float64))
-            if i < len(widths) - 2:
-                modules.extend([nn.BatchNorm1d(fan_out, dtype=torch.float64)] if batch_norm else [])
-                modules.extend([act()] if act is not None else [])
+            layer: list[nn.Module] = [nn.Linear(fan_in, fan_out, dtype=torch.float64)]
+            if hidden := i < len(widths) - 2:
+                layer.extend([nn.BatchNorm1d(fan_out, dtype=torch.float64)] if batch_norm else [])
+                layer.extend([act()] if act is not None else [])
+            modules.extend([Residual(*layer)] if residual and hidden and fan_in == fan_out and i else layer)
     return nn.Sequential(*modules)
 
 
 def _settled(problem: Problem) -> Problem:
     """Let batch-norm statistics forget their start: evaluation then means what training saw."""
-    if any(isinstance(module, nn.BatchNorm1d) for module in problem.model):
+    if any(isinstance(module, nn.BatchNorm1d) for module in problem.model.modules()):
         with torch.no_grad():
             problem.model.train()
             for _ in range(100):

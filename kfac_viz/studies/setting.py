@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import KFAC, CoarseSpace, Damped, Dense, Fisher, Operator, captured_decrease, coarse, pcg
+from .. import KFAC, CoarseCorrection, CoarseSpace, Damped, Dense, Fisher, Operator, captured_decrease, coarse, pcg
+from ..method.columns import LocalSpace
 from ..method.kfac import shifted
 from ..parameters import Range
 from . import problems
@@ -112,15 +113,33 @@ def kronecker_blocks(F: Fisher, damping: float = 0.0) -> Tensor:
     return torch.block_diag(*(torch.kron(shifted(G, root / π), shifted(A, root * π)) for A, G, π in layers))
 
 
+class Shares(NamedTuple):
+    """What a direction captures of the best decrease, by how its length is chosen."""
+
+    captured: float  # as it is
+    at_best_length: float  # with one best length for all of it
+    at_layer_lengths: float  # with the best length for each layer's piece, all chosen together
+
+
+def shares(A: Operator, g: Tensor, v: Tensor) -> Shares:
+    """Captured decrease of the direction v (P,) as it is and at its best lengths.
+
+    With one length it is the squared cosine, in the metric A, of the angle between v and the exact direction; with one
+    for each layer, that of the angle between the exact direction and the space of the pieces of v.
+    """
+    lengths = (v, at_best_length(A, g, v), at_layer_lengths(A, g, v))
+    return Shares(*(captured_decrease(A, g, x) for x in lengths))
+
+
 def at_best_length(A: Operator, g: Tensor, v: Tensor) -> Tensor:
     """The direction v with the length that captures most, ``gᵀv / vᵀAv`` times its own."""
     return float(g @ v) / float(v @ (A @ v)) * v
 
 
-def captured(A: Operator, g: Tensor, v: Tensor) -> tuple[float, float]:
-    """Captured decrease of the direction v as it is, and at its best length: there it is the squared cosine, in the
-    metric A, of the angle between v and the exact direction."""
-    return captured_decrease(A, g, v), captured_decrease(A, g, at_best_length(A, g, v))
+def at_layer_lengths(A: Operator, g: Tensor, v: Tensor) -> Tensor:
+    """The pieces of v, one for each layer, with the lengths that capture most: ``Z (ZᵀAZ)⁻¹ Zᵀg``, Z the pieces."""
+    pieces = [v[s] / size if (size := float(v[s].norm())) else v[s][:, None][:, :0] for s in A.partition.slices]
+    return CoarseCorrection(A, LocalSpace(A.partition, [x.view(len(x), -1) for x in pieces], name="pieces")) @ g
 
 
 def space(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int) -> CoarseSpace:

@@ -1,0 +1,34 @@
+"""Every number of a verdict stands in the data beside its figure, and a verdict is short."""
+
+import pytest
+from verdicts import ROOT, data, is_there, numbers, verdict
+
+from kfac_viz.studies import NOTEBOOKS
+
+SHORT = ("05_coarse_space", "05_coarse_space_sizes", "06_depth")  # held to their length
+
+
+RATIOS = ("09_speed",)  # whose verdict divides timings by each other
+
+
+@pytest.mark.parametrize("stem", [stem for stem in NOTEBOOKS if stem not in RATIOS])
+def test_every_number_of_a_verdict_is_in_its_data(stem):
+    said = numbers(verdict(stem))
+    files = [file for suffix in ("csv", "json") for file in (ROOT / "figures").glob(f"{stem}*.{suffix}")]
+    if said:
+        assert files, f"figures/{stem}*.csv are missing: make figures"
+    values = data(files)
+    assert [number for number in said if not is_there(number, values)] == []
+
+
+@pytest.mark.parametrize("stem", SHORT)
+def test_a_verdict_is_short(stem):
+    assert 0 < len(verdict(stem).split()) <= 120
+    assert 0 < len(numbers(verdict(stem))) <= 6
+
+
+def test_what_is_no_number_of_a_verdict_is_left_out():
+    """Negative control."""
+    assert numbers("In 2020 `x = 3` gave −0.54, $\tfrac12$ and 12 % of 05_coarse; 3 layers.") == ["−0.54", "12 %", "3"]
+    assert not is_there("0.55", {0.5431}) and not is_there("−0.54", {0.5431}) and is_there("−0.54", {-0.5431})
+    assert is_there("15 %", {0.1501}) and is_there("1.6·10⁻⁸", {1.61e-8}) and not is_there("1.6·10⁻⁷", {1.61e-8})
