@@ -2,10 +2,10 @@
 
 Widget bounds, the command line and papermill all use what stands there::
 
-    def run_depth(*, damping: Annotated[float, Range(1e-8, 1e2, log=True, steps=81)] = 1e-3,
-                  coarse: Literal["nicolaides", "spectral"] = "spectral",
-                  widths: Annotated[tuple[int, ...], Range(1, 64)] = (12, 12), seed: Seed = 0,
-                  device: Device = "cpu") -> DepthResult:
+    def run_x(*, damping: Annotated[float, Range(1e-8, 1e2, log=True, steps=81)] = 1e-3,
+              coarse: Literal["nicolaides", "spectral"] = "spectral",
+              widths: Annotated[tuple[int, ...], Range(1, 64)] = (12, 12), seed: Seed = 0,
+              device: Device = "cpu") -> XResult:
 
 A parameter is a bool, int, float or str, one of a ``Literal``, a ``tuple[..., ...]`` of those (range and
 choices then hold for each element), or any of these ``| None``.

@@ -125,6 +125,14 @@ def test_every_space_is_nested_and_the_optimal_one_lowest():
     assert len(first) == 1  # size 0 is K-FAC, whatever the space and the correction
 
 
+def test_sizes_can_be_set_in_the_panel():
+    one = dict(widths=(5, 4), n=40, repeats=1)
+    panel = kv.panel(kv.studies.run_coarse_sizes, kv.studies.CoarseSizesPlot, ["sizes"], sizes=(0, 1), **one)
+    panel.controls["sizes"].value = "[0,2]"
+    assert panel.error == "" and panel.result.parameters["sizes"] == (0, 2)
+    assert panel.result.table().equals(kv.studies.run_coarse_sizes(sizes=(0, 2), **one).table())
+
+
 @pytest.mark.parametrize("name", kv.coarse.SPACES)
 def test_sizes_measure_what_the_first_figure_does(name):
     shared = dict(damping=0.02, widths=(5, 4), n=60, steps=2, seed=1)

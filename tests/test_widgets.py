@@ -22,6 +22,7 @@ from kfac_viz.__main__ import plan
 from kfac_viz.parameters import Range, read
 from kfac_viz.studies import CoarseSpacePlot
 from kfac_viz.studies.coarse_space import run_coarse_space
+from kfac_viz.studies.curves import share
 
 SMALL = dict(widths=(5,), n=40, per_layer=2)
 CONTROLS = [name for name in read(run_coarse_space) if name not in ("seed", "device")]
@@ -138,7 +139,8 @@ def test_looking_ahead_gives_what_computing_gives():
 
 def test_words_under_the_picture_are_its_alternative_text(panel):
     label = panel._live.plot.figure.get_label()
-    assert f"{panel.result.captured['kfac']:.2f}".replace("-", "−") in label
+    for found in (panel.result.at_best_length, panel.result.captured):
+        assert share(found["kfac"]) in label
     assert re.search(r'data-alt="([^"]+)"', panel._below.value)[1].startswith(label[:20])
     titles = re.findall(r'title="([^"]+)"', panel._below.value)
     assert len(titles) == 4 * len(panel.result.partition) ** 2

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import KFAC, captured_decrease
+from .. import KFAC
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
-from ..show import FAINT, INK, METHODS, CurveView, Plot, Style
+from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers
 from .curves import Study, by_key, curve, seeds
 from .exercises import exercise
 from .problems import Problem
-from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, at_best_length, chosen, first_network, setting
+from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, at_best_length, chosen, first_network, setting, shares
 from .threads import one_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FOLLOWED = ("exact", "kfac", "factored")
-QUANTITIES = ("length", "captured", "ratio", "decrease")
+QUANTITIES = ("length", "captured", "at_best_length", "ratio", "decrease")
 MOMENTS = ("at the start", "after training")
 
 
@@ -33,10 +33,11 @@ MOMENTS = ("at the start", "after training")
 class DampingResult(Study):
     """Curves over λ, series ``moment, method``, at two moments of training.
 
-    Quantities: ``length`` ‖v‖; ``captured``, the share of the best decrease of the damped quadratic model;
-    ``ratio``, actual decrease of the loss over the decrease that the undamped model predicts; ``decrease``, the actual
-    one as a share of the loss. K-FAC's directions are rescaled to their best length in the last two. Series of a
-    moment alone: ``spectrum`` (x: rank), ``dimension`` Σ d/(d + λ), and ``gradient``, ‖g‖/λ.
+    Quantities: ``length`` ‖v‖; ``captured`` and ``at_best_length``, shares of the best decrease of the damped quadratic
+    model (:func:`.setting.shares`); ``ratio``, actual decrease of the loss over the decrease that the undamped model
+    predicts; ``decrease``, the actual one as a share of the loss. K-FAC's directions are rescaled to their best length
+    in the last two. Series of a moment alone: ``spectrum`` (x: rank), ``dimension`` Σ d/(d + λ), and ``gradient``,
+    ‖g‖/λ.
     """
 
     size: int  # P
@@ -100,7 +101,7 @@ def _measure(start: tuple, trained: tuple) -> dict[tuple[str, str], NDArray]:
 
 
 def _follow(s: Setting, method: str, λs: NDArray) -> NDArray:
-    """QUANTITIES of one method at every λ, (4, n)."""
+    """QUANTITIES of one method at every λ, (5, n)."""
     F, g, now = s.F, s.g, float(s.problem.loss().detach())
     M = None if method == "exact" else KFAC(F, 1.0, "factored" if method == "factored" else "eigen")
     rows = []
@@ -110,7 +111,8 @@ def _follow(s: Setting, method: str, λs: NDArray) -> NDArray:
         best = at_best_length(A, g, v)
         undamped = float(g @ best) - 0.5 * float(best @ (F @ best))
         decrease = now - loss_after(s.problem, best)
-        rows.append((float(v.norm()), captured_decrease(A, g, v), decrease / undamped, decrease / now))
+        both = shares(A, g, v)
+        rows.append((float(v.norm()), both.captured, both.at_best_length, decrease / undamped, decrease / now))
     return np.array(rows).T
 
 
@@ -133,7 +135,9 @@ class DampingPlot(Plot):
     fixed = ("size",)
 
     def build(self, result: DampingResult) -> None:
-        axes = self.figure.subplots(2, 3).ravel()
+        upper, lower = self.figure.add_gridspec(2, 1)
+        grids = (*upper.subgridspec(1, 3), *lower.subgridspec(1, 4))
+        axes = [self.figure.add_subplot(place) for place in grids]
 
         def view(i: int, quantity: str, series: dict[str, Style], title: str, ylim: tuple, scale: str) -> CurveView:
             return self.add(CurveView(axes[i], series, shown(result, quantity), title, ylim=ylim, scale=("log", scale),
@@ -147,14 +151,17 @@ class DampingPlot(Plot):
         self.views = {
             "dimension": view(1, "dimension", MOMENT, f"Σ d/(d + λ), of {result.size}", (0, result.size), "linear"),
             "length": view(2, "length", LIMIT | SERIES, "Length of the step ‖v‖", (1e-3, 1e3), "log"),
-            "captured": view(3, "captured", SERIES, "Captured, step as it is", (-1, 1.05), "linear"),
-            "ratio": view(4, "ratio", SERIES, "Actual / predicted decrease", (-1, 1.5), "linear"),
-            "decrease": view(5, "decrease", SERIES, "Actual decrease / loss", (-0.2, 0.5), "linear"),
+            "at_best_length": view(3, "at_best_length", SERIES, "Captured, best length", (0.3, 1.02), "linear"),
+            "captured": view(4, "captured", SERIES, "Captured as it is", (-1, 1.05), "linear"),
+            "ratio": view(5, "ratio", SERIES, "Actual / predicted", (-1, 1.5), "linear"),
+            "decrease": view(6, "decrease", SERIES, "Actual decrease / loss", (-0.2, 0.5), "linear"),
         }
-        for ax in axes[3:]:
+        for ax in axes[4:]:
             ax.axhline(0, color=INK, linewidth=0.6)
+        for ax in axes[3:]:
+            plain_numbers(ax.xaxis, (1e-4, 1e-2, 1, 100))
         for share in (0.25, 0.75):  # Levenberg and Marquardt: λ is raised below the first, lowered above the second
-            axes[4].axhline(share, color=FAINT, linewidth=0.8)
+            axes[5].axhline(share, color=FAINT, linewidth=0.8)
         lines = self.views["length"].lines
         self.legend([lines[name] for name in (*SERIES, *LIMIT)], 4)
 

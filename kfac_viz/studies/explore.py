@@ -59,7 +59,7 @@ def explore(
         problem = replace(problem, targets=drawn.argmax(-1) if likelihood == "categorical" else drawn)
     run = run_on(Setting(problem, fisher))
 
-    def captured(flavour: str) -> str:
+    def capture_line(flavour: str) -> str:
         labels = ", targets" * (flavour == "empirical")
         other = f", fisher={flavour!r}" * (flavour != "exact")
         some = "" if layers is None else f", layers={list(names)!r}"
@@ -71,10 +71,10 @@ def explore(
             space = space.replace("(F, ", "(A, M, ")
         elif values["coarse"] == "krylov":  # the mean of the scores at the labels, given or drawn, is the gradient
             space = space.replace("(F, ", "(A, M, g, ")
-            scores = captured("mc" if targets is None else "empirical")
+            scores = capture_line("mc" if targets is None else "empirical")
             gradient = f"E = {scores}; g = E.pull(E.a[0].new_ones(1, E.N)) / E.N; "
         return (
-            f"F = {captured(fisher)}; A = F.damped({values['damping']}); "
+            f"F = {capture_line(fisher)}; A = F.damped({values['damping']}); "
             f"M = kv.KFAC(F, {values['damping']}, {values['rule']!r}); {gradient}"
             f"T = kv.TwoLevel(A, M, {space}, {values['correction']!r})"
         )

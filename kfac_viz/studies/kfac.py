@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Fisher, KroneckerFisher, Partition, captured_decrease
+from .. import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Fisher, KroneckerFisher, Partition
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Widths, check, number
-from ..show import INK, METHODS, CurveView, MatrixView, PairView, Plot, Style, limit_of
+from ..show import INK, METHODS, CurveView, MatrixView, PairView, Plot, Style, limit_of, plain_numbers
 from .curves import Curve, Study, curve, over_seeds, rounded, seeds
 from .exercises import exercise
-from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, first_network, kronecker_blocks, setting
+from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, first_network, kronecker_blocks, setting, shares
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ METHODS_COMPARED = {
 class KfacResult(Study):
     """What K-FAC loses of F, over training and at one moment of it.
 
-    ``curves`` by quantity: ``piece`` over steps, series PIECES, ‖piece‖² / ‖F‖²; ``error`` and ``captured`` over λ,
-    series methods, ‖F + λI − M⁻¹‖ / ‖F‖ and the decrease captured by M g; ``lost`` and ``misfit`` for the first
-    seed, series pairs of layers such as 1–2, the entries of the two fields of that name.
+    ``curves`` by quantity: ``piece`` over steps, series PIECES, ‖piece‖² / ‖F‖²; ``error``, ``at_best_length`` and
+    ``captured`` over λ, series methods, ‖F + λI − M⁻¹‖ / ‖F‖ and what M g captures (:func:`.setting.shares`); ``lost``
+    and ``misfit`` for the first seed, series pairs of layers such as 1–2, the entries of the two fields of that name.
     """
 
     partition: Partition
@@ -160,7 +160,8 @@ def _methods(network: tuple, samples: int) -> dict[tuple[str, str], list[float]]
                 inverse = kronecker_blocks(F, λ) if name == "factored" else torch.linalg.inv(M.dense())
                 error = float((A.dense() - inverse).norm())
             found["error", name].append(error / float(s.dense.norm()))
-            found["captured", name].append(captured_decrease(A, s.g, M @ s.g))
+            for quantity, value in shares(A, s.g, M @ s.g)._asdict().items():
+                found[quantity, name].append(value)
     return found
 
 
@@ -192,18 +193,27 @@ class KfacPlot(Plot):
         )
         self.lost = self.add(PairView(top[2], result.lost, "Share of squared error", ".1%", 0.5))
         self.misfit = self.add(PairView(top[3], result.misfit, "Misfit of $G \\otimes A$", ".2f", 1.0))
-        self.pieces = self.add(Bars(self.figure.add_subplot(grid[1, :2]), result.of("piece")))
+        below = grid[1, :].subgridspec(1, 4, width_ratios=(1.7, 1, 1, 1))
+        self.pieces = self.add(Bars(self.figure.add_subplot(below[0]), result.of("piece")))
         shown = {name: METHODS[name] for name in reversed(METHODS_COMPARED)}
         self.matrix_error = self.add(CurveView(
-            self.figure.add_subplot(grid[1, 2]), shown, result.of("error"), "‖F + λI − M⁻¹‖ / ‖F‖",
+            self.figure.add_subplot(below[1]), shown, result.of("error"), "‖F + λI − M⁻¹‖ / ‖F‖",
             ylim=(0.2, 20), **OVER_DAMPINGS,
         ))  # fmt: skip
-        self.captured = self.add(CurveView(
-            self.figure.add_subplot(grid[1, 3]), shown, result.of("captured"), "Captured by one step",
-            ylim=(-1, 1.05), scale=("log", "linear"), **OVER_DAMPINGS,
-        ))  # fmt: skip
-        self.captured.ax.axhline(0, color=INK, linewidth=0.6)
-        self.legend(self.captured.lines.values(), 3)
+        self.shares = {
+            quantity: self.add(CurveView(
+                self.figure.add_subplot(below[i]), shown, result.of(quantity), title, ylim=ends,
+                scale=("log", "linear"), **OVER_DAMPINGS,
+            ))
+            for i, quantity, title, ends in (
+                (2, "at_best_length", "Captured, best length", (0.3, 1.02)),
+                (3, "captured", "Captured as it is", (-1, 1.05)),
+            )
+        }  # fmt: skip
+        self.shares["captured"].ax.axhline(0, color=INK, linewidth=0.6)
+        for view in (self.matrix_error, *self.shares.values()):
+            plain_numbers(view.ax.xaxis, (1e-4, 1e-2, 1, 100))
+        self.legend(self.matrix_error.lines.values(), 3)
 
     def move(self, result: KfacResult) -> None:
         limit, damping = limit_of(result.fisher / 5), result.parameters["damping"]
@@ -213,7 +223,8 @@ class KfacPlot(Plot):
         self.misfit.update(result.misfit)
         self.pieces.update(result.of("piece"))
         self.matrix_error.update(result.of("error"), at=damping)
-        self.captured.update(result.of("captured"), at=damping)
+        for quantity, view in self.shares.items():
+            view.update(result.of(quantity), at=damping)
 
     def note(self, result: KfacResult) -> str:
         return f"; colours end at ±{number(limit_of(result.fisher / 5), 2)}"
@@ -245,8 +256,8 @@ class Bars:
             table, x="step", y="value", hue="piece", palette={s.label: s.color for s in PIECES.values()}, saturation=1,
             estimator="median", errorbar=("pi", 100), err_kws={"color": INK, "linewidth": 1}, ax=ax,
         )  # fmt: skip
-        ax.set(title="Pieces of the squared error / ‖F‖²", ylim=(self.FLOOR, 300), xlabel="steps of Adam", ylabel="")
-        seaborn.move_legend(ax, "upper left", ncols=3, title=None, columnspacing=1, handlelength=1)
+        ax.set(title="Pieces of the squared error / ‖F‖²", ylim=(self.FLOOR, 1e4), xlabel="steps of Adam", ylabel="")
+        seaborn.move_legend(ax, "upper left", ncols=2, title=None, columnspacing=1, handlelength=1)
         ax.get_legend().set_in_layout(False)
         self.bars = dict(zip(pieces, ax.containers, strict=True))
         self.ranges = dict(zip(pieces, np.reshape(ax.lines, (len(pieces), -1)), strict=True))
