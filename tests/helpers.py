@@ -187,10 +187,12 @@ def _rows(tree: dict[str, Tensor], names, lead: int) -> Tensor:
     """Derivatives by parameter, laid out as [W b] row-major, layer after layer."""
     pieces = []
     for name in names:
-        W = tree[f"{name}.weight"].flatten(lead + 1)
-        if f"{name}.bias" in tree:
-            W = torch.cat([W, tree[f"{name}.bias"][..., None]], dim=-1)
-        pieces.append(W.flatten(lead))
+        W, b = tree[f"{name}.weight"], tree.get(f"{name}.bias")
+        if W.ndim == lead + 1:  # a norm: scale, then shift
+            pieces += [W, b]
+            continue
+        W = W.flatten(lead + 1)
+        pieces.append((W if b is None else torch.cat([W, b[..., None]], dim=-1)).flatten(lead))
     return torch.cat(pieces, dim=-1)
 
 

@@ -80,7 +80,7 @@ CAPTURE = {
     "inf in inputs": (mlp, (with_value(X, torch.inf),), {}, ValueError, "inputs of the model hold NaN or inf"),
     "nan in a weight": (lambda: poisoned("weight"), (X,), {}, ValueError, "weights of layer '3' hold NaN"),
     "inf in a bias": (lambda: poisoned("bias", torch.inf), (X,), {}, ValueError, "weights of layer '3' hold NaN"),
-    "nan in batch norm": (lambda: poisoned("norm"), (X,), {}, ValueError, "inputs of layer '3' hold NaN"),
+    "nan in batch norm": (lambda: poisoned("norm"), (X,), {}, ValueError, "weights of layer '1' hold NaN"),
     "nan in statistics": (lambda: poisoned("statistics"), (X,), {}, ValueError, "inputs of layer '3' hold NaN"),
     "nan in outputs": (lambda: Returns(lambda f: f / 0 * 0), (X,), {}, ValueError, "outputs hold NaN or inf"),
     "nan on the way back": (
@@ -111,9 +111,9 @@ CAPTURE = {
         lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).double(), (X,), {},
         ValueError, "'1' keeps no running statistics and couples the examples",
     ),
-    "mixed axes": (
-        lambda: Returns(lambda f: f.view(5, 2, 3)), (normal(10, 4),), {}, ValueError,
-        "'layer' saw 10 rows where the model returned 5 examples",
+    "rows that belong to nobody": (
+        lambda: Returns(lambda f: f[:5] + f[6:]), (normal(11, 4),), {}, ValueError,
+        "'layer' saw 11 rows, of shape .11,., where the model returned 5 examples",
     ),
     "scalar output": (lambda: Returns(torch.sum), (X,), {}, ValueError, r"got shape \(\)"),
     "flat output": (lambda: Returns(lambda f: f[:, 0]), (X,), {}, ValueError, r"got shape \(5,\)"),

@@ -159,10 +159,17 @@ def tied_embedding() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("build", [tied_bias, tied_weight, tied_embedding])
-def test_parameters_shared_between_modules_are_refused(build):
-    with pytest.raises(ValueError, match="share a parameter"):
-        kv.Partition.from_model(build())
+@pytest.mark.parametrize(
+    ("build", "layers"),
+    [(tied_bias, ["0: 4+1→4", "2: 4→4"]), (tied_weight, ["0: 4+1→4", "2.bias: 4"]), (tied_embedding, ["0: 5→3", "1.bias: 5"])],
+)
+def test_a_shared_parameter_belongs_to_its_first_module(build, layers):
+    model = build()
+    P = kv.Partition.from_model(model)
+    assert [str(layer) for layer in P.layers] == layers and P.size == sum(p.numel() for p in model.parameters())
+    before, step = P.pack(model), normal(P.size).to(P.pack(model))
+    P.add_(model, step)
+    assert torch.equal(P.pack(model), before + step)
 
 
 def test_a_module_registered_twice_is_one_layer():
@@ -191,15 +198,28 @@ def test_frozen_layers_are_refused_unless_the_others_are_named():
     assert kv.Partition.from_model(model, ["0", "4"]).names == ("0", "4")
 
 
-class Doubled(torch.nn.Linear):
-    """A layer whose input is not what its forward hook is given."""
+def test_modules_stand_for_the_layers_inside():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(4, 2, 8)
+    P = kv.Partition.from_model(nn.ModuleDict({"block": block, "head": nn.Linear(4, 3)}))
+    assert P.names == (
+        *(f"block.self_attn.{name}" for name in ("q", "k", "v", "out_proj")),
+        *(f"block.{name}" for name in ("linear1", "linear2", "norm1", "norm2")), "head",
+    )  # fmt: skip
+    assert P.size == P.total and "of" not in str(P)
+    some = kv.Partition.from_model(nn.ModuleDict({"block": block}), ["block.self_attn", "block.norm2"])
+    assert some.names == (*P.names[:4], "block.norm2") and str(some).startswith(f"{some.size} of {P.total - 15} ")
 
-    def forward(self, x):
-        return super().forward(2 * x)
 
-
-def test_a_layer_with_a_forward_pass_of_its_own_is_left_to_the_identity():
-    model = torch.nn.Sequential(Doubled(3, 3), torch.nn.Linear(3, 2))
-    assert kv.Partition.from_model(model).names == ("1",)
-    with pytest.warns(UserWarning, match="0.weight, 0.bias"):
-        kv.capture(model, torch.randn(4, 3), likelihood="gaussian")
+def test_rows_of_a_packed_weight_and_a_transposed_table_are_written_where_they_belong():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mix": nn.MultiheadAttention(4, 2), "table": nn.Embedding(5, 3), "norm": nn.LayerNorm(3)})
+    P = kv.Partition.from_model(model)
+    v = P.pack(model)
+    pieces = dict(zip(P.names, P.split(v), strict=True))
+    mix = model["mix"]
+    assert torch.equal(pieces["mix.k"], torch.cat([mix.in_proj_weight[4:8], mix.in_proj_bias[4:8, None]], 1))
+    assert torch.equal(pieces["table"], model["table"].weight.T)
+    assert torch.equal(pieces["norm"][:, 0], torch.cat([model["norm"].weight, model["norm"].bias]))
+    P.add_(model, torch.ones_like(v))
+    assert torch.equal(P.pack(model), v + 1)

@@ -1,4 +1,4 @@
-"""The Fisher of a model on a batch, from one forward pass and one batched backward pass to the pre-activations."""
+"""The Fisher of a model on a batch, from one forward pass and one batched backward pass to every use of a parameter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .checks import check_choice, check_count, check_room, check_type, finite, own_precision, warn
 from .fisher import Fisher
 from .likelihood import FLAVOURS, LIKELIHOODS, count_vectors, output_vectors
-from .partition import Partition, own_parameters
+from .partition import Partition
 from .record import Record, record
-from .witness import check_witnessed
+from .witness import check_foreign, witnessed
 
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose other parameters were reported
 
@@ -30,10 +30,11 @@ def capture(
     generator: torch.Generator | None = None,
     layers: Sequence[str] | None = None,
 ) -> Fisher:
-    """The Fisher of ``model`` on ``inputs``, as an operator over its Linear (and Conv2d) layers.
+    """The Fisher of ``model`` on ``inputs``, as an operator over its layers (see :func:`kfac_viz.method.layers.layers_of`).
 
-    One forward pass in eval mode and one batched backward pass to the pre-activations; no weight gradient is
-    formed. Training flags, ``.grad``, ``requires_grad``, batch-norm statistics and the caller's random state
+    One forward pass in eval mode and one batched backward pass to the results of every product with a weight, wherever
+    in the model it is: in a module, a function, or PyTorch's own attention; reused, transposed (tied) or packed. No
+    weight gradient is formed. Training flags, ``.grad``, ``requires_grad``, batch-norm statistics and the caller's random state
     are afterwards what they were. Autocast is off inside; half precisions are kept in float32 once captured.
 
     Args:
@@ -45,13 +46,15 @@ def capture(
             or ``"empirical"``.
         samples: draws per example for ``"mc"``.
         generator: source of those draws, on the model's device; a fresh one seeded with 0 by default.
-        layers: names of the layers to keep; all of them by default.
+        layers: names of the layers to keep, or of the modules that hold them; all of them by default. Parameters
+            that belong to no module of a known kind are left out where they are used otherwise than in sums of
+            products, and a warning names them.
 
     Raises:
         ValueError, TypeError: what cannot be captured, in words: no layer, frozen layers, an empty batch,
             NaN, inf or an overflow (naming the layer), wrong shapes, mixed dtype or device, targets missing or unasked
-            for, batch norm without running statistics (it couples the examples), weights that act elsewhere than
-            in the calls of their layer (tied weights, attention), more vectors than memory can hold.
+            for, batch norm without running statistics (it couples the examples), a weight that also meets a function of
+            which nothing is known (naming both), more vectors than memory can hold.
 
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -82,14 +85,13 @@ def capture(
         check_type("generator", generator, torch.Generator)
         if generator.device.type != inputs[0].device.type:
             raise ValueError(f"The generator is on {generator.device}, the inputs are on {inputs[0].device}.")
-    tell_others(model, partition)
     device = inputs[0].device
     with (
         evaluation(model),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         own_precision(device),
     ):
-        return observed(
+        F, _ = observed(
             model,
             inputs,
             partition,
@@ -98,7 +100,9 @@ def capture(
             targets=targets,
             samples=samples,
             generator=generator,
-        )[0]
+        )
+    tell_others(model, F.partition)
+    return F
 
 
 def observed(
@@ -115,7 +119,8 @@ def observed(
 ) -> tuple[Fisher, tuple[str, ...]]:
     """The Fisher in the mode that the model is in, and the names of the layers that took part.
 
-    With ``partial``, a layer that took none has zero vectors, which is its exact share; otherwise it is refused.
+    With ``partial``, a layer that took none has zero vectors, which is its exact share; otherwise it is refused. Loose
+    parameters that are used otherwise than in sums of products are left out of the partition.
     Vectors are kept in the precision of the parameters and at least in float32.
     """
     with torch.inference_mode(False):
@@ -125,52 +130,60 @@ def observed(
         except Exception:
             _check_data(model, partition, inputs)  # NaN may be what it could not run on
             raise
-        check_witnessed(model, run, likelihood)
+        silent = [name for name in run.unused if name in run.silent]
+        if silent:
+            raise ValueError(
+                f"Layer {silent[0]!r} runs without gradients (torch.no_grad); no score can be had there."
+            )
+        left_out = check_foreign(run)
+        idle = [layer.name for layer in partition.layers if layer.loose and layer.name in run.unused]
+        if left_out or (idle and not partial):
+            run = run.without([*left_out, *idle])
+            partition = run.partition
+        run = witnessed(model, run, likelihood)
         if run.unused and not (partial and len(run.unused) < len(partition)):
             raise ValueError(
                 f"Layers {run.unused} took no part in the forward pass; name the others with layers=[...]."
             )
-        a, S = run.inputs(), count_vectors(run.outputs, fisher, samples)
+        S = count_vectors(run.outputs, fisher, samples)
         sizes = [T * layer.out for T, layer in zip(run.positions(), partition.layers, strict=True)]
         check_room(
             f"The {S} vectors of each of {len(run.outputs)} examples",
             2 * S * (run.outputs.numel() + len(run.outputs) * sum(sizes)),
-            a[0],
+            run.outputs,
             "take fewer examples, or labels drawn from the model (fisher='mc') in place of all outputs",
         )
         vectors = output_vectors(run.outputs, likelihood, fisher, targets=targets, samples=samples, generator=generator)
-        g, _ = run.pull_back(vectors)
-    dtype = torch.promote_types(a[0].dtype, torch.float32)
-    a, g = [x.to(dtype) for x in a], [x.to(dtype) for x in g]
-    F = Fisher(partition, a, g, likelihood=likelihood, flavour=fisher)
+        grads, _ = run.pull_back(vectors)
+        dtype = torch.promote_types(partition.parameters(model)[0][0].dtype, torch.float32)
+        a, g = run.normal_form(grads, dtype)
+    F = Fisher(partition, a, g, likelihood=likelihood, flavour=fisher, swapped=run.swapped())
     if not F.in_range():
-        _tell_what_is_wrong(model, inputs, run, g)
+        _tell_what_is_wrong(model, inputs, run, F)
     return F, tuple(name for name in partition.names if name not in run.unused)
 
 
-def _tell_what_is_wrong(model: nn.Module, inputs: tuple[Tensor, ...], run: Record, g: list[Tensor]) -> None:
+def _tell_what_is_wrong(model: nn.Module, inputs: tuple[Tensor, ...], run: Record, F: Fisher) -> None:
     """Raise the sentence for a Fisher with NaN, inf or an overflow, where it comes in."""
     _check_data(model, run.partition, inputs)
     names = run.partition.names
-    told = [(f"The inputs of layer {name!r}", a) for name, a in zip(names, run.inputs(), strict=True)]
+    told = [(f"The inputs of layer {name!r}", a) for name, a in zip(names, F.a, strict=True)]
     told.append(("The model's outputs", run.outputs.detach()))
-    told += [(f"The output-side vectors of layer {name!r}", x) for name, x in zip(names, g, strict=False)]
+    told += [(f"The output-side vectors of layer {name!r}", g) for name, g in zip(names, F.g, strict=True)]
     for (what, _), fine in zip(told, finite([x for _, x in told]), strict=True):
         if not fine:
             raise ValueError(f"{what} hold NaN or inf.")
-    name, a, x = max(
-        zip(names, run.inputs(), g, strict=True), key=lambda layer: float(layer[1].norm() * layer[2].norm())
-    )
+    name, a, g = max(zip(names, F.a, F.g, strict=True), key=lambda layer: float(layer[1].norm() * layer[2].norm()))
     raise ValueError(
-        f"The Fisher overflows {x.dtype} in layer {name!r}, with inputs up to {float(a.abs().max()):.1g} and "
-        f"output-side vectors up to {float(x.abs().max()):.1g}; scale the inputs, or take a wider dtype."
+        f"The Fisher overflows {g.dtype} in layer {name!r}, with inputs up to {float(a.abs().max()):.1g} and "
+        f"output-side vectors up to {float(g.abs().max()):.1g}; scale the inputs, or take a wider dtype."
     )
 
 
 def _check_data(model: nn.Module, partition: Partition, inputs: tuple[Tensor, ...]) -> None:
     """Refuse NaN and inf in weights and inputs, by name."""
-    for name in partition.names:
-        if not all(finite([p.detach() for p in own_parameters(model.get_submodule(name))])):
+    for name, own in zip(partition.names, partition.parameters(model), strict=True):
+        if not all(finite([p.detach() for p in own])):
             raise ValueError(f"The weights of layer {name!r} hold NaN or inf.")
     if not all(finite([x for x in inputs if x.is_floating_point()])):
         raise ValueError("The inputs of the model hold NaN or inf.")
@@ -195,7 +208,7 @@ def check_inputs(model: nn.Module, partition: Partition, inputs: tuple[Tensor, .
         raise TypeError(f"inputs must be tensors; got {[type(x).__name__ for x in inputs]}.")
     if inputs[0].ndim < 1 or inputs[0].shape[0] == 0:
         raise ValueError(f"The batch is empty: inputs have shape {tuple(inputs[0].shape)}.")
-    weights = {name: model.get_submodule(name).weight for name in partition.names}
+    weights = {name: own[0] for name, own in zip(partition.names, partition.parameters(model), strict=True)}
     first = next(iter(weights.values()))
     for name, p in weights.items():
         if (p.dtype, p.device) != (first.dtype, first.device):
@@ -212,12 +225,12 @@ def check_inputs(model: nn.Module, partition: Partition, inputs: tuple[Tensor, .
 
 def tell_others(model: nn.Module, partition: Partition) -> tuple[str, ...]:
     """Names of the trainable parameters outside the partition; a warning says them once per model."""
-    mine = {id(p) for name in partition.names for p in model.get_submodule(name).parameters(recurse=False)}
+    mine = {id(p) for own in partition.parameters(model) for p in own}
     others = tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine)
     if others and model not in _told:
         _told.add(model)
         warn(
-            f"Outside the Fisher, which covers {', '.join(partition.names)}, and left to the identity: "
+            f"Outside the Fisher, which covers {partition}: {', '.join(partition.names)}; and left to the identity: "
             f"{', '.join(others)}."
         )
     return others

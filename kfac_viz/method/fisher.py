@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache, reduce
 from math import inf
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .checks import check_choice, check_room, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace
@@ -27,8 +28,9 @@ class Fisher(Operator):
     in its rows, so that ``F = JᵀJ / N``.
 
     Attributes:
-        a: layer inputs, one (N, T, features) per layer.
+        a: layer inputs, one (N, T, features) per layer; (S, N, T, features) where a weight is used transposed.
         g: output-side vectors, one (S, N, T, out) per layer.
+        swapped: for each layer, how many of its T positions, the last ones, are uses of its transpose.
     """
 
     semidefinite = True
@@ -41,11 +43,13 @@ class Fisher(Operator):
         *,
         likelihood: str | None = None,
         flavour: str = "exact",
+        swapped: Sequence[int] | None = None,
     ) -> None:
         check_type("partition", partition, Partition)
         check_type("a", a, list, tuple)
         check_type("g", g, list, tuple)
         self.partition, self.a, self.g = partition, tuple(a), tuple(g)
+        self.swapped = (0,) * len(partition) if swapped is None else tuple(swapped)
         self._check_vectors()
         self.likelihood, self.flavour = likelihood, flavour
         self.S, self.N = self.g[0].shape[:2]
@@ -55,18 +59,20 @@ class Fisher(Operator):
     def _check_vectors(self) -> None:
         """Refuse inputs and vectors whose shapes or kinds do not fit the layers and each other."""
         layers = self.partition.layers
-        if not len(self.a) == len(self.g) == len(layers):
+        if not len(self.a) == len(self.g) == len(self.swapped) == len(layers):
             raise ValueError(
                 f"Expected one a and one g for each of {len(layers)} layers; got {len(self.a)}, {len(self.g)}."
             )
         like = self.a[0]
-        for layer, a, g in zip(layers, self.a, self.g, strict=True):
+        for layer, a, g, swapped in zip(layers, self.a, self.g, self.swapped, strict=True):
             check_type(f"a of layer {layer.name!r}", a, Tensor)
             check_type(f"g of layer {layer.name!r}", g, Tensor)
-            fits = a.ndim == 3 and g.ndim == 4 and g.shape == (len(self.g[0]), len(like), a.shape[1], layer.out)
-            if not (fits and a.shape[0] == len(like) and a.shape[2] == layer.features and g.numel() > 0):
+            lead = "(S, N, T" if swapped else "(N, T"
+            fits = a.ndim == 3 + (swapped > 0) and g.ndim == 4 and g.shape[3] == layer.out and g.numel() > 0
+            fits = fits and g.shape[:2] == (len(self.g[0]), like.shape[-3]) and a.shape[-1] == layer.features
+            if not fits or a.shape[:-1] != g.shape[4 - a.ndim : 3] or not 0 <= swapped <= g.shape[2]:
                 raise ValueError(
-                    f"Layer {layer.name!r} needs a (N, T, {layer.features}) and g (S, N, T, {layer.out}), with N and S "
+                    f"Layer {layer.name!r} needs a {lead}, {layer.features}) and g (S, N, T, {layer.out}), with N and S "
                     f"as everywhere; got {tuple(a.shape)} and {tuple(g.shape)}."
                 )
             if any((x.dtype, x.device, x.layout) != (like.dtype, like.device, torch.strided) for x in (a, g)):
@@ -76,7 +82,8 @@ class Fisher(Operator):
 
     @cached_property
     def _stacks(self) -> Stacks:
-        return Stacks([layer.shape for layer in self.partition.layers], [a.shape[1] for a in self.a])
+        positions = [(a.shape[-2], n) for a, n in zip(self.a, self.swapped, strict=True)]
+        return Stacks([layer.shape for layer in self.partition.layers], positions)
 
     @cached_property
     def stacked(self) -> list[tuple[Tensor, Tensor]]:
@@ -85,11 +92,18 @@ class Fisher(Operator):
 
     def with_vectors(self, stacked: list[tuple[Tensor, Tensor]]) -> Fisher:
         """The same layers and kind, with other (a, g), stacked as ``self.stacked`` has them."""
-        a, g = zip(*stacked, strict=True)
-        scatter = self._stacks.scatter
-        twin = Fisher(self.partition, scatter(a, 3), scatter(g, 4), likelihood=self.likelihood, flavour=self.flavour)
+        pairs: list[tuple[Tensor, Tensor]] = [None] * len(self.partition)
+        for members, (a, g) in zip(self._stacks.groups, stacked, strict=True):
+            both = [(a, g)] if len(members) == 1 else zip(a.unbind(0), g.unbind(0), strict=True)
+            for l, pair in zip(members, both, strict=True):
+                pairs[l] = pair
+        twin = self.like(*zip(*pairs, strict=True))
         vars(twin).update(_stacks=self._stacks, stacked=stacked)
         return twin
+
+    def like(self, a: Sequence[Tensor], g: Sequence[Tensor]) -> Fisher:
+        """A Fisher of the same layers and kind with other inputs and vectors."""
+        return Fisher(self.partition, a, g, likelihood=self.likelihood, flavour=self.flavour, swapped=self.swapped)
 
     def in_range(self) -> bool:
         """Whether its sums stay within the dtype, in one look at the device: no NaN, no inf, no overflow.
@@ -103,7 +117,7 @@ class Fisher(Operator):
         return largest * self.partition.size * len(a) < torch.finfo(self.dtype).max
 
     def _apply(self, v: Tensor) -> Tensor:
-        width = max(layer.out for layer in self.partition.layers) * max(a.shape[1] for a in self.a)
+        width = max(layer.out for layer in self.partition.layers) * max(a.shape[-2] for a in self.a)
         rows = max(1, _CHUNK // (self.N * max(width, self.S)))
         if v.ndim > 1 and len(v) > rows:
             return torch.cat([self._apply(part) for part in v.split(rows)])
@@ -111,11 +125,10 @@ class Fisher(Operator):
 
     def scores(self, v: Tensor) -> Tensor:
         """``J v``: every score times v (..., P), shape (..., S, N)."""
-        parts = [
-            s.sum(-3) if a.ndim == 4 else s
-            for (a, g), V in zip(self.stacked, self._stacks.split(v), strict=True)
-            for s in [_directional(a, g, V)]
-        ]
+        parts = []
+        for members, (a, g), V in zip(self._stacks.groups, self.stacked, self._stacks.split(v), strict=True):
+            s = _directional(a, g, V)
+            parts.append(s if len(members) == 1 else s.sum(-3))
         return reduce(torch.add, parts)
 
     def pull(self, s: Tensor) -> Tensor:
@@ -125,12 +138,16 @@ class Fisher(Operator):
     def add_pulled_(self, v: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
         """``v + alpha Jᵀ s``, in place."""
         pairs = []
-        for a, g in self.stacked:
+        for members, (a, g) in zip(self._stacks.groups, self.stacked, strict=True):
+            if a.ndim == g.ndim:  # a weight used transposed: both sides depend on the vector
+                each = s.unsqueeze(-3) if len(members) > 1 else s
+                pairs.append(((g * each[..., None, None]).flatten(-4, -2).mT, a.flatten(-4, -2)))
+                continue
             if s.ndim == 2:  # einsum would take twice as long for one vector
                 weighted = g * s[:, :, None, None]
                 weighted = weighted.squeeze(-4) if self.S == 1 else weighted.sum(-4)
             else:
-                weighted = torch.einsum("...snto,...sn->...nto", g, s.unsqueeze(-3) if a.ndim == 4 else s)
+                weighted = torch.einsum("...snto,...sn->...nto", g, s.unsqueeze(-3) if len(members) > 1 else s)
             pairs.append((weighted.flatten(-3, -2).mT, a.flatten(-3, -2)))
         return self._stacks.add_products_(v, pairs, alpha)
 
@@ -161,8 +178,8 @@ class Fisher(Operator):
     def _fill(self, block: Tensor, l: int, m: int) -> Tensor:
         """Write the block of layers l and m into ``block``, and return it."""
         (o, i), (p, j) = self.partition.layers[l].shape, self.partition.layers[m].shape
-        positions = self.a[l].shape[1] * self.a[m].shape[1]
-        if positions > self.S:
+        positions = self.a[l].shape[-2] * self.a[m].shape[-2]
+        if positions > self.S or self.swapped[l] or self.swapped[m]:
             factors, per_example = _scores, self.S * max(o * i, p * j)
         else:
             factors, per_example = (
@@ -194,12 +211,12 @@ class Fisher(Operator):
         for l, (a, g) in enumerate(zip(self.a, self.g, strict=True)):
             if bases is not None:
                 g, a = g @ bases[l][0], a @ bases[l][1]
-            if a.shape[1] == 1:
+            if a.shape[-2] == 1 and a.ndim == 3:
                 total = g[:, :, 0].square().sum(0).T @ a[:, 0].square()
             else:
                 total = 0.0
                 for a_, g_ in self._chunks((a, g), self.S * self.partition.layers[l].size):
-                    total = total + _layer_scores(a_, g_).square().sum(0).view(g.shape[3], a.shape[2])
+                    total = total + _layer_scores(a_, g_).square().sum(0).view(g.shape[3], a.shape[-1])
             moments.append(total / self.N)
         return moments
 
@@ -208,25 +225,52 @@ class Fisher(Operator):
 
         ``A_lm = (1/N) Σ_n a_l a_mᵀ`` and ``G_lm = (1/N) Σ_{s,n} g_l g_mᵀ``, with block ``≈ G_lm ⊗ A_lm``. Where
         a layer has positions, Eschenhagen et al. 2023: ``expand`` takes each for an example of its own,
-        ``reduce`` averages a and sums g over them first.
+        ``reduce`` averages a and sums g over them first. How layers with different numbers of them are aligned:
+        see :meth:`rows`.
         """
         l, m = self.partition.index(l), self.partition.index(m)
-        (a, g), (b, h) = (independent(self.a[i], self.g[i], convention) for i in (l, m))
-        if a.shape[0] != b.shape[0]:
-            raise ValueError(
-                f"Layers {self.partition.names[l]!r} and {self.partition.names[m]!r} are used at different numbers "
-                "of positions; their cross factors need convention='reduce'."
-            )
+        if l == m:
+            factors = self.kronecker(convention)
+            return factors.A[l], factors.G[l]
+        rows = self.rows(convention)
+        (a, g), (b, h) = rows[l], rows[m]
         return a.mT @ b / self.N, g.mT @ h / self.N
+
+    def rows(self, convention: str = "expand") -> list[tuple[Tensor, Tensor]]:
+        """What K-FAC takes for independent examples, aligned between layers: (N', features) and (S·N', out) per layer.
+
+        A layer with one position stands at every position of the others; further differences are filled with zeros. So
+        each layer keeps its own factors, and all of them together stay a Gram matrix.
+        """
+        if any(self.swapped):
+            name = self.partition.names[next(l for l, n in enumerate(self.swapped) if n)]
+            raise ValueError(f"The weight of layer {name!r} is used transposed, and its cross factors have no definition.")
+        check_choice("convention", convention, CONVENTIONS)
+        T = 1 if convention == "reduce" else max(a.shape[1] for a in self.a)
+        rows = []
+        for a, g in zip(self.a, self.g, strict=True):
+            own = a.shape[1]
+            if convention == "reduce":
+                a, g = a.mean(1, keepdim=True), g.sum(2, keepdim=True)
+            elif own == 1:
+                a, g = a.expand(-1, T, -1) / T**0.5, g.expand(-1, -1, T, -1) / T**0.5
+            else:
+                a, g = functional.pad(a, (0, 0, 0, T - own)) / own**0.5, functional.pad(g, (0, 0, 0, T - own))
+            rows.append((a.flatten(0, 1), g.flatten(0, 2)))
+        return rows
 
     def kronecker(self, convention: str = "expand") -> KroneckerFactors:
         """The factors of every diagonal block, computed once and shared by all that is built from them."""
         check_choice("convention", convention, CONVENTIONS)
         if convention not in self._factors:
-            pairs = [independent(a, g, convention) for a, g in self.stacked]
-            A, G = (self._stacks.scatter([x.mT @ x / self.N for x in side], 2) for side in zip(*pairs, strict=True))
+            pairs = [kronecker_factors(a, g, n, convention)
+                     for (a, g), n in zip(self.stacked, self._of_groups(self.swapped), strict=True)]  # fmt: skip
+            A, G = (self._stacks.scatter(side, 2) for side in zip(*pairs, strict=True))
             self._factors[convention] = KroneckerFactors(self.partition, tuple(A), tuple(G))
         return self._factors[convention]
+
+    def _of_groups(self, values: Sequence[int]) -> list[int]:
+        return [values[members[0]] for members in self._stacks.groups]
 
     def image(self, Z: CoarseSpace) -> ScoreImage:
         check_type("Z", Z, CoarseSpace)
@@ -272,17 +316,52 @@ class ScoreImage(Image):
         return self.U @ self.U.mT / self.F.N
 
 
-def independent(a: Tensor, g: Tensor, convention: str) -> tuple[Tensor, Tensor]:
-    """What K-FAC takes for independent examples: inputs (…, N', features) and vectors (…, N″, out)."""
-    check_choice("convention", convention, CONVENTIONS)
+def kronecker_factors(a: Tensor, g: Tensor, swapped: int, convention: str) -> tuple[Tensor, Tensor]:
+    """K-FAC's A and G of a layer, or of a stack of them, whose last ``swapped`` positions are uses of its transpose.
+
+    For a tied weight, used as it is and transposed, each of the two kinds of use has factors of its own, and their
+    sum ``G₁ ⊗ A₁ + G₂ ⊗ A₂`` is replaced by the nearest Kronecker product in the Frobenius norm (Van Loan and
+    Pitsianis 1993). What the two uses share is left out, as K-FAC leaves out what two layers share.
+    """
+    T = a.shape[-2] - swapped
+    if swapped:  # there the inputs of the transpose stand in g, the same for all vectors
+        A, G = kronecker_factors(g[..., 0, :, T:, :], a[..., T:, :], 0, convention)
+        if not T:
+            return G, A
+        return nearest_product(kronecker_factors(a[..., 0, :, :T, :], g[..., :T, :], 0, convention), (G, A))
+    N = g.shape[-3]
     if convention == "reduce":
-        return a.mean(-2), g.sum(-2).flatten(-3, -2)
-    positions = a.shape[-2]
-    return a.flatten(-3, -2) / positions**0.5 if positions > 1 else a[..., 0, :], g.flatten(-4, -2)
+        a, g = a.mean(-2), g.sum(-2).flatten(-3, -2)
+    else:
+        a, g = (a.flatten(-3, -2) / T**0.5 if T > 1 else a[..., 0, :]), g.flatten(-4, -2)
+    return a.mT @ a / N, g.mT @ g / N
+
+
+def nearest_product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(A, G) whose product ``G ⊗ A`` is nearest to the sum of two of them, all positive semi-definite.
+
+    A is a combination of the two A with weights w, the leading eigenvector of the product of the Gram matrices of the
+    two G and of the two A. Its entries are not negative, so that A and G are semi-definite as well.
+
+    >>> A, G = nearest_product((torch.eye(2), torch.eye(2)), (torch.eye(2), 2 * torch.eye(2)))
+    >>> torch.kron(G, A).diagonal()
+    tensor([3., 3., 3., 3.])
+    """
+    A, G = (torch.stack(both, -3) for both in zip(one, other, strict=True))
+    gram_A, gram_G = (torch.einsum("...uij,...vij->...uv", X, X) for X in (A, G))
+    p, q, r, s = (gram_G @ gram_A).flatten(-2).unbind(-1)
+    largest = (p + s) / 2 + (((p - s) / 2).square() + q * r).sqrt()
+    w = torch.stack([largest - s + q, largest - p + r], -1).clamp_min(0)
+    w = torch.where(w.sum(-1, keepdim=True) > 0, w, 1.0)
+    Aw = (gram_A @ w[..., None])[..., 0]
+    u = Aw / (Aw * w).sum(-1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
+    return torch.einsum("...u,...uij->...ij", w, A), torch.einsum("...u,...uij->...ij", u, G)
 
 
 def _directional(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
     """``Σ_t g[s,n,t]ᵀ V a[n,t]`` for one layer or a stack, and V (…, out, features): (…, S, N)."""
+    if a.ndim == g.ndim:
+        return torch.einsum("...snti,...snto,...oi->...sn", a, g, V)
     outputs = torch.einsum("...nti,...oi->...nto", a, V)
     if V.ndim < a.ndim and g.shape[-4] > 1:  # one v: einsum would copy g
         return (g * outputs.unsqueeze(-4)).sum((-2, -1))
@@ -291,7 +370,7 @@ def _directional(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
 
 def _layer_scores(a: Tensor, g: Tensor) -> Tensor:
     """Scores of one layer, (S·N, out·features)."""
-    return torch.einsum("snto,nti->snoi", g, a).flatten(0, 1).flatten(1)
+    return torch.einsum("snto,nti->snoi" if a.ndim == 3 else "snto,snti->snoi", g, a).flatten(0, 1).flatten(1)
 
 
 def _scores(a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

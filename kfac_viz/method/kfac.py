@@ -24,6 +24,8 @@ class KFAC(Preconditioner):
     - ``"eigen"``: ``U_G ((U_Gᵀ R U_A) / (d_G d_Aᵀ + λ)) U_Aᵀ``, exactly ``(G ⊗ A + λI)⁻¹``;
     - ``"factored"``: ``(G + √λ/π I)⁻¹ R (A + π√λ I)⁻¹``, the paper's section 6.3, which needs no eigenvectors.
 
+    A vector layer, such as the scale and shift of a norm, has its exact block for G and A = 1; λ is added to it whole under
+    either rule. Of a tied weight, which is also used transposed, see :func:`kfac_viz.method.fisher.kronecker_factors`.
     Layers of one shape, wherever they are in the network, go through one batched product.
 
     Args:
@@ -88,9 +90,10 @@ class KFAC(Preconditioner):
 
     def _inverted_factors(self) -> list[tuple[Tensor, Tensor]]:
         """``(G + √λ/π I)⁻¹`` and ``(A + π√λ I)⁻¹``, stacked: by Cholesky, a third of the work of LU."""
-        f, root = self.factors, self.damping**0.5
+        f = self.factors
         damped = [
-            (shifted(G, root / π), shifted(A, root * π)) for (G, A), π in zip(f.stacked, f.stacked_pi, strict=True)
+            (shifted(G, for_G), shifted(A, for_A))
+            for (G, A), (for_G, for_A) in zip(f.stacked, f.stacked_shifts(self.damping), strict=True)
         ]
         lower = [[torch.linalg.cholesky_ex(X) for X in pair] for pair in damped]
         failed = sum(torch.cat([info.view(-1) for pair in lower for _, info in pair]).ne(0).tolist())
@@ -105,14 +108,14 @@ class KFAC(Preconditioner):
 
     def _factor_weights(self) -> list[tuple[Tensor, Tensor]]:
         """``1/(d_G + √λ/π)`` and ``1/(d_A + π√λ)`` of every layer."""
-        f, root = self.factors, self.damping**0.5
-        layers = zip(f.eigen_G, f.eigen_A, f.pi, self.partition.names, strict=True)
+        f = self.factors
+        layers = zip(f.eigen_G, f.eigen_A, f.shifts(self.damping), self.partition.names, strict=True)
         return [
             (
-                inverse(G.d, root / float(π), f"Layer {name!r}, factor G"),
-                inverse(A.d, root * float(π), f"Layer {name!r}, factor A"),
+                inverse(G.d, float(for_G), f"Layer {name!r}, factor G"),
+                inverse(A.d, float(for_A), f"Layer {name!r}, factor A"),
             )
-            for G, A, π, name in layers
+            for G, A, (for_G, for_A), name in layers
         ]
 
     def eigenvalues(self) -> list[Tensor]:

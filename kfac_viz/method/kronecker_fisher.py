@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import check_choice, check_type
 from .columns import CoarseSpace, RankOneSpace
-from .fisher import Fisher, independent
+from .fisher import Fisher
 from .kronecker import CONVENTIONS
 from .operator import Image, Operator
 
@@ -26,13 +26,11 @@ class KroneckerFisher(Operator):
         check_type("F", F, Fisher)
         self.F, self.convention = F, check_choice("convention", convention, CONVENTIONS)
         self.partition, self.dtype, self.device = F.partition, F.dtype, F.device
-        if convention == "expand" and len({a.shape[1] for a in F.a}) > 1:
-            raise ValueError("The layers are used at different numbers of positions; use convention='reduce'.")
+        self._rows = F.rows(convention)
 
     @cached_property
     def _pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
-        layers = range(len(self.partition))
-        return [[self.F.factors(l, m, self.convention) for m in layers] for l in layers]
+        return [[(a.mT @ b / self.F.N, g.mT @ h / self.F.N) for b, h in self._rows] for a, g in self._rows]
 
     def _apply(self, v: Tensor) -> Tensor:
         V = self.partition.matrices(v)
@@ -69,10 +67,7 @@ class KroneckerImage(Image):
         return self.Z.restrict(self.K._apply(r))
 
     def galerkin(self) -> Tensor:
-        F, alphas, betas = self.K.F, [], []
-        for a, g, (W, U) in zip(F.a, F.g, self.Z.factors, strict=True):
-            a, g = independent(a, g, self.K.convention)
-            alphas.append(a @ U)
-            betas.append(g @ W)
-        alpha, beta = torch.cat(alphas, dim=1), torch.cat(betas, dim=1)
-        return (alpha.T @ alpha / F.N) * (beta.T @ beta / F.N)
+        both = list(zip(self.K._rows, self.Z.factors, strict=True))
+        alpha = torch.cat([a @ U for (a, _), (_, U) in both], dim=1)
+        beta = torch.cat([g @ W for (_, g), (W, _) in both], dim=1)
+        return (alpha.T @ alpha / self.K.F.N) * (beta.T @ beta / self.K.F.N)

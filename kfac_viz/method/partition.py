@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from math import inf
@@ -12,36 +12,9 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_number, check_type, finite
+from .checks import check_number, check_type, finite
+from .layers import Layer, computed, layers_of, parameters_of
 from .stacks import Stacks
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer as the matrix ``[W b]`` of shape ``(out, features)``; the bias is its last column."""
-
-    name: str
-    out: int
-    features: int
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"The name of a layer is text; got {self.name!r}.")
-        check_count(f"out of layer {self.name!r}", self.out, 0)
-        check_count(f"features of layer {self.name!r}", self.features, 0)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.out, self.features
-
-    @property
-    def size(self) -> int:
-        return self.out * self.features
-
-    def __str__(self) -> str:
-        bias = "+1" if self.bias else ""
-        return f"{self.name}: {self.features - self.bias}{bias}→{self.out}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +25,9 @@ class Partition:
     ``(out, in + 1)``, flattened row-major. In that order the K-FAC block of layers l, m is
     ``kron(G_lm, A_lm)``.
 
+    Attributes:
+        total: how many trainable parameters the model has, those outside the partition included; None without a model.
+
     >>> P = Partition.from_sizes([2, 3])
     >>> P.size, P.slices
     (5, (slice(0, 2, None), slice(2, 5, None)))
@@ -60,6 +36,7 @@ class Partition:
     """
 
     layers: tuple[Layer, ...]
+    total: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         layers = tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,)
@@ -90,14 +67,15 @@ class Partition:
 
     @classmethod
     def from_model(cls, model: nn.Module, layers: Sequence[str] | None = None) -> Partition:
-        """The trainable ``nn.Linear`` and ``nn.Conv2d`` layers of ``model``, in registration order.
+        """The trainable layers of ``model`` (see :func:`layers_of`), in registration order.
 
         Args:
             model: any module; layers may be nested at any depth.
-            layers: names of the layers to keep (as in ``model.named_modules()``); all by default.
+            layers: names of the layers to keep, or of modules (as in ``model.named_modules()``), which stand for all
+                layers inside; all by default.
 
         Raises:
-            ValueError: no such layer, a frozen or half-frozen one, or a parameter shared with another module.
+            ValueError: no such layer, or a frozen or half-frozen one.
             TypeError: no module, or one of TorchScript, which cannot be watched.
         """
         if not isinstance(model, nn.Module):
@@ -113,41 +91,45 @@ class Partition:
         lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
         if lazy:
             raise ValueError(f"Parameter {lazy[0]!r} is lazy and has no shape yet; run the model once first.")
-        found = {name: module for name, module in modules.items() if is_kronecker_layer(module)}
+        parameters, found = parameters_of(model), layers_of(model)
+        elsewhere = computed(model)
         if layers is not None and found:
             if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(x, str) for x in layers):
                 raise ValueError(f"layers must be a list of names out of {list(found)}; got {layers!r}.")
-            unknown = [name for name in layers if name not in found]
+            known = [*found, *elsewhere]
+            unknown = [name for name in layers if not any(inside(x, name) for x in known)]
             if unknown:
                 raise ValueError(f"Layers {unknown} are not among the model's layers {list(found)}.")
-            found = {name: module for name, module in found.items() if name in layers}
+            found = {x: layer for x, layer in found.items() if any(inside(x, name) for name in layers)}
+            elsewhere = [x for x in elsewhere if any(inside(x, name) for name in layers)]
+        trainable = {
+            name: [parameters[piece.parameter].requires_grad for piece in layer.pieces] for name, layer in found.items()
+        }
+        if layers is None:  # what has no inputs of its own is left where it is if it is frozen
+            found = {x: layer for x, layer in found.items() if any(trainable[x]) or not (layer.vector or layer.loose)}
+        if elsewhere:
+            raise ValueError(
+                f"A parameter of layer {elsewhere[0]!r} is computed from others (weight norm, spectral norm, pruning); "
+                "make it a plain one first, or name the other layers with layers=[...]."
+            )
         if not found:
             raise ValueError(
-                f"{type(model).__name__} has no nn.Linear or ungrouped nn.Conv2d layer; "
-                "the Fisher of this package lives on such layers."
+                f"{type(model).__name__} has no nn.Linear, convolution, embedding, norm or attention layer, nor any "
+                "parameter of its own."
             )
-        frozen = [name for name, module in found.items() if not all(p.requires_grad for p in module.parameters())]
+        frozen = [name for name in found if not all(trainable[name])]
         if frozen:
             raise ValueError(
                 f"Layers {frozen} are frozen, in whole or in part (requires_grad=False). Unfreeze them, or name "
                 "the layers to keep with layers=[...]."
             )
-        for name, module in found.items():
-            if own_parameters(module) is None:
-                raise ValueError(
-                    f"A parameter of layer {name!r} is computed from others (weight norm, spectral norm, "
-                    "pruning); make it a plain one first, or name the other layers with layers=[...]."
-                )
-        owner: dict[int, str] = {}
-        for name, module in modules.items():
-            for p in module.parameters(recurse=False):
-                other = owner.setdefault(id(p), name)
-                if other != name and (name in found or other in found):
-                    raise ValueError(
-                        f"Modules {other!r} and {name!r} share a parameter, and then neither has a Fisher of its own; "
-                        "call one module twice instead, which is captured exactly."
-                    )
-        return cls(tuple(describe(name, module) for name, module in found.items()))
+        total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return cls(tuple(found.values()), total)
+
+    def without(self, names: Iterable[str]) -> Partition:
+        """The partition without these layers."""
+        left = set(names)
+        return Partition(tuple(layer for layer in self.layers if layer.name not in left), self.total)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -160,7 +142,7 @@ class Partition:
     @cached_property
     def stacks(self) -> Stacks:
         """How vectors become one tensor per shape of layer."""
-        return Stacks([layer.shape for layer in self.layers])
+        return Stacks([layer.shape for layer in self.layers], [layer.vector for layer in self.layers])
 
     @property
     def size(self) -> int:
@@ -208,17 +190,23 @@ class Partition:
 
     def pack(self, model: nn.Module) -> Tensor:
         """The parameters of ``model`` as one vector (P,), detached copies."""
-        return self.join([_matrix(module.weight, module.bias).detach() for module in self._modules(model)])
+        return self._packed(self.parameters(model))
 
     def pack_grad(self, model: nn.Module) -> Tensor:
         """The ``.grad`` of ``model`` as one vector (P,); a ValueError names a layer that has none."""
-        pieces = []
-        for layer, module in zip(self.layers, self._modules(model), strict=True):
-            grads = [p.grad for p in own_parameters(module)]
-            if any(grad is None for grad in grads):
+        grads = [[p.grad for p in own] for own in self.parameters(model)]
+        for layer, own in zip(self.layers, grads, strict=True):
+            if any(grad is None for grad in own):
                 raise ValueError(f"Layer {layer.name!r} has no gradient; call loss.backward() first.")
-            pieces.append(_matrix(*grads) if layer.bias else _matrix(grads[0], None))
-        return self.join(pieces)
+        return self._packed(grads)
+
+    @torch.no_grad()
+    def _packed(self, tensors: list[list[Tensor]]) -> Tensor:
+        v = tensors[0][0].new_empty(self.size)
+        for layer, V, own in zip(self.layers, self.split(v), tensors, strict=True):
+            for piece, x in zip(layer.pieces, own, strict=True):
+                piece.view(V).copy_(piece.of(x))
+        return v
 
     @torch.no_grad()
     def add_(self, model: nn.Module, v: Tensor, alpha: float = 1.0) -> None:
@@ -228,26 +216,35 @@ class Partition:
             ValueError: NaN or inf, naming the layer; another dtype or device than the model's; another model.
         """
         self.check(v, vector=True)
-        modules = self._modules(model)
-        for layer, module in zip(self.layers, modules, strict=True):
-            if (v.dtype, v.device) != (module.weight.dtype, module.weight.device):
+        parameters = self.parameters(model)
+        for layer, (p, *_) in zip(self.layers, parameters, strict=True):
+            if (v.dtype, v.device) != (p.dtype, p.device):
                 raise ValueError(
-                    f"Layer {layer.name!r} is {module.weight.dtype} on {module.weight.device}; the update is {v.dtype} "
-                    f"on {v.device}. Convert one of them."
+                    f"Layer {layer.name!r} is {p.dtype} on {p.device}; the update is {v.dtype} on {v.device}. Convert "
+                    "one of them."
                 )
         self.check_finite(v, "The update")
         alpha = check_number("alpha", alpha, -inf, inf)
         check_number("alpha", alpha, -torch.finfo(v.dtype).max, torch.finfo(v.dtype).max)
         sums = []
-        for layer, module, piece in zip(self.layers, modules, self.split(v), strict=True):
-            weight = piece[:, : layer.features - layer.bias].reshape(module.weight.shape)
-            sums.append((module.weight, torch.add(module.weight, weight, alpha=alpha)))
-            if layer.bias:
-                sums.append((module.bias, torch.add(module.bias, piece[:, -1], alpha=alpha)))
+        for layer, own, V in zip(self.layers, parameters, self.split(v), strict=True):
+            for piece, p in zip(layer.pieces, own, strict=True):
+                sums.append((piece.of(p), torch.add(piece.of(p), piece.view(V), alpha=alpha)))
         if not all(finite([after for _, after in sums])):
             raise ValueError(f"With this update the parameters overflow {v.dtype}; take a smaller alpha.")
         for p, after in sums:
             p.copy_(after)
+
+    def parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
+        """The parameters of every layer, one for each of its pieces; a ValueError if the model is another one."""
+        check_type("model", model, nn.Module)
+        parameters, found = parameters_of(model), layers_of(model)
+        for layer in self.layers:
+            if layer.name not in found:
+                raise ValueError(f"The model has no layer {layer.name!r}; it is not the one captured.")
+            if found[layer.name] != layer or not layer.pieces:
+                raise ValueError(f"The model's layer {layer.name!r} no longer is {layer}; capture it again.")
+        return [[parameters[piece.parameter] for piece in layer.pieces] for layer in self.layers]
 
     def check(self, v: Tensor, *, vector: bool = False) -> None:
         """Refuse what is not a tensor of shape (P,) or, unless ``vector``, (P, k)."""
@@ -265,56 +262,16 @@ class Partition:
             bad = [layer.name for layer, s in zip(self.layers, self.slices, strict=True) if not v[s].isfinite().all()]
             raise ValueError(f"{what} holds NaN or inf in layer {', '.join(map(repr, bad))}.")
 
-    def _modules(self, model: nn.Module) -> list[nn.Module]:
-        check_type("model", model, nn.Module)
-        modules = []
-        for layer in self.layers:
-            try:
-                module = model.get_submodule(layer.name)
-            except AttributeError:
-                raise ValueError(f"The model has no layer {layer.name!r}; it is not the one captured.") from None
-            if not is_kronecker_layer(module) or describe(layer.name, module) != layer:
-                raise ValueError(f"The model's layer {layer.name!r} no longer is {layer}; capture it again.")
-            modules.append(module)
-        return modules
-
     def __repr__(self) -> str:
         return f"Partition({self.size} parameters: {', '.join(map(str, self.layers))})"
 
     def __str__(self) -> str:
         sizes = [str(layer.size) for layer in self.layers]
         shown = sizes if len(sizes) <= 8 else [*sizes[:4], "…", *sizes[-2:]]
-        return f"{self.size} parameters in {len(self)} layer{'s' * (len(self) > 1)} ({' + '.join(shown)})"
+        of = f" of {self.total}" if self.total not in (None, self.size) else ""
+        return f"{self.size}{of} parameters in {len(self)} layer{'s' * (len(self) > 1)} ({' + '.join(shown)})"
 
 
-def is_kronecker_layer(module: nn.Module) -> bool:
-    """Whether a layer's score is a sum of outer products g aᵀ: Linear, and Conv2d without groups.
-
-    A subclass with a forward pass of its own may do anything with its weight, so it is not one.
-    """
-    if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and type(module).forward is nn.Conv2d.forward
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def own_parameters(module: nn.Module) -> list[nn.Parameter] | None:
-    """Weight and, if there is one, bias of a layer; None where one is computed from other tensors.
-
-    A parametrised weight must not even be looked at: reading it may change it (spectral norm).
-    """
-    own = module._parameters
-    if not isinstance(own.get("weight"), nn.Parameter) or "bias" not in own:
-        return None
-    return [p for p in (own["weight"], own["bias"]) if p is not None]
-
-
-def describe(name: str, module: nn.Module) -> Layer:
-    """The layer that a Linear or Conv2d module is."""
-    bias = module.bias is not None
-    return Layer(name, module.weight.shape[0], module.weight.shape[1:].numel() + bias, bias)
-
-
-def _matrix(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``[W b]``; the kernel of a convolution is read as (out, channels · height · width)."""
-    weight = weight.flatten(1)
-    return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+def inside(layer: str, name: str) -> bool:
+    """Whether a layer is the one of this name, or in the module of this name."""
+    return layer == name or layer.startswith(f"{name}.") or not name

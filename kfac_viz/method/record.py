@@ -1,74 +1,116 @@
-"""What one forward pass shows of every layer: its inputs, and where the gradient of its outputs will arrive.
+"""What one forward pass shows of every layer, in one normal form whatever the layer was.
 
-Normal form, whatever the layer was: inputs ``a`` (N, T, features) with a 1 appended where there is a bias,
-output-side vectors ``g`` (S, N, T, out). T counts the positions at which one example uses the layer: 1 for a
-plain MLP, the product of the extra axes, the pixels of a convolution, or the number of calls. The score of
-(s, n) is ``Σ_t g[s, n, t] a[n, t]ᵀ``.
+Inputs ``a`` (N, T, features) with a 1 appended where there is a bias, output-side vectors ``g`` (S, N, T, out). T counts
+the positions at which one example uses the layer: 1 for a plain MLP, the product of the extra axes, the pixels of a
+convolution, or the number of uses. The score of (s, n) is ``Σ_t g[s, n, t] a[n, t]ᵀ``. Where a matrix is used transposed
+its inputs and vectors change places: such layers have ``a`` (S, N, T, features), and those positions come last.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.nn import functional
 
+from .layers import Layer
 from .likelihood import check_outputs
 from .partition import Partition
+from .uses import Foreign, Use, Watch
 
 
-class Call(NamedTuple):
-    """One call of a layer: inputs in normal form, and the gradient edge, shape and kind of its output.
+class Layout(NamedTuple):
+    """Which axis of a use counts the examples: all of it, or its ``"outer"`` or ``"inner"`` part."""
 
-    An edge, unlike the tensor, still means the pre-activation after an in-place ``ReLU``.
-    """
+    axis: int
+    part: str
 
-    a: Tensor
-    edge: GradientEdge
-    shape: torch.Size
-    conv: bool
+    def by_example(self, x: Tensor, lead: Sequence[int], N: int) -> Tensor:
+        """x (..., *lead, c) with examples and positions as two axes, (..., N, T, c)."""
+        before = x.ndim - len(lead) - 1
+        x = x.movedim(before + self.axis, before)
+        if self.part != "all":
+            inner = self.part == "inner"
+            x = x.unflatten(before, (-1, N) if inner else (N, -1))
+            x = x.movedim(before + 1, before) if inner else x
+        return x.unflatten(before, (N, 1)).flatten(before + 1, -2)
+
+
+def layouts(lead: Sequence[int], N: int) -> list[Layout]:
+    """All that these sizes allow, the usual one first."""
+    if N == 1:  # every row belongs to the one example there is
+        return [Layout(0, "outer")] if lead else []
+    whole = [Layout(k, "all") for k, n in enumerate(lead) if n == N]
+    shared = [Layout(k, part) for k, n in enumerate(lead) if n > N and n % N == 0 for part in ("outer", "inner")]
+    return whole + shared
 
 
 @dataclass(frozen=True)
 class Record:
-    """A forward pass: the model's outputs (N, …), and the calls of every layer of the partition."""
+    """A forward pass: the model's outputs (N, …), and the uses of every layer of the partition.
+
+    Attributes:
+        layouts: where the examples are in each of the uses; the usual place until somebody has looked.
+        silent: layers that were used without gradients (``torch.no_grad``).
+    """
 
     partition: Partition
     outputs: Tensor
-    calls: list[list[Call]]
+    uses: list[Use]
+    foreign: list[Foreign]
+    layouts: list[Layout] = field(default_factory=list)
+    silent: frozenset[str] = frozenset()
 
     @property
     def unused(self) -> list[str]:
-        """Layers that were not called."""
-        return [name for name, calls in zip(self.partition.names, self.calls, strict=True) if not calls]
+        """Layers that were not used."""
+        used = {use.layer for use in self.uses}
+        return [name for l, name in enumerate(self.partition.names) if l not in used]
 
-    def inputs(self) -> list[Tensor]:
-        """``a`` of every layer, calls one after another along the positions; zeros where there was none."""
-        zeros = self.outputs.detach().new_zeros
-        return [
-            _joined([call.a for call in calls], 1) if calls else zeros(len(self.outputs), 1, layer.features)
-            for layer, calls in zip(self.partition.layers, self.calls, strict=True)
-        ]
+    @property
+    def form(self) -> tuple:
+        """What stays when the batch changes: who is used, and how, one after another."""
+        return tuple((use.layer, use.kind, use.top, use.left, len(use.lead)) for use in self.uses)
+
+    def without(self, names: Sequence[str]) -> Record:
+        """The same pass, seen by a partition without these layers."""
+        partition = self.partition.without(names)
+        number = {l: partition.index(name) for l, name in enumerate(self.partition.names) if name not in names}
+        kept = [(replace(use, layer=number[use.layer]), at) for use, at in zip(self.uses, self.layouts, strict=True)
+                if use.layer in number]  # fmt: skip
+        return Record(partition, self.outputs, [use for use, _ in kept], [], [at for _, at in kept], self.silent)
+
+    def with_layouts(self, found: Sequence[Layout]) -> Record:
+        return replace(self, layouts=list(found))
 
     def positions(self) -> list[int]:
         """T of every layer."""
-        return [sum(call.a.shape[1] for call in calls) or 1 for calls in self.calls]
+        T = [0] * len(self.partition)
+        for use in self.uses:
+            single = use.kind == "pointwise"
+            T[use.layer] += 1 if single else prod(use.lead) // len(self.outputs)
+        return [1 if layer.vector else max(1, t) for layer, t in zip(self.partition.layers, T, strict=True)]
+
+    def swapped(self) -> list[int]:
+        """How many positions of every layer come from uses of its transpose."""
+        T = [0] * len(self.partition)
+        for use in self.uses:
+            T[use.layer] += prod(use.lead) // len(self.outputs) if use.kind == "transposed" else 0
+        return T
 
     def pull_back(self, vectors: Tensor, *, also: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor | None]]:
-        """``g`` of every layer for ``vectors`` (S, *outputs.shape), and the gradients of the tensors in ``also``.
-
-        With such further tensors S is 1, and the graph is kept for another pass.
-        """
-        flat = [call for calls in self.calls for call in calls]
-        ends = [*(call.edge for call in flat), *also]
+        """The gradients (S, *lead, channels) at every use for ``vectors`` (S, *outputs.shape), and those of the tensors
+        in ``also``. With such further tensors S is 1, and the graph is kept for another pass."""
+        ends = [*(use.edge for use in self.uses), *also]
         if len(vectors) == 1:
             grads = torch.autograd.grad(self.outputs, ends, vectors[0], allow_unused=True, retain_graph=bool(also))
-            lone = [None if grad is None else grad[None] for grad in grads[: len(flat)]]
+            lone = [None if grad is None else grad[None] for grad in grads[: len(self.uses)]]
         else:
             try:
                 lone = torch.autograd.grad(self.outputs, ends, vectors, is_grads_batched=True, allow_unused=True)
@@ -80,111 +122,92 @@ class Record:
                     f"PyTorch says: {error}"
                 ) from error
             grads = lone
-        pieces = iter(
-            _positions_out(
-                vectors.new_zeros(len(vectors), *call.shape) if grad is None else grad.reshape(-1, *call.shape),
-                call.conv,
+        shaped = [
+            use.rows(
+                vectors.new_zeros(len(vectors), *use.shape) if grad is None else grad.reshape(-1, *use.shape)
             )
-            for grad, call in zip(lone, flat, strict=False)
-        )
-        g = [
-            _joined([next(pieces) for _ in calls], 2) if calls else vectors.new_zeros(*vectors.shape[:2], 1, layer.out)
-            for layer, calls in zip(self.partition.layers, self.calls, strict=True)
+            for grad, use in zip(lone, self.uses, strict=False)
         ]
-        return g, list(grads[len(flat) :])
+        return shaped, list(grads[len(self.uses) :])
+
+    def normal_form(self, grads: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """``a`` and ``g`` of every layer from the gradients at every use."""
+        a, g = [], []
+        by_layer: list[list[tuple[Use, Layout, Tensor]]] = [[] for _ in self.partition.layers]
+        for use, layout, grad in zip(self.uses, self.layouts, grads, strict=True):
+            by_layer[use.layer].append((use, layout, grad))
+        for layer, uses in zip(self.partition.layers, by_layer, strict=True):
+            N, S = len(self.outputs), len(grads[0])
+            if not uses:
+                like = grads[0]
+                a_l = like.new_ones(N, 1, 1) if layer.vector else like.new_zeros(N, 1, layer.features)
+                g_l = like.new_zeros(S, N, 1, layer.out)
+            else:
+                uses.sort(key=lambda x: x[0].kind == "transposed")
+                pairs = [_pair(use, layout, grad, layer, N) for use, layout, grad in uses]
+                if layer.vector:
+                    a_l, g_l = pairs[0][0], sum((g for _, g in pairs[1:]), pairs[0][1])
+                else:
+                    dims = max(a.ndim for a, _ in pairs)
+                    a_l = _joined([a if a.ndim == dims else a.expand(S, *a.shape) for a, _ in pairs], -2)
+                    g_l = _joined([g.expand(S, *g.shape[1:]) for _, g in pairs], -2)
+            a.append(a_l if dtype is None else a_l.to(dtype))
+            g.append(g_l if dtype is None else g_l.to(dtype))
+        return a, g
 
 
-def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -> Record:
-    """Run the model once and watch the layers of the partition.
-
-    Raises:
-        ValueError: an input that does not fit its layer; a layer that runs without gradients, or that does not have
-            the examples on its first axis.
-        TypeError: the model does not return one floating point tensor.
-        Exception: whatever the model itself raises.
-    """
-    calls: dict[str, list[Call]] = {name: [] for name in partition.names}
-
-    def watch(name: str):
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            _check_layer_input(name, module, args[0] if args else kwargs["input"])
-
-        def after(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            if not output.requires_grad:
-                raise ValueError(f"Layer {name!r} runs without gradients (torch.no_grad); no score can be had there.")
-            x = args[0] if args else kwargs["input"]
-            call = Call(_positions_in(module, x.detach()), _edge(output), output.shape, isinstance(module, nn.Conv2d))
-            calls[name].append(call)
-
-        return before, after
-
-    with ExitStack() as stack, torch.enable_grad():
-        for name in partition.names:
-            module, (before, after) = model.get_submodule(name), watch(name)
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            # First among the hooks: one of the model's own may change the output, and edge would not be g's.
-            stack.callback(module.register_forward_hook(after, with_kwargs=True, prepend=True).remove)
-        outputs = model(*inputs)
-    check_outputs(outputs)
-    if not outputs.requires_grad:
-        raise ValueError("The model's outputs do not depend on its parameters in any way that autograd knows.")
-    for name, made in calls.items():
-        for call in made:
-            if len(call.a) != len(outputs):
-                raise ValueError(
-                    f"Layer {name!r} saw {len(call.a)} rows where the model returned {len(outputs)} examples: keep "
-                    "the examples on the first axis (batch_first=True), so that scores can be told apart."
-                )
-    return Record(partition, outputs, list(calls.values()))
+def _pair(use: Use, layout: Layout, grad: Tensor, layer: Layer, N: int) -> tuple[Tensor, Tensor]:
+    """Inputs (N, T, features) or (S, N, T, features) and vectors (S, N, T, out) of one use."""
+    x = None if use.x is None else layout.by_example(use.x, use.lead, N)
+    g = layout.by_example(grad, use.lead, N)
+    if use.kind == "pointwise":
+        g = (g if x is None else g * x).sum(-2, keepdim=True)
+        a = g.new_zeros(N, 1, layer.features)
+        a[..., use.left] = 1
+        return a, _placed(g, use.top, layer.out)
+    if use.kind == "transposed":
+        return _placed(g, use.left, layer.features), _placed(x, use.top, layer.out)[None]
+    return _placed(x, use.left, layer.features), _placed(g, use.top, layer.out)
 
 
-def _edge(output: Tensor) -> GradientEdge:
-    """Where the gradient of a layer's output arrives, whatever is done to the output in place later.
-
-    For inputs with extra axes the output is a view; an in-place function makes a new history for it, and only that of
-    the tensor that it views goes on being part of the graph.
-    """
-    base = output._base
-    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
-    return torch.autograd.graph.get_gradient_edge(base if whole else output)
+def _placed(x: Tensor, start: int, size: int) -> Tensor:
+    """x (..., n) as the entries from ``start`` on of vectors (..., size)."""
+    return x if x.shape[-1] == size else functional.pad(x, (start, size - start - x.shape[-1]))
 
 
 def _joined(pieces: list[Tensor], axis: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
 
-def _check_layer_input(name: str, module: nn.Module, x: Tensor) -> None:
-    """Say in words, before PyTorch does, that an input does not fit its layer."""
-    if isinstance(module, nn.Conv2d):
-        fits, expected = x.ndim == 4 and x.shape[1] == module.in_channels, f"(N, {module.in_channels}, height, width)"
-    else:
-        fits, expected = x.ndim >= 2 and x.shape[-1] == module.in_features, f"(N, …, {module.in_features})"
-    if not fits or not x.is_floating_point() or x.numel() == 0:
-        raise ValueError(
-            f"Layer {name!r} expects floating point inputs, not empty, of shape {expected}; got {tuple(x.shape)}, "
-            f"{x.dtype}."
-        )
+def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -> Record:
+    """Run the model once and watch the parameters of the partition.
+
+    Raises:
+        ValueError: an input that does not fit its layer; a layer of whose rows there are not so many for each example.
+        TypeError: the model does not return one floating point tensor.
+        Exception: whatever the model itself raises.
+    """
+    watch = Watch(model, partition)
+    with torch.enable_grad(), _eager(), watch:
+        outputs = model(*inputs)
+    check_outputs(outputs)
+    if not outputs.requires_grad and not watch.silent:
+        raise ValueError("The model's outputs do not depend on its parameters in any way that autograd knows.")
+    found = []
+    for use in watch.uses:
+        possible = layouts(use.lead, len(outputs))
+        if not possible:
+            raise ValueError(
+                f"Layer {partition.names[use.layer]!r} saw {prod(use.lead)} rows, of shape {tuple(use.lead)}, where the "
+                f"model returned {len(outputs)} examples: one axis there has to count the examples, so that scores can be "
+                "told apart."
+            )
+        found.append(possible[0])
+    silent = frozenset(partition.names[l] for l in watch.silent)
+    return Record(partition, outputs, watch.uses, watch.foreign, found, silent)
 
 
-def _positions_in(module: nn.Module, x: Tensor) -> Tensor:
-    """Layer input in normal form (N, T, features): a copy, which later in-place changes do not reach."""
-    if isinstance(module, nn.Conv2d):
-        patches = functional.unfold(
-            _padded(module, x), module.kernel_size, dilation=module.dilation, stride=module.stride
-        )
-        x = patches.transpose(1, 2)
-    x = x.reshape(x.shape[0], -1, x.shape[-1])
-    return x.clone() if module.bias is None else torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
-
-
-def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
-    pad = module._reversed_padding_repeated_twice
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return functional.pad(x, pad, mode=mode)
-
-
-def _positions_out(g: Tensor, conv: bool) -> Tensor:
-    """Pre-activation gradients in normal form (S, N, T, out); a convolution has its channels in front."""
-    if conv:
-        return g.flatten(3).transpose(2, 3)
-    return g.reshape(*g.shape[:2], -1, g.shape[-1])
+def _eager() -> AbstractContextManager:
+    """Compiled parts of a model run as they were written: inside of them nothing could be watched."""
+    compiled = "torch._dynamo" in sys.modules  # else nothing has been compiled, and loading it takes seconds
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -34,8 +34,9 @@ class BlockTridiagonal(Preconditioner):
 
     def _damp(self, damping: float) -> None:
         super()._damp(damping)
-        f, root, round_off = self.factors, self.damping**0.5, 10 * torch.finfo(self.dtype).eps
-        K = [torch.kron(shifted(G, root / π), shifted(A, root * π)) for G, A, π in zip(f.G, f.A, f.pi, strict=True)]
+        f, round_off = self.factors, 10 * torch.finfo(self.dtype).eps
+        layers = zip(f.G, f.A, f.shifts(self.damping), strict=True)
+        K = [torch.kron(shifted(G, for_G), shifted(A, for_A)) for G, A, (for_G, for_A) in layers]
         Ξ = torch.eye(self.partition.size, dtype=self.dtype, device=self.device)
         slices, inverses = self.partition.slices, []
         for l, (here, name) in enumerate(zip(slices, self.partition.names, strict=True)):

@@ -1,4 +1,5 @@
-"""Whether a model's scores are what its layers show: told once, at the first sight of the model, by autograd itself."""
+"""Whether a model's scores are what the uses of its parameters show: told once, at the first sight of the model, by
+autograd itself, which also says where the examples of a batch are in each use."""
 
 from __future__ import annotations
 
@@ -10,56 +11,115 @@ import torch
 from torch import Tensor, nn
 
 from .checks import warn
-from .partition import own_parameters
-from .record import Record
+from .layers import parameters_of
+from .record import Layout, Record, layouts
 
-_trusted: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # what was found in order, by model
+_trusted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[Layout]]] = weakref.WeakKeyDictionary()  # by model
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which only one example was seen
 _MOVES = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Permute", "Clone", "ToCopy", "Alias")
 
 
-def check_witnessed(model: nn.Module, record: Record, likelihood: str) -> None:
-    """Refuse a model whose weights act elsewhere than in the calls that were recorded, or that mixes the examples.
+def witnessed(model: nn.Module, record: Record, likelihood: str) -> Record:
+    """The record with the examples found in each use; refuses a model whose parameters act elsewhere as well, or that
+    mixes the examples.
 
-    A random cotangent that is zero on half of the examples is pulled back: ``Σ g aᵀ`` must then be what autograd says
-    of each weight, and the rows of the other half must be zero; and once more with the halves exchanged, since one
-    example may act on another but not be acted on. Two backward passes per model, up to eight for a handful of
-    examples; a batch of one cannot tell examples apart, and the next one is looked at again.
+    A random cotangent that is zero on half of the examples is pulled back: the rows of the other half must be zero,
+    which tells the axis of the examples, and ``Σ g aᵀ`` must be what autograd says of each parameter; and once more with
+    the halves exchanged, since one example may act on another but not be acted on. Two backward passes per model, up to
+    eight for a handful of examples. One example alone cannot tell: a warning says so, and the next batch is looked at.
 
     Raises:
         ValueError: what was found, by the layer's name, with the ``layers=[...]`` that leaves it out.
     """
-    _check_unused(model, record)
-    key = (record.partition.names, model.training, tuple(record.unused))
-    if key in _trusted.get(model, ()):
-        return
-    N, outputs = len(record.outputs), record.outputs
-    weights = [own_parameters(model.get_submodule(name)) for name in record.partition.names]
+    N, outputs, names = len(record.outputs), record.outputs, record.partition.names
+    key = (names, model.training, record.form)
+    known = _trusted.get(model, {}).get(key)
+    if known is not None and all(at in layouts(use.lead, N) for at, use in zip(known, record.uses, strict=True)):
+        return record.with_layouts(known)
+    if N == 1 and known is None and model not in _told:
+        _told.add(model)
+        warn("One example alone cannot show whether rows belong to one example each; a larger batch is checked.")
+    parameters = parameters_of(model)
+    weights = [[parameters[piece.parameter] for piece in layer.pieces] for layer in record.partition.layers]
     halves = [half.to(outputs.device) for half in _halves(N)]
-    read = torch.stack([_facts(record, weights, half) for half in halves]).amax(0).tolist()
+    flat = [p for own in weights for p in own]
+    grads = [_pulled(record, half, flat) for half in halves]
     tolerance = _tolerance(outputs)
     mixes = any(module.training or module.running_mean is None for module in _batch_norms(model))
-    for name, (worst, difference, told, others, all_rows) in zip(record.partition.names, read, strict=True):
+    if not mixes and N > 1:
+        record = _located(record, halves, [own for own, _ in grads], tolerance)
+    facts = [_facts(record, half, own, told) for half, (own, told) in zip(halves, grads, strict=True)]
+    read = torch.stack(facts).amax(0).tolist()
+    for name, (worst, difference, told, others, all_rows) in zip(names, read, strict=True):
         if others > tolerance * all_rows and not mixes:
-            raise ValueError(
-                f"In layer {name!r} the rows do not belong to one example each: either the examples are not on the "
-                "first axis there (batch_first=True puts them there), or the model mixes the examples of a batch, and "
-                "no per-example Fisher exists."
-            )
+            raise ValueError(_mixed(name))
         if not (isfinite(worst) and isfinite(told)):
             continue  # this product overflows, and what is wrong in the vectors of the Fisher they are about to tell
         if worst > tolerance:
             share = f"{difference / told:.0%} of that gradient" if told else "the whole of it"
             raise ValueError(
-                f"The weight of layer {name!r} is used outside the calls of this layer as well (a tied weight, or "
-                f"attention that reads it by itself), and what it does there is not seen: {share} is missing from its "
-                f"scores. {_advice(record, [name])}"
+                f"The weight of layer {name!r} is used outside the calls that could be watched as well, and what it does "
+                f"there is not seen: {share} is missing from its scores. {advice(record, [name])}"
             )
     _warn_of_probabilities(outputs, likelihood)
-    called = [
-        told for name, (_, _, told, *_) in zip(record.partition.names, read, strict=True) if name not in record.unused
-    ]
+    called = [told for name, (_, _, told, *_) in zip(names, read, strict=True) if name not in record.unused]
     if N > 1 and all(0 < told < inf for told in called):  # without a gradient, as behind a dead ReLU, nothing was seen
-        _trusted.setdefault(model, set()).add(key)
+        _trusted.setdefault(model, {})[key] = record.layouts
+    return record
+
+
+def check_foreign(record: Record) -> list[str]:
+    """Names of the loose layers that meet functions of which nothing is known, and lead to the outputs from there.
+
+    Raises:
+        ValueError: a layer that is not loose does so; its parameter and the function are named.
+    """
+    edges = [edge for use in record.foreign for edge in use.edges]
+    # Free where none of them is in the graph: autograd visits only what leads to them.
+    vector = torch.ones_like(record.outputs)
+    grads = torch.autograd.grad(record.outputs, edges, vector, allow_unused=True, retain_graph=True) if edges else ()
+    left = iter(grads)
+    leading = [use for use in record.foreign if any([next(left) is not None for _ in use.edges])]
+    layers = record.partition.layers
+    for use in leading:
+        firm = [layers[l].name for l in use.layers if not layers[l].loose]
+        if firm:
+            raise ValueError(
+                f"Parameter {use.parameter!r} is also used by {use.function}, which is no sum of products g aᵀ that "
+                f"could be seen; what it does there would be missing from the scores of layer {firm[0]!r}. "
+                f"{advice(record, firm)}"
+            )
+    return sorted({layers[l].name for use in leading for l in use.layers})
+
+
+def _located(record: Record, halves: list[Tensor], grads: list[list[Tensor]], tolerance: float) -> Record:
+    """The record with the first layout of every use in which the rows of the other examples are zero."""
+    N, candidates = len(record.outputs), [layouts(use.lead, len(record.outputs)) for use in record.uses]
+    open_uses = [i for i, found in enumerate(candidates) if len(found) > 1]
+    facts = [
+        torch.stack([
+            at.by_example(own[i], record.uses[i].lead, N)[0][~half].norm().to(torch.float64)
+            for half, own in zip(halves, grads, strict=True)
+        ]).max() / torch.stack([own[i].norm().to(torch.float64) for own in grads]).max().clamp_min(1e-300)
+        for i in open_uses for at in candidates[i]
+    ]  # fmt: skip
+    left = iter(torch.stack(facts).tolist() if facts else [])
+    found = [options[0] for options in candidates]
+    for i in open_uses:
+        shares = [next(left) for _ in candidates[i]]
+        fitting = [at for at, share in zip(candidates[i], shares, strict=True) if not share > tolerance]
+        if not fitting:
+            raise ValueError(_mixed(record.partition.names[record.uses[i].layer]))
+        found[i] = fitting[0]
+    return record.with_layouts(found)
+
+
+def _mixed(name: str) -> str:
+    return (
+        f"In layer {name!r} the rows do not belong to one example each: the model mixes the examples of a batch, or has "
+        "them on no axis of their own there, and no per-example Fisher exists. Put the examples on the first axis "
+        "(batch_first=True) of inputs and outputs."
+    )
 
 
 def _halves(N: int) -> list[Tensor]:
@@ -76,40 +136,35 @@ def _halves(N: int) -> list[Tensor]:
     return [x for half in halves for x in (half, ~half)]
 
 
-def _facts(record: Record, weights: list[list[Tensor]], half: Tensor) -> Tensor:
+def _pulled(record: Record, half: Tensor, flat: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Gradients at every use, and of every parameter, with a random cotangent on ``half`` of the examples."""
+    cotangent = _random_like(record.outputs) * half.view(-1, *[1] * (record.outputs.ndim - 1))
+    return record.pull_back(cotangent[None], also=flat)
+
+
+def _facts(record: Record, half: Tensor, own: list[Tensor], told: list[Tensor | None]) -> Tensor:
     """Per layer, with a cotangent on ``half`` of the examples: how far the two gradients differ, in the column where
     that is most of what may round there; the norms of their difference and of autograd's; and the norms of the rows
     of g that must be zero, and of all."""
-    cotangent = _random_like(record.outputs) * half.view(-1, *[1] * (record.outputs.ndim - 1))
-    g, grads = record.pull_back(cotangent[None], also=[p for own in weights for p in own])
-    left, facts = iter(grads), []
-    for own, a_l, g_l in zip(weights, record.inputs(), g, strict=True):
-        a_l, g_l = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a_l, g_l[0]))
-        told = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(own, left, strict=False)]
-        told = torch.cat([x.flatten(1) if x.ndim > 1 else x[:, None] for x in told], dim=1).to(g_l.dtype)
-        seen = g_l.flatten(0, 1).mT @ a_l.flatten(0, 1)
-        size = a_l.flatten(0, 1).norm(dim=0) * g_l.norm()  # no less than a column, and than what rounds in it
-        differences = (seen - told).norm(dim=0)
+    a, g = record.normal_form(own)
+    N, left, facts = len(half), iter(told), []
+    rows = [torch.zeros(2, dtype=torch.float64, device=half.device) for _ in a]  # squares, of the others and of all
+    for use, at, grad in zip(record.uses, record.layouts, own, strict=True):
+        others = at.by_example(grad, use.lead, N)[0][~half]
+        rows[use.layer] += torch.stack([others.norm(), grad.norm()]).double().square()
+    for layer, a_l, g_l, (others, every) in zip(record.partition.layers, a, g, rows, strict=True):
+        a_l, g_l = (x[0] if x.ndim == 4 else x for x in (a_l, g_l))
+        a_l, g_l = (x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1) for x in (a_l, g_l))
+        expected = g_l.new_zeros(layer.shape)
+        for piece, grad in zip(layer.pieces, left, strict=False):
+            if grad is not None:
+                piece.view(expected).copy_(piece.of(grad))
+        size = a_l.norm(dim=0) * g_l.norm()  # no less than a column, and than what rounds in it
+        differences = (g_l.mT @ a_l - expected).norm(dim=0)
         worst = torch.where(differences > 0, differences / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0).max()
-        numbers = [worst.clamp_max(1.0), differences.norm(), told.norm(), g_l[~half].norm(), g_l.norm()]
-        facts.append(torch.stack(numbers))
+        numbers = [worst.clamp_max(1.0), differences.norm(), expected.norm(), others.sqrt(), every.sqrt()]
+        facts.append(torch.stack([x.double() for x in numbers]))
     return torch.stack(facts)
-
-
-def _check_unused(model: nn.Module, record: Record) -> None:
-    """Refuse layers whose weights lead to the outputs although the layers were never called."""
-    unused = {name: own_parameters(model.get_submodule(name)) for name in record.unused}
-    if not (unused and record.outputs.requires_grad):
-        return
-    flat, vector = [p for own in unused.values() for p in own], torch.ones_like(record.outputs)
-    # Free where none of them is in the graph: autograd visits only what leads to them.
-    grads = iter(torch.autograd.grad(record.outputs, flat, vector, allow_unused=True, retain_graph=True))
-    hidden = [name for name, own in unused.items() if any([next(grads) is not None for _ in own])]
-    if hidden:
-        raise ValueError(
-            f"Layers {hidden} have a gradient although they were never called: their weights are used without them, as "
-            f"nn.MultiheadAttention and nn.TransformerEncoderLayer do with out_proj. {_advice(record, hidden)}"
-        )
 
 
 def _random_like(x: Tensor) -> Tensor:
@@ -117,7 +172,8 @@ def _random_like(x: Tensor) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
-def _advice(record: Record, hidden: list[str]) -> str:
+def advice(record: Record, hidden: list[str]) -> str:
+    """What to do about these layers."""
     others = [name for name in record.partition.names if name not in [*hidden, *record.unused]]
     if not others:
         return "No other layer is left here; write the model with nn.Linear layers that are called."

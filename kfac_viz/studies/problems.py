@@ -131,6 +131,52 @@ def autoencoder(
     return Problem(model, x, x.clone(), "bernoulli", f"digits {side}×{side} autoencoder").to(device, dtype)
 
 
+class Attention(nn.Module):
+    """A classifier of tokens (N, T, features): an embedding, one of PyTorch's encoder layers, the mean, a linear head."""
+
+    def __init__(self, features: int, width: int, heads: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(features, width)
+        self.encoder = nn.TransformerEncoderLayer(width, heads, hidden, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(tokens)).mean(1))
+
+
+def attention(
+    width: int = 8,
+    n: int = 500,
+    seed: int = 0,
+    *,
+    heads: int = 2,
+    side: int = 8,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """The digits seen by a small transformer: patches of 2×2 pixels are tokens, each with its place in the image.
+
+    Args:
+        width: of the tokens inside, a multiple of ``heads``; the hidden layer of the encoder is twice as wide.
+        n, seed, side: as for :func:`digits`.
+        heads: of the attention.
+    """
+    check_count("heads", heads, least=1)
+    if check_count("width", width, least=1) % heads:
+        raise ValueError(f"width must be a multiple of the {heads} heads; got {width}.")
+    x, y = _digits(n, seed, side)
+    x = (x - x.mean()) / x.std()
+    patches = nn.functional.unfold(x.view(n, 1, side, side), 2, stride=2).mT
+    places = torch.linspace(-1, 1, side // 2, dtype=x.dtype)
+    places = torch.cartesian_prod(places, places).expand(n, -1, -1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(check_seed(seed))
+        model = Attention(6, width, heads, 2 * width, 10).to(torch.float64)
+    return Problem(model, torch.cat([patches, places], 2), y, "categorical", f"digits {side}×{side} as tokens").to(
+        device, dtype
+    )
+
+
 def planted(
     depth: int = 4,
     width: int = 10,

@@ -20,8 +20,8 @@ from . import problems
 from .problems import Problem
 
 Data = Annotated[
-    Literal["digits4", "digits8", "autoencoder4", "planted"],
-    "digits (4×4 or 8×8 pixels) as classifier or autoencoder, or the planted toy problem.",
+    Literal["digits4", "digits8", "autoencoder4", "planted", "attention"],
+    "digits (4×4 or 8×8 pixels) as classifier or autoencoder, the planted toy problem, or digits seen by a transformer.",
 ]
 Flavour = Annotated[
     Literal["exact", "mc", "empirical"],
@@ -89,6 +89,8 @@ def setting(
         if not widths:
             raise ValueError("The planted problem takes its width from the hidden layers; give at least one.")
         problem = problems.planted(len(widths) + 1, widths[0], n, seed, device=device)
+    elif data == "attention":
+        problem = problems.attention(2 * (widths[0] // 2) if widths else 8, n, seed, device=device)
     else:
         build = problems.autoencoder if data.startswith("auto") else problems.digits
         problem = build(widths, n, seed, side=int(data[-1]), device=device)
@@ -108,9 +110,9 @@ def first_network(steps: int = 100) -> Setting:
 
 def kronecker_blocks(F: Fisher, damping: float = 0.0) -> Tensor:
     """K-FAC as a matrix (P, P): ``G ⊗ A`` in each layer; with damping, what its factored rule inverts."""
-    f, root = F.kronecker(), damping**0.5
-    layers = zip(f.A, f.G, f.pi, strict=True)
-    return torch.block_diag(*(torch.kron(shifted(G, root / π), shifted(A, root * π)) for A, G, π in layers))
+    f = F.kronecker()
+    layers = zip(f.A, f.G, f.shifts(damping), strict=True)
+    return torch.block_diag(*(torch.kron(shifted(G, for_G), shifted(A, for_A)) for A, G, (for_G, for_A) in layers))
 
 
 class Shares(NamedTuple):

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
 from ..method.checks import check_damping, check_number, check_type, finite, own_precision, warn
-from ..method.partition import Layer, Partition, describe, is_kronecker_layer, own_parameters
+from ..method.layers import Layer, computed, layers_of, parameters_of
+from ..method.partition import Partition, inside
 from ..method.two_level import TwoLevel
 from . import state as states
 from .curvature import RunningCurvature
@@ -71,9 +72,9 @@ class TwoLevelKFAC(Optimizer):
     single observation of a batch that fits in ``coarse_examples`` they are that batch's own.
 
     Args:
-        model: its trainable Linear and ungrouped Conv2d layers get curvature; other parameters get plain gradient
-            steps, and a warning names them once. Compiled models are seen through; a model distributed over several
-            processes is refused.
+        model: its trainable layers get curvature, norms, embeddings and attention included; parameters that are used
+            otherwise than in sums of products get plain gradient steps, and a warning names them once. Compiled models
+            are seen through; a model distributed over several processes is refused.
         params: parameters or groups with their own ``lr``, ``momentum``, ``weight_decay``, ``maximize``; all
             trainable ones by default. A layer is preconditioned if all of its parameters are given.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
@@ -151,6 +152,7 @@ class TwoLevelKFAC(Optimizer):
         if not params:
             raise ValueError("There is no trainable parameter to optimize.")
         self._told: set[str] = set()
+        self._left_out: set[str] = set()  # parameters of no known module that were seen in no sum of products
         self._facts: dict[str, float | Tensor] = {}  # the last values of the step rule
         self._skipped: Tensor | None = None  # steps with NaN or inf that a capturable optimizer left out
         super().__init__(params, defaults)
@@ -187,17 +189,17 @@ class TwoLevelKFAC(Optimizer):
         self._check_last_step()
         if (self.options.fisher == "empirical") != (targets is not None):
             raise ValueError("fisher='empirical' needs the true labels as targets=…, and no other kind takes them.")
-        modules = dict(self.model.named_modules())
-        now = [own_parameters(modules[name]) or [] for name in self.partition.names if name in modules]
-        if [id(p) for own in now for p in own] != [id(p) for p in self._params]:
+        now = parameters_of(self.model)
+        if not all(now.get(piece.parameter) is p for piece, p in self._pieces):
             raise ValueError("The model's layers have changed since the optimizer was built; build a new optimizer.")
         check_inputs(self.model, self.partition, inputs)
         before = self.partition.names
         partition = self.partition if self._eligible() == self.partition.names else self._layers()
         F, seen = self.curvature.captured(self.model, inputs, targets, partition)
+        self._left_out |= set(partition.names) - set(F.partition.names)
         self._follow()
         self.curvature.take_in(F, seen)
-        if partition.names != before:  # a layer was frozen or unfrozen since
+        if self.partition.names != before:  # a layer was frozen or unfrozen since, or is used in no known way
             self._take_up()
 
     @property
@@ -306,46 +308,47 @@ class TwoLevelKFAC(Optimizer):
             grads.update(zip(params, found, strict=True))
         if not grads:
             raise ValueError("No parameter of the optimizer has a gradient; call loss.backward() first.")
-        return self._joined([grads.get(p) for p in self._params]), grads
+        return self._joined(grads), grads
 
     def _moving(self, v: Tensor, grads: dict[Tensor, Tensor]) -> Tensor:
         """v, zero where no step is taken: its length must not depend on what stays."""
         for name, s in zip(self.partition.names, self.partition.slices, strict=True):
             if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
                 v[s] = 0
-        if len(grads) < len(self._params) or not self._index <= grads.keys():
-            for p, piece in zip(self._params, self._split(v), strict=True):
+        if not self._index <= grads.keys():
+            for (_, p), view in zip(self._pieces, self._split(v), strict=True):
                 if p not in grads:
-                    piece.zero_()
+                    view.zero_()
         return v
 
     def _write(self, proposed: Update, g: Tensor, grads: dict[Tensor, Tensor]) -> None:
         """Take the step if all that it would write is finite; one look at the device, or none if capturable."""
-        moving = [p in grads for p in self._params]
-        params, momentum = list(compress(self._params, moving)), proposed.momentum
+        moving = [p in grads for _, p in self._pieces]
+        pieces, momentum = list(compress(self._pieces, moving)), proposed.momentum
+        owners, params = [p for _, p in pieces], [piece.of(p) for piece, p in pieces]
         steps = list(compress(self._split(proposed.step), moving))
-        owners, buffers = (
-            ([], []) if momentum is None else (list(params), list(compress(self._split(momentum), moving)))
-        )
-        if len(grads) > len(params):
-            plain, along, kept = self._plain_steps({p: grad for p, grad in grads.items() if p not in self._index})
-            params, steps = params + plain, steps + along
-            owners, buffers = owners + list(kept), buffers + list(kept.values())
+        buffers = [] if momentum is None else list(compress(self._split(momentum), moving))
+        kept = [] if momentum is None else [piece.of(self._buffer(p)) for piece, p in pieces]
+        if grads.keys() > self._index & grads.keys():
+            plain, along, rest = self._plain_steps({p: grad for p, grad in grads.items() if p not in self._index})
+            owners, params, steps = owners + plain, params + plain, steps + along
+            buffers, kept = buffers + list(rest.values()), kept + [self._buffer(p) for p in rest]
         new = [step if step.dtype == p.dtype else step.to(p.dtype) for p, step in zip(params, steps, strict=True)]
         for group in self.param_groups if self.options.decoupled else ():
             if group["weight_decay"]:
                 shrunk = set(group["params"])
                 decay = -group["lr"] * group["weight_decay"]
-                new = [torch.add(x, p, alpha=decay) if p in shrunk else x for p, x in zip(params, new, strict=True)]
+                triples = zip(owners, params, new, strict=True)
+                new = [torch.add(x, p, alpha=decay) if owner in shrunk else x for owner, p, x in triples]
         new = torch._foreach_add(params, new)
-        left = [x if x.dtype == p.dtype else x.to(p.dtype) for p, x in zip(owners, buffers, strict=True)]
+        left = [x if x.dtype == old.dtype else x.to(old.dtype) for old, x in zip(kept, buffers, strict=True)]
         narrow = [x for x in left if x.dtype != g.dtype]  # what is finite in v may overflow there
         facts = list(proposed.facts.values())
         numbers = torch.stack([*facts, g.sum(), *torch._foreach_norm([*new, *narrow], dtype=g.dtype)])
         if self.options.capturable:
             fine = numbers.isfinite().all()
             new = [torch.where(fine, x, p) for p, x in zip(params, new, strict=True)]
-            left = [torch.where(fine, x, self._buffer(p)) for p, x in zip(owners, left, strict=True)]
+            left = [torch.where(fine, x, old) for old, x in zip(kept, left, strict=True)]
             self._skipped = ~fine + (0 if self._skipped is None else self._skipped)
             self._facts.update(proposed.facts)
         else:
@@ -355,7 +358,7 @@ class TwoLevelKFAC(Optimizer):
             self._facts.update(zip(proposed.facts, read, strict=False))
         torch._foreach_copy_(params, new)
         if left:
-            torch._foreach_copy_([self._buffer(p) for p in owners], left)
+            torch._foreach_copy_(kept, left)
         if "overshoot" in proposed.facts and not self.options.capturable:
             self._count_overshoot(self._facts["overshoot"])
 
@@ -472,21 +475,16 @@ class TwoLevelKFAC(Optimizer):
         return torch.empty(0, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
 
     def _split(self, v: Tensor) -> list[Tensor]:
-        """Views of v (P,) in the shapes of the layers' parameters, in the order of ``self._params``."""
-        pieces: list[Tensor] = []
-        for layer, where in zip(self.partition.layers, self.partition.slices, strict=True):
-            V, shape = v[where].view(layer.shape), self._params[len(pieces)].shape
-            W = V[:, :-1] if layer.bias else V
-            pieces.append(W if len(shape) == 2 else W.view(shape))
-            if layer.bias:
-                pieces.append(V[:, -1])
-        return pieces
+        """Views of v (P,), one for each of ``self._pieces``."""
+        matrices = zip(self.partition.layers, self.partition.matrices(v), strict=True)
+        return [piece.view(V) for layer, V in matrices for piece in layer.pieces]
 
-    def _joined(self, tensors: list[Tensor | None]) -> Tensor:
-        """The inverse of :meth:`_split`; those that are None have zeros."""
-        like, whole = self._like(), all(x is not None for x in tensors)
+    def _joined(self, tensors: dict[Tensor, Tensor]) -> Tensor:
+        """One vector (P,) from a tensor for each parameter; those that have none get zeros."""
+        like, whole = self._like(), self._index <= tensors.keys()
         v = (torch.empty if whole else torch.zeros)(self.partition.size, dtype=like.dtype, device=like.device)
-        views = [(view, x) for x, view in zip(tensors, self._split(v), strict=True) if x is not None]
+        pairs = zip(self._pieces, self._split(v), strict=True)
+        views = [(view, piece.of(tensors[p])) for (piece, p), view in pairs if p in tensors]
         if views:
             torch._foreach_copy_(*map(list, zip(*views, strict=True)))
         return v
@@ -497,7 +495,7 @@ class TwoLevelKFAC(Optimizer):
         if len(values) == 1:
             return values.pop()
         v = self._like().new_empty(self.partition.size)
-        for p, view in zip(self._params, self._split(v), strict=True):
+        for (_, p), view in zip(self._pieces, self._split(v), strict=True):
             view.fill_(float(self._group[p][option]))
         return v
 
@@ -509,10 +507,12 @@ class TwoLevelKFAC(Optimizer):
         going_on = [g["momentum"] and (self.options.step_rule != "quadratic" or g["lr"]) for g in self._own_groups]
         if not any(going_on):
             return None
-        last = [self.state[p].get("momentum_buffer") if p in self.state and p in grads else None for p in self._params]
-        if not all(going_on):
-            stays = {id(group) for group, goes in zip(self._own_groups, going_on, strict=True) if not goes}
-            last = [None if id(self._group[p]) in stays else x for p, x in zip(self._params, last, strict=True)]
+        stays = {id(group) for group, goes in zip(self._own_groups, going_on, strict=True) if not goes}
+        last = {
+            p: self.state[p]["momentum_buffer"]
+            for p in self._index
+            if p in grads and "momentum_buffer" in self.state.get(p, {}) and id(self._group[p]) not in stays
+        }
         return self._joined(last)
 
     def _buffer(self, p: Tensor) -> Tensor:
@@ -556,29 +556,31 @@ class TwoLevelKFAC(Optimizer):
     def _eligible(self, *, frozen: bool = False) -> tuple[str, ...]:
         """Names of the layers all of whose parameters are in a group, and trainable or also ``frozen``."""
         given = {p for group in self.param_groups for p in group["params"]}
-        own = {name: own_parameters(m) for name, m in self.model.named_modules() if is_kronecker_layer(m)}
+        parameters = parameters_of(self.model)
         return tuple(
             name
-            for name, parameters in own.items()
-            if (self._only is None or name in self._only)
-            and parameters is not None
-            and all((p.requires_grad or frozen) and p in given for p in parameters)
+            for name, layer in layers_of(self.model).items()
+            if name not in self._left_out
+            and (self._only is None or any(inside(name, chosen) for chosen in self._only))
+            and all(
+                (p.requires_grad or frozen) and p in given for p in (parameters[piece.parameter] for piece in layer.pieces)
+            )
         )
 
     def _all_layers(self) -> list[Layer]:
         """Those that a saved state may have had: what is frozen now may not have been then."""
-        return [describe(name, self.model.get_submodule(name)) for name in self._eligible(frozen=True)]
+        layers = layers_of(self.model)
+        return [layers[name] for name in self._eligible(frozen=True)]
 
     def _layers(self) -> Partition:
         """The layers that can have curvature as groups and parameters are now."""
         names = self._eligible()
-        missing = [name for name in self._only or () if name not in names]
+        missing = [chosen for chosen in self._only or () if not any(inside(name, chosen) for name in names)]
         if missing or not names:
             raise ValueError(
-                f"Layers {missing} are not trainable Linear or ungrouped Conv2d layers of the model with all their "
-                "parameters in the optimizer."
+                f"Layers {missing} are not trainable layers of the model with all their parameters in the optimizer."
                 if missing
-                else "The model has no trainable Linear or ungrouped Conv2d layer with all its parameters given."
+                else "The model has no trainable layer with all its parameters given."
             )
         return Partition.from_model(self.model, names)
 
@@ -586,7 +588,8 @@ class TwoLevelKFAC(Optimizer):
         """Find the parameters of the layers that the curvature has now, and tell once what is not among them."""
         names = self.partition.names
         self._lookup()
-        left = [n for n, m in self.model.named_modules() if is_kronecker_layer(m) and n not in names]
+        firm = [name for name, layer in layers_of(self.model).items() if not layer.loose]
+        left = [name for name in (*firm, *computed(self.model)) if name not in names]
         if left:
             self._tell("left", f"Left out of the curvature, being frozen or not given in full: {', '.join(left)}.")
         plain = [self._names.get(p, "?") for p in self._group if p not in self._index and p.requires_grad]
@@ -597,8 +600,9 @@ class TwoLevelKFAC(Optimizer):
         """Dictionaries from parameters to what belongs to them."""
         self._group = {p: group for group in self.param_groups for p in group["params"]}
         self._names = {p: name for name, p in self.model.named_parameters()}
-        modules = (self.model.get_submodule(name) for name in self.partition.names)
-        self._params = [p for module in modules for p in own_parameters(module)]
+        own = zip(self.partition.layers, self.partition.parameters(self.model), strict=True)
+        self._pieces = [pair for layer, parameters in own for pair in zip(layer.pieces, parameters, strict=True)]
+        self._params = [p for _, p in self._pieces]
         self._index = set(self._params)
         self._own_groups = [group for group in self.param_groups if not self._index.isdisjoint(group["params"])]
 
@@ -664,7 +668,7 @@ class TwoLevelKFAC(Optimizer):
             self.curvature = states.restored(saved, self.options, self._all_layers(), like)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "options", "curvature", "_told", "_only", "_facts", "_skipped")
+        own = ("model", "options", "curvature", "_told", "_only", "_left_out", "_facts", "_skipped")
         return super().__getstate__() | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -730,6 +734,5 @@ def _layer_names(layers: Iterable[str], model: nn.Module) -> tuple[str, ...]:
     """The names, once each element can be one: a string would fall into its characters."""
     names = () if isinstance(layers, str) or not isinstance(layers, Iterable) else tuple(layers)
     if not names:
-        known = [name for name, module in model.named_modules() if is_kronecker_layer(module)]
-        raise ValueError(f"layers must be a list of names out of {known}; got {layers!r}.")
+        raise ValueError(f"layers must be a list of names out of {list(layers_of(model))}; got {layers!r}.")
     return names

@@ -27,6 +27,7 @@ def saved(curvature: RunningCurvature) -> dict[str, Any]:
     if T is not None:
         F = T.A.operator
         level = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), "a": list(F.a), "g": list(F.g)}
+        level["swapped"] = list(F.swapped)
         columns = list(T.Z.blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
         level |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
         if not T.galerkin:  # g is the same
@@ -42,7 +43,8 @@ def saved(curvature: RunningCurvature) -> dict[str, Any]:
         "weights": dict(c.factors.weight),
         "newest": sorted(c.factors.newest),
         "window": [
-            {"batch": part.batch, "N": part.N, "a": list(part.F.a), "g": list(part.F.g)} for part in c.window.parts
+            {"batch": part.batch, "N": part.N, "a": list(part.F.a), "g": list(part.F.g), "swapped": list(part.F.swapped)}
+            for part in c.window.parts
         ],
         "level": level,
     }
@@ -139,7 +141,9 @@ def _fisher(partition: Partition, entry: Any, options: Options, key: str) -> Fis
     """A Fisher from saved inputs and vectors, which it checks against each other and the layers."""
     entry = _of_kind(entry, dict, "window")
     a, g = (_field(entry, which, list) for which in (key, "g"))
-    return Fisher(partition, a, g, likelihood=options.likelihood, flavour=options.fisher)
+    swapped = _of_kind(entry.get("swapped", [0] * len(partition)), list, "swapped", len(partition))  # none in old states
+    swapped = [check_count("The state's 'swapped'", n, 0) for n in swapped]
+    return Fisher(partition, a, g, likelihood=options.likelihood, flavour=options.fisher, swapped=swapped)
 
 
 def _warn_of_other_options(was: dict[str, Any], options: Options) -> None:

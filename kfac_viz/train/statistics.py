@@ -73,7 +73,9 @@ class RunningFactors:
     def factors(self, partition: Partition) -> KroneckerFactors:
         """The factors as K-FAC takes them, once a layer was seen; one that was never seen has zeros."""
         zeros = next(iter(self.A.values())).new_zeros
-        A = tuple(self.A[x.name] if x.name in self.A else zeros(x.features, x.features) for x in partition.layers)
+        A = tuple(
+            self.A[x.name] if x.name in self.A else zeros(x.features, x.features) + x.vector for x in partition.layers
+        )
         G = tuple(self.G[x.name] if x.name in self.G else zeros(x.out, x.out) for x in partition.layers)
         return KroneckerFactors(partition, A, G)
 
@@ -125,15 +127,9 @@ class Window:
         Where batches differ in their number of positions, ``a`` is scaled so that each batch is averaged over its own.
         """
         Fs, power = [part.F for part in self.parts], 0.5 if convention == "expand" else 1.0
-        most = [max(a.shape[1] for a in layer) for layer in zip(*(F.a for F in Fs), strict=True)]
+        most = [max(a.shape[-2] for a in layer) for layer in zip(*(F.a for F in Fs), strict=True)]
         weighted = [
-            Fisher(
-                F.partition,
-                [a * (scale * (T / a.shape[1]) ** power) for a, T in zip(F.a, most, strict=True)],
-                list(F.g),
-                likelihood=F.likelihood,
-                flavour=F.flavour,
-            )
+            F.like([a * (scale * (T / a.shape[-2]) ** power) for a, T in zip(F.a, most, strict=True)], F.g)
             for F, scale in zip(Fs, self._scales(), strict=True)
         ]
         return KroneckerFisher(_joined(weighted, self._scales()), convention)
@@ -150,7 +146,7 @@ def _joined(Fs: list[Fisher], scales: list[float]) -> Fisher:
     """One Fisher of all examples, the vectors g of each part scaled."""
     if len(Fs) == 1 and scales[0] == 1:
         return Fs[0]
-    if len({tuple(a.shape[1] for a in F.a) for F in Fs}) > 1:
+    if len({(tuple(a.shape[-2] for a in F.a), F.swapped) for F in Fs}) > 1:
         Fs = [_with_positions(F, Fs) for F in Fs]
     layers = list(zip(*(F.stacked for F in Fs), strict=True))
     return Fs[0].with_vectors(
@@ -167,12 +163,19 @@ def _joined(Fs: list[Fisher], scales: list[float]) -> Fisher:
 
 
 def _with_positions(F: Fisher, others: list[Fisher]) -> Fisher:
-    """F with as many positions as any of the others has; the new ones are zeros, which add nothing."""
-    more = [
-        max(a.shape[1] for a in layer) - layer[0].shape[1] for layer in zip(F.a, *(o.a for o in others), strict=True)
-    ]
-    a, g = ([functional.pad(x, (0, 0, 0, n)) for x, n in zip(side, more, strict=True)] for side in (F.a, F.g))
-    return Fisher(F.partition, a, g, likelihood=F.likelihood, flavour=F.flavour)
+    """F with as many positions of either kind as any of the others has; the new ones are zeros, which add nothing."""
+
+    def most(l: int, swapped: bool) -> int:
+        return max(o.swapped[l] if swapped else o.a[l].shape[-2] - o.swapped[l] for o in others)
+
+    def padded(x: Tensor, l: int) -> Tensor:
+        own = x.shape[-2] - F.swapped[l]
+        parts = (x[..., :own, :], most(l, False)), (x[..., own:, :], most(l, True))
+        return torch.cat([functional.pad(part, (0, 0, 0, T - part.shape[-2])) for part, T in parts], dim=-2)
+
+    a, g = ([padded(x, l) for l, x in enumerate(side)] for side in (F.a, F.g))
+    swapped = [most(l, True) for l in range(len(a))]
+    return Fisher(F.partition, a, g, likelihood=F.likelihood, flavour=F.flavour, swapped=swapped)
 
 
 def _grouped(values: dict[str, float]) -> dict[float, list[str]]:

@@ -1,0 +1,195 @@
+"""Which parameters of a model form a layer: a matrix ``[W b]``, and the pieces of parameters that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .checks import check_count
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+MATRICES = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or some of its rows, as a rectangle in the matrix of its layer.
+
+    Attributes:
+        parameter: its name, as in ``model.named_parameters()``.
+        shape: of the parameter, or of the rows that are meant.
+        top, left, height, width: where the rectangle lies in the matrix (out, features).
+        rows: first and last row of the parameter, where the piece is not all of it: ``q`` of a packed attention weight.
+        transposed: whether the rectangle is the parameter's transpose: an embedding (words, out).
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    top: int
+    left: int
+    height: int
+    width: int
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def of(self, p: Tensor) -> Tensor:
+        """What of the parameter p, or of anything in its shape, belongs to this piece: a view."""
+        return p if self.rows is None else p[slice(*self.rows)]
+
+    def view(self, V: Tensor) -> Tensor:
+        """The rectangle of a layer's matrices V (..., out, features) in the shape of :meth:`of`: a view."""
+        part = V[..., self.top : self.top + self.height, self.left : self.left + self.width]
+        part = part.mT if self.transposed else part
+        return part if part.shape[-2:] == self.shape else part.reshape((*part.shape[:-2], *self.shape))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as the matrix ``[W b]`` of shape ``(out, features)``; the bias is its last column.
+
+    A ``vector`` layer is a column ``(out, 1)`` of parameters that act one by one, such as the scale and shift of a
+    norm: its inputs are 1, and its output-side vectors are the scores themselves.
+    """
+
+    name: str
+    out: int
+    features: int
+    bias: bool = False
+    vector: bool = False
+    pieces: tuple[Piece, ...] = field(default=(), compare=False)
+    loose: bool = field(default=False, compare=False)  # a parameter of no module that is known: it may be anything
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"The name of a layer is text; got {self.name!r}.")
+        check_count(f"out of layer {self.name!r}", self.out, 0)
+        check_count(f"features of layer {self.name!r}", self.features, 0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.features
+
+    @property
+    def size(self) -> int:
+        return self.out * self.features
+
+    def __str__(self) -> str:
+        if self.vector:
+            return f"{self.name}: {self.out}"
+        bias = "+1" if self.bias else ""
+        return f"{self.name}: {self.features - self.bias}{bias}→{self.out}"
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By every name that a parameter has: a tied one has several."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """Every layer that the parameters of a model make up, by name, in the order of its modules; trainable or not.
+
+    Linear layers, convolutions and embeddings are a matrix each; attention has ``q``, ``k``, ``v`` and
+    its own ``out_proj``; the scale and shift of a norm are one vector. A parameter that two modules share belongs to
+    the first of them. Parameters of other modules are layers by themselves, called by their own names. Those from
+    which a weight is computed belong to none.
+    """
+    claimed: set[int] = set()
+    layers: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        if is_computed(module):
+            claimed |= set(map(id, module.parameters()))
+        own = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in claimed}
+        claimed |= set(map(id, own.values()))
+        for layer in _layers_in(name, module, own):
+            layers[layer.name] = layer
+    return layers
+
+
+def _layers_in(name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> Iterator[Layer]:
+    """The layers of one module; ``own`` are its parameters that no module before has."""
+
+    def called(what: str) -> str:
+        return f"{name}.{what}" if name else what
+
+    left = dict(own)
+    weight = own.get("weight")
+    if isinstance(module, MATRICES) and weight is not None:
+        bias = left.get("bias") if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else None
+        if isinstance(module, nn.Embedding):
+            words, out = weight.shape
+            piece = Piece(called("weight"), tuple(weight.shape), 0, 0, out, words, transposed=True)
+            yield Layer(name, out, words, pieces=(piece,))
+        else:
+            yield _matrix(name, called("weight"), weight, None, None if bias is None else called("bias"), bias)
+        left = {key: p for key, p in left.items() if p is not weight and p is not bias}
+    elif isinstance(module, NORMS) and own:
+        yield _vector(name, {called(key): p for key, p in own.items()})
+        left = {}
+    elif isinstance(module, nn.MultiheadAttention):
+        bias, E = left.pop("in_proj_bias", None), module.embed_dim
+        for i, part in enumerate("qkv"):
+            rows = (i * E, (i + 1) * E)
+            key, packed = (f"{part}_proj_weight", None) if "in_proj_weight" not in own else ("in_proj_weight", rows)
+            if key in own:
+                yield _matrix(called(part), called(key), own[key], packed,
+                              None if bias is None else called("in_proj_bias"), bias, rows)  # fmt: skip
+            left.pop(key, None)
+        if bias is not None and not {"in_proj_weight", "q_proj_weight"} & own.keys():  # of shared weights
+            left["in_proj_bias"] = bias
+    for key, p in left.items():
+        if not isinstance(p, nn.parameter.UninitializedTensorMixin) and p.numel():
+            yield _loose(called(key), p)
+
+
+def _matrix(
+    name: str,
+    weight_name: str,
+    weight: Tensor,
+    rows: tuple[int, int] | None,
+    bias_name: str | None,
+    bias: Tensor | None,
+    bias_rows: tuple[int, int] | None = None,
+) -> Layer:
+    out = weight.shape[0] if rows is None else rows[1] - rows[0]
+    width = weight.shape[1:].numel()
+    pieces = [Piece(weight_name, (out, *weight.shape[1:]), 0, 0, out, width, rows)]
+    if bias is not None:
+        pieces.append(Piece(bias_name, (out,), 0, width, out, 1, bias_rows))
+    return Layer(name, out, width + (bias is not None), bias is not None, pieces=tuple(pieces))
+
+
+def _vector(name: str, parameters: dict[str, Tensor], *, loose: bool = False) -> Layer:
+    pieces, top = [], 0
+    for key, p in parameters.items():
+        pieces.append(Piece(key, tuple(p.shape), top, 0, p.numel(), 1))
+        top += p.numel()
+    return Layer(name, top, 1, vector=True, pieces=tuple(pieces), loose=loose)
+
+
+def _loose(name: str, p: Tensor) -> Layer:
+    """A parameter of its own: a matrix if it has more than one axis, else a vector."""
+    if p.ndim >= 2 and p.numel() > max(p.shape):
+        width = p.shape[1:].numel()
+        return Layer(name, p.shape[0], width, pieces=(Piece(name, tuple(p.shape), 0, 0, p.shape[0], width),), loose=True)
+    return _vector(name, {name: p}, loose=True)
+
+
+def computed(model: nn.Module) -> list[str]:
+    """Names of the modules whose weight or bias is computed from other tensors."""
+    return [name for name, module in model.named_modules() if is_computed(module)]
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a layer's weight or bias is computed from other tensors (weight norm, spectral norm, pruning).
+
+    Such a weight must not even be looked at: reading it may change it.
+    """
+    own = module._parameters
+    if not isinstance(module, MATRICES):
+        return False
+    return not isinstance(own.get("weight"), nn.Parameter) or (
+        not isinstance(module, nn.Embedding) and "bias" not in own
+    )

@@ -1,0 +1,445 @@
+"""Every use of a parameter in a forward pass: what meets it there, and where the gradient of the result will arrive.
+
+A use of a matrix multiplies rows x by it: its score is ``g xᵀ``, with the gradient g of the result, or ``x gᵀ`` where the
+transpose is used. A use of a vector (a bias by itself, the scale or shift of a norm) multiplies it by x, or adds it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from types import FunctionType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .checks import check_room
+from .layers import Piece, parameters_of
+from .partition import Partition
+
+Rows = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of one layer.
+
+    Attributes:
+        layer: its number in the partition.
+        kind: ``"product"`` of rows with the matrix, ``"transposed"`` with its transpose, or ``"pointwise"`` with a vector.
+        x: what meets the parameter, (*lead, channels), a copy; None where a vector is added. To the rows of a product a
+            1 is appended where the layer's own bias was added, and a 0 where it was not.
+        edge, shape: where the gradient of the result arrives. An edge, unlike the tensor, still means the
+            pre-activation after an in-place ``ReLU``.
+        rows: brings that gradient (S, *shape) into the form (S, *lead, channels).
+        lead: sizes of the axes that count examples and positions.
+        top, left: where the part that is used lies in the matrix of the layer.
+    """
+
+    layer: int
+    kind: Literal["product", "transposed", "pointwise"]
+    x: Tensor | None
+    edge: GradientEdge
+    shape: torch.Size
+    rows: Rows
+    lead: tuple[int, ...]
+    top: int
+    left: int
+
+
+class Foreign(NamedTuple):
+    """A parameter that met a function of which nothing is known here, and where the gradients of its results arrive."""
+
+    layers: tuple[int, ...]
+    parameter: str
+    function: str
+    edges: list[GradientEdge]
+
+
+class Place(NamedTuple):
+    """A tensor as so many rows of a parameter from ``start`` on, or as their transpose."""
+
+    p: Tensor
+    start: int
+    transposed: bool
+
+
+class Watch(TorchFunctionMode):
+    """While it is entered, notes in ``uses``, ``foreign`` and ``silent`` how the layers of ``partition`` are used.
+
+    PyTorch hands each of its functions to a mode like this one before it runs. What happens inside a function that is
+    itself written in Python stays unseen; of these attention alone receives matrices, and runs from a copy.
+    """
+
+    def __init__(self, model: nn.Module, partition: Partition) -> None:
+        super().__init__()
+        parameters = parameters_of(model)
+        self.layers = partition.layers
+        self.uses: list[Use] = []
+        self.foreign: list[Foreign] = []
+        self.silent: set[int] = set()  # layers that were used without gradients (torch.no_grad)
+        self._pieces = [[(piece, parameters[piece.parameter]) for piece in layer.pieces] for layer in self.layers]
+        self._owners: dict[int, list[tuple[int, Piece]]] = {}
+        for l, pieces in enumerate(self._pieces):
+            for piece, p in pieces:
+                self._owners.setdefault(id(p), []).append((l, piece))
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":
+            with self:
+                return _attention(*args, **kwargs)
+        watched = [x for x in _tensors((*args, *kwargs.values())) if self.parameter(x) is not None]
+        known = _KNOWN.get(name) if watched else None
+        out, noted = known(self, func, *args, **kwargs) if known and _fits(known, args, kwargs) else _UNKNOWN
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+        if len(noted) < len(watched):
+            edges = [_edge(y) for y in _tensors((out,)) if y.requires_grad and self.parameter(y) is None]
+            for x in watched if edges else ():
+                if not any(x is y for y in noted):
+                    owners = self._owners[id(self.parameter(x))]
+                    self.foreign.append(Foreign(tuple(l for l, _ in owners), owners[0][1].parameter, name, edges))
+        return out
+
+    def parameter(self, x: Tensor) -> Tensor | None:
+        """The watched parameter that x is, or is a view of."""
+        if id(x) in self._owners:
+            return x
+        base = x._base
+        return base if base is not None and id(base) in self._owners else None
+
+    def name_of(self, x: Tensor) -> str:
+        """Of the first layer that x belongs to."""
+        return self.layers[self._owners[id(self.parameter(x))][0][0]].name
+
+    def place(self, x: Tensor | None) -> Place | None:
+        """Which rows of a watched parameter x is; None where it is anything else."""
+        p = None if x is None else self.parameter(x)
+        if p is None or x is p:
+            return None if p is None else Place(p, 0, False)
+        if not p.is_contiguous():
+            return None
+        start, rest = divmod(x.storage_offset() - p.storage_offset(), p.stride(0))
+        if rest == 0 and x.shape[1:] == p.shape[1:] and x.stride() == p.stride():
+            return Place(p, start, False)
+        if rest == 0 and x.ndim == p.ndim == 2 and len(x) == p.shape[1] and x.stride() == p.stride()[::-1]:
+            return Place(p, start, True)
+        return None
+
+    # ---- what is noted, each time with the tensors whose use is understood ------------------------------------
+
+    def product(
+        self, W: Tensor, b: Tensor | None, x: Tensor, out: Tensor, rows: Rows, lead: Sequence[int]
+    ) -> list[Tensor]:
+        """Note ``out = x Wᵀ + b``, with rows x (*lead, in) and W (out, in)."""
+        place, bias = self.place(W), self.place(b)
+        own: set[int] = set()
+        if place is not None:
+            count = W.shape[1] if place.transposed else len(W)
+            for l, piece, low, high in self._parts(place.p, place.start, count):
+                first, here = (piece.rows or (0, 0))[0], slice(low - place.start, high - place.start)
+                transposed = place.transposed != piece.transposed
+                has_bias = bias is not None and not transposed and self._is_own(l, bias, first - place.start)
+                own |= {l} if has_bias else set()
+                self._note(
+                    Use(
+                        l,
+                        "transposed" if transposed else "product",
+                        self._kept(l, x[..., here] if place.transposed else x, transposed, has_bias),
+                        _edge(out),
+                        out.shape,
+                        rows if place.transposed else _only(rows, here, count),
+                        tuple(lead),
+                        top=0 if piece.transposed else low - first,
+                        left=low - first if piece.transposed else 0,
+                    )
+                )
+        return [W] * (place is not None) + self.pointwise(b, None, out, rows, lead, but=own)
+
+    def pointwise(
+        self,
+        b: Tensor | None,
+        x: Tensor | None,
+        out: Tensor,
+        rows: Rows,
+        lead: Sequence[int],
+        but: set[int] = frozenset(),
+    ) -> list[Tensor]:
+        """Note that the vector b meets x (*lead, size), or is added; for all layers ``but`` some, where it is known."""
+        place = self.place(b)
+        if place is None or place.transposed or any(piece.width > 1 for _, piece in self._owners[id(place.p)]):
+            return []
+        for l, piece, low, high in self._parts(place.p, place.start, b.numel()):
+            if l not in but:
+                here = slice(low - place.start, high - place.start)
+                self._note(
+                    Use(
+                        l,
+                        "pointwise",
+                        None if x is None else x[..., here].detach(),
+                        _edge(out),
+                        out.shape,
+                        _only(rows, here, b.numel()),
+                        tuple(lead),
+                        top=piece.top + low - (piece.rows or (0, 0))[0],
+                        left=piece.left,
+                    )
+                )
+        return [b]
+
+    def _parts(self, p: Tensor, start: int, count: int) -> Iterator[tuple[int, Piece, int, int]]:
+        """The layers that have some of these rows of p: layer, piece, first and last row."""
+        for l, piece in self._owners[id(p)]:
+            first, last = piece.rows or (0, piece.width if piece.transposed else piece.height)
+            low, high = max(start, first), min(start + count, last)
+            if low < high:
+                yield l, piece, low, high
+
+    def _kept(self, l: int, x: Tensor, transposed: bool, has_bias: bool) -> Tensor:
+        """A copy of the rows x, before anything is done to them in place."""
+        if transposed or not self.layers[l].bias:
+            return x.detach().clone()
+        return torch.cat([x.detach(), (x.new_ones if has_bias else x.new_zeros)(*x.shape[:-1], 1)], dim=-1)
+
+    def _is_own(self, l: int, bias: Place, shift: int) -> bool:
+        """Whether a bias that was added with W is that of layer l, row for row."""
+        if not self.layers[l].bias:
+            return False
+        piece, p = self._pieces[l][-1]
+        return p is bias.p and (piece.rows or (0, 0))[0] - bias.start == shift
+
+    def _note(self, use: Use) -> None:
+        if use.edge is None:
+            self.silent.add(use.layer)
+        else:
+            self.uses.append(use)
+
+
+def _only(rows: Rows, here: slice, of: int) -> Rows:
+    return rows if here == slice(0, of) else lambda g: rows(g)[..., here]
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
+def _edge(out: Tensor) -> GradientEdge | None:
+    """Where the gradient of a result arrives, whatever is done to it in place later.
+
+    For inputs with extra axes the result is a view; an in-place function makes a new history for it, and only that of
+    the tensor that it views goes on being part of the graph.
+    """
+    if not out.requires_grad:
+        return None
+    base = out._base
+    whole = base is not None and base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous()
+    return torch.autograd.graph.get_gradient_edge(base if whole else out)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """PyTorch's attention as it runs when nothing overrides it, so that the functions that it calls are seen."""
+    f = functional.multi_head_attention_forward
+    copy = FunctionType(f.__code__, {**f.__globals__, "has_torch_function": lambda _: False}, f.__name__, f.__defaults__)
+    copy.__kwdefaults__ = f.__kwdefaults__
+    return copy(*args, **kwargs)
+
+
+# ---- the functions that are known: each returns the result and the tensors whose use is understood ------------------
+
+Known = tuple[Any, list[Tensor]]
+
+
+def _fits(known: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a function was called in the way that is understood here."""
+    try:
+        inspect.signature(known).bind(None, None, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+_UNKNOWN: Known = (NotImplemented, [])
+
+
+def _linear(watch: Watch, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Known:
+    if weight.ndim != 2:
+        return _UNKNOWN
+    if watch.parameter(weight) is not None:
+        fits = input.ndim >= 2 and input.shape[-1] == weight.shape[-1]
+        _check_input(watch, weight, input, fits, f"(N, …, {weight.shape[-1]})")
+    out = func(input, weight, bias)
+    return out, watch.product(weight, bias, input, out, lambda g: g, out.shape[:-1])
+
+
+def _matmul(watch: Watch, func: Callable, input: Tensor, other: Tensor) -> Known:
+    if watch.parameter(other) is None or other.ndim != 2:
+        return _UNKNOWN
+    out = func(input, other)
+    return out, [other] * bool(watch.product(other.mT, None, input, out, lambda g: g, out.shape[:-1]))
+
+
+def _convolution(
+    watch: Watch,
+    func: Callable,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Known:
+    channels, axes = weight.shape[1] * groups, ("depth", "height", "width")[3 - (weight.ndim - 2) :]
+    axes = ("length",) if weight.ndim == 3 else axes
+    fits = input.ndim == weight.ndim and input.shape[1] == channels
+    _check_input(watch, weight, input, fits, f"(N, {channels}, {', '.join(axes)})")
+    x = _patches(input.detach(), weight.shape[2:], stride, padding, dilation)  # (N, L, channels, kernel)
+    x = x.unflatten(2, (groups, -1)).flatten(3).movedim(2, 1)  # (N, groups, L, features)
+    out = func(input, weight, bias, stride, padding, dilation, groups)
+
+    def rows(g: Tensor) -> Tensor:
+        g = g.flatten(3).unflatten(2, (groups, -1)).mT  # (S, N, groups, L, out / groups)
+        if groups > 1:  # rows of the other groups do not see this one
+            g = torch.einsum("snglo,gh->snglho", g, torch.eye(groups, dtype=g.dtype, device=g.device)).flatten(-2)
+        return g
+
+    return out, watch.product(weight, bias, x, out, rows, x.shape[:3])
+
+
+def _patches(x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """The windows of a convolution over x (N, channels, *space): (N, L, channels, kernel)."""
+    n = len(kernel)
+    stride, dilation = (value if isinstance(value, (tuple, list)) else (value,) * n for value in (stride, dilation))
+    stride, dilation = (tuple(value) * (n // len(value)) for value in (stride, dilation))
+    if isinstance(padding, str):
+        spare = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+        pad = [side for s in reversed(spare) for side in (s // 2, s - s // 2)]
+    else:
+        padding = tuple(padding) if isinstance(padding, (tuple, list)) else (padding,)
+        pad = [p for p in reversed(padding * (n // len(padding))) for _ in range(2)]
+    x = functional.pad(x, pad)
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    return x.flatten(2 + n).flatten(2, 1 + n).movedim(2, 1)
+
+
+def _embedding(
+    watch: Watch,
+    func: Callable,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Known:
+    if max_norm is not None or scale_grad_by_freq or sparse or func is not functional.embedding:
+        return _UNKNOWN
+    words = len(weight)
+    check_room(f"{input.numel()} words out of {words}", 2 * input.numel() * words, weight, "take fewer examples")
+    x = functional.one_hot(input.long(), words).to(weight.dtype)
+    if padding_idx is not None and padding_idx >= -words:
+        x[input == padding_idx % words] = 0
+    out = func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    return out, [weight] * bool(watch.product(weight.mT, None, x, out, lambda g: g, out.shape[:-1]))
+
+
+def _norm(watch: Watch, func: Callable, *args: Any, **kwargs: Any) -> Known:
+    """Any norm: ``x̂ ∘ weight + bias`` with the normalised x̂, whose channels are last or on axis 1."""
+    if func is not getattr(functional, func.__name__):  # PyTorch's inner function of the same name
+        return _UNKNOWN
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    weight, bias = given.get("weight"), given.get("bias")
+    plain = given | {"input": given["input"].detach(), "weight": None} | ({"bias": None} if "bias" in given else {})
+    if given.get("training") or given.get("use_input_stats"):
+        plain |= {"running_mean": None, "running_var": None}  # which this second look must not move
+    with torch.no_grad():
+        x = func(**plain)
+    out = func(*args, **kwargs)
+    if "normalized_shape" in given:
+        size = prod(given["normalized_shape"])
+        lead = out.shape[: out.ndim - len(given["normalized_shape"])]
+        x = x.reshape(*lead, size)
+
+        def rows(g: Tensor) -> Tensor:
+            return g.reshape(len(g), *lead, size)
+
+    else:
+        x, lead = x.movedim(1, -1), (len(x), *x.shape[2:])
+
+        def rows(g: Tensor) -> Tensor:
+            return g.movedim(2, -1)
+
+    return out, watch.pointwise(weight, x, out, rows, lead) + watch.pointwise(bias, None, out, rows, lead)
+
+
+def _broadcast(watch: Watch, func: Callable, one: Any, other: Any) -> Known:
+    """``x + p`` or ``x * p`` with a vector p, on whatever axis it lies."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return _UNKNOWN
+    first, second = (watch.parameter(x) is not None for x in (one, other))
+    p, x = (one, other) if first else (other, one)
+    if first == second or p.numel() != max((*p.shape, 1)) or (func.__name__ == "add_" and first):
+        return _UNKNOWN
+    x = x.detach().clone() if func.__name__ == "mul" else None
+    out = func(one, other)
+    shape = (1,) * (out.ndim - p.ndim) + tuple(p.shape)
+    axis = next((k for k, n in enumerate(shape) if n > 1), None)
+    return out, _along(watch, p, x, out, axis) if out.requires_grad else [p]
+
+
+def _copies(watch: Watch, func: Callable, p: Tensor, *sizes: Any) -> Known:
+    """``p.expand(N, …)`` and ``p.repeat(N, …)`` for a vector p that every example gets."""
+    if watch.parameter(p) is None or p.numel() != max((*p.shape, 1)):
+        return _UNKNOWN
+    out = func(p, *sizes).clone()  # no view of p any longer, so that what comes next is no use of it
+    shape = (1,) * (out.ndim - p.ndim) + tuple(p.shape)
+    axis = next((k for k, n in enumerate(shape) if n > 1), None)
+    if axis is not None and out.shape[axis] != shape[axis]:
+        return out, []
+    return out, _along(watch, p, None, out, axis)
+
+
+def _along(watch: Watch, p: Tensor, x: Tensor | None, out: Tensor, axis: int | None) -> list[Tensor]:
+    """Note the use of a vector that lies along ``axis`` of the result, or is a single number."""
+
+    def last(y: Tensor, before: int) -> Tensor:
+        return y.unsqueeze(-1) if axis is None else y.movedim(before + axis, -1)
+
+    lead = tuple(n for k, n in enumerate(out.shape) if k != axis)
+    x = None if x is None else last(x.expand(out.shape), 0)
+    return watch.pointwise(p, x, out, lambda g: last(g, 1), lead)
+
+
+def _check_input(watch: Watch, weight: Tensor, x: Tensor, fits: bool, expected: str) -> None:
+    """Say in words, before PyTorch does, that an input does not fit its layer."""
+    if not fits or not x.is_floating_point() or x.numel() == 0:
+        raise ValueError(
+            f"Layer {watch.name_of(weight)!r} expects floating point inputs, not empty, of shape {expected}; got "
+            f"{tuple(x.shape)}, {x.dtype}."
+        )
+
+
+_KNOWN: dict[str, Callable[..., Known]] = {
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "mm"), _matmul),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    "embedding": _embedding,
+    **dict.fromkeys(("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm"), _norm),
+    **dict.fromkeys(("add", "add_", "mul"), _broadcast),
+    **dict.fromkeys(("expand", "repeat"), _copies),
+}
