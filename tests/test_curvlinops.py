@@ -20,9 +20,9 @@ LOSSES = {
 }
 
 
-def theirs(kind, model, inputs, likelihood, **options):
+def theirs(kind, model, inputs, likelihood, layers=None, **options):
     """Their matrix in our layout: [W b] row-major, layer after layer."""
-    P = kv.Partition.from_model(model)
+    P = kv.Partition.from_model(model, layers)
     parameters = [p for name in P.names for p in model.get_submodule(name).parameters(recurse=False)]
     outputs = model(inputs)
     loss, scale = LOSSES[likelihood]
@@ -72,16 +72,18 @@ def test_empirical_fisher_is_theirs(case):
 )
 def test_kfac_blocks_are_theirs(case, convention, likelihood):
     model, inputs = ZOO[case].make()
+    layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]  # all that it knows
     operator, order, scale = theirs(
         curvlinops.KFACLinearOperator,
         model,
         inputs,
         likelihood,
+        layers,
         fisher_type="type-2",
         kfac_approx=convention,
         separate_weight_and_bias=False,
     )
-    F = kv.capture(model, inputs, likelihood=likelihood)
+    F = kv.capture(model, inputs, likelihood=likelihood, layers=layers)
     factors = F.kronecker(convention)
     ours = torch.block_diag(*(torch.kron(G, A) for G, A in zip(factors.G, factors.A, strict=True)))
     assert_close(ours[order][:, order], scale * dense(operator))

@@ -14,8 +14,9 @@ ROOT = Path(kv.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 # Each may import those before it.
 METHOD = (
-    "checks", "stacks", "partition", "columns", "operator", "likelihood", "kronecker", "fisher", "record", "witness",
-    "capture", "kronecker_fisher", "preconditioner", "kfac", "tridiagonal", "coarse", "two_level", "krylov",
+    "checks", "stacks", "layers", "partition", "columns", "operator", "likelihood", "kronecker", "fisher", "uses",
+    "record", "witness", "capture", "kronecker_fisher", "preconditioner", "kfac", "tridiagonal", "coarse", "two_level",
+    "krylov",
 )  # fmt: skip
 TRAIN = ("options", "statistics", "curvature", "state", "update", "optimizer")
 CORE = (*(f"method.{name}" for name in METHOD), *(f"train.{name}" for name in TRAIN))

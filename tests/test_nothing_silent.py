@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import assert_close, exact_fisher, mlp, normal
 from torch import nn
-from torch.nn import functional
 
 import kfac_viz as kv
 from kfac_viz.method.checks import check_room

@@ -161,7 +161,11 @@ def tied_embedding() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("build", "layers"),
-    [(tied_bias, ["0: 4+1→4", "2: 4→4"]), (tied_weight, ["0: 4+1→4", "2.bias: 4"]), (tied_embedding, ["0: 5→3", "1.bias: 5"])],
+    [
+        (tied_bias, ["0: 4+1→4", "2: 4→4"]),
+        (tied_weight, ["0: 4+1→4", "2.bias: 4"]),
+        (tied_embedding, ["0: 5→3", "1.bias: 5"]),
+    ],
 )
 def test_a_shared_parameter_belongs_to_its_first_module(build, layers):
     model = build()

@@ -30,12 +30,13 @@ def capture(
     generator: torch.Generator | None = None,
     layers: Sequence[str] | None = None,
 ) -> Fisher:
-    """The Fisher of ``model`` on ``inputs``, as an operator over its layers (see :func:`kfac_viz.method.layers.layers_of`).
+    """The Fisher of ``model`` on ``inputs``, as an operator over its layers (:func:`kfac_viz.method.layers.layers_of`).
 
     One forward pass in eval mode and one batched backward pass to the results of every product with a weight, wherever
     in the model it is: in a module, a function, or PyTorch's own attention; reused, transposed (tied) or packed. No
-    weight gradient is formed. Training flags, ``.grad``, ``requires_grad``, batch-norm statistics and the caller's random state
-    are afterwards what they were. Autocast is off inside; half precisions are kept in float32 once captured.
+    weight gradient is formed. Training flags, ``.grad``, ``requires_grad``, batch-norm statistics and the caller's
+    random state are afterwards what they were. Autocast is off inside; half precisions are kept in float32 once
+    captured.
 
     Args:
         model: weights and ``inputs`` share one floating dtype and one device.
@@ -140,7 +141,8 @@ def observed(
         if left_out or (idle and not partial):
             run = run.without([*left_out, *idle])
             partition = run.partition
-        run = witnessed(model, run, likelihood)
+        if run.uses:
+            run = witnessed(model, run, likelihood)
         if run.unused and not (partial and len(run.unused) < len(partition)):
             raise ValueError(
                 f"Layers {run.unused} took no part in the forward pass; name the others with layers=[...]."

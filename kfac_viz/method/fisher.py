@@ -67,12 +67,12 @@ class Fisher(Operator):
         for layer, a, g, swapped in zip(layers, self.a, self.g, self.swapped, strict=True):
             check_type(f"a of layer {layer.name!r}", a, Tensor)
             check_type(f"g of layer {layer.name!r}", g, Tensor)
-            lead = "(S, N, T" if swapped else "(N, T"
+            lead = "(S, N, T, " if swapped else "(N, T, "
             fits = a.ndim == 3 + (swapped > 0) and g.ndim == 4 and g.shape[3] == layer.out and g.numel() > 0
             fits = fits and g.shape[:2] == (len(self.g[0]), like.shape[-3]) and a.shape[-1] == layer.features
             if not fits or a.shape[:-1] != g.shape[4 - a.ndim : 3] or not 0 <= swapped <= g.shape[2]:
                 raise ValueError(
-                    f"Layer {layer.name!r} needs a {lead}, {layer.features}) and g (S, N, T, {layer.out}), with N and S "
+                    f"Layer {layer.name!r} needs a {lead}{layer.features}) and g (S, N, T, {layer.out}), with N and S "
                     f"as everywhere; got {tuple(a.shape)} and {tuple(g.shape)}."
                 )
             if any((x.dtype, x.device, x.layout) != (like.dtype, like.device, torch.strided) for x in (a, g)):
@@ -244,7 +244,7 @@ class Fisher(Operator):
         """
         if any(self.swapped):
             name = self.partition.names[next(l for l, n in enumerate(self.swapped) if n)]
-            raise ValueError(f"The weight of layer {name!r} is used transposed, and its cross factors have no definition.")
+            raise ValueError(f"The weight of layer {name!r} is used transposed; its cross factors have no definition.")
         check_choice("convention", convention, CONVENTIONS)
         T = 1 if convention == "reduce" else max(a.shape[1] for a in self.a)
         rows = []

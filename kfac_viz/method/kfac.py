@@ -24,8 +24,8 @@ class KFAC(Preconditioner):
     - ``"eigen"``: ``U_G ((U_Gᵀ R U_A) / (d_G d_Aᵀ + λ)) U_Aᵀ``, exactly ``(G ⊗ A + λI)⁻¹``;
     - ``"factored"``: ``(G + √λ/π I)⁻¹ R (A + π√λ I)⁻¹``, the paper's section 6.3, which needs no eigenvectors.
 
-    A vector layer, such as the scale and shift of a norm, has its exact block for G and A = 1; λ is added to it whole under
-    either rule. Of a tied weight, which is also used transposed, see :func:`kfac_viz.method.fisher.kronecker_factors`.
+    A vector layer, such as the scale and shift of a norm, has its exact block for G and A = 1; λ is added to it whole
+    under either rule. The rule for a tied weight: :func:`kfac_viz.method.fisher.kronecker_factors`.
     Layers of one shape, wherever they are in the network, go through one batched product.
 
     Args:

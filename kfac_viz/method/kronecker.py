@@ -64,9 +64,14 @@ class KroneckerFactors:
         ratios = [A.diagonal(0, -2, -1).mean(-1) / G.diagonal(0, -2, -1).mean(-1) for G, A in self.stacked]
         return [torch.where((x > 0) & x.isfinite(), x, 1.0).sqrt() for x in ratios]
 
+    @property
+    def pi(self) -> list[Tensor]:
+        """π of every layer."""
+        return self.partition.stacks.scatter(self.stacked_pi, 0)
+
     def stacked_shifts(self, damping: float) -> list[tuple[Tensor, Tensor]]:
-        """What the factored rule adds to (G, A): ``√λ/π`` and ``π√λ``. The G of a vector layer is its whole block, with A
-        = 1, and takes λ whole."""
+        """What the factored rule adds to (G, A): ``√λ/π`` and ``π√λ``. The G of a vector layer is its whole block, with
+        A = 1, and takes λ whole."""
         root, vectors = damping**0.5, [self.partition.layers[i[0]].vector for i in self.partition.stacks.groups]
         return [
             (torch.full_like(π, damping), torch.zeros_like(π)) if vector else (root / π, root * π)

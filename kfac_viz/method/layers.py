@@ -95,7 +95,13 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     its own ``out_proj``; the scale and shift of a norm are one vector. A parameter that two modules share belongs to
     the first of them. Parameters of other modules are layers by themselves, called by their own names. Those from
     which a weight is computed belong to none.
+
+    Raises:
+        ValueError: a parameter that is lazy and has no shape yet.
     """
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"Parameter {lazy[0]!r} is lazy and has no shape yet; run the model once first.")
     claimed: set[int] = set()
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
@@ -140,7 +146,7 @@ def _layers_in(name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> It
         if bias is not None and not {"in_proj_weight", "q_proj_weight"} & own.keys():  # of shared weights
             left["in_proj_bias"] = bias
     for key, p in left.items():
-        if not isinstance(p, nn.parameter.UninitializedTensorMixin) and p.numel():
+        if p.numel():
             yield _loose(called(key), p)
 
 
@@ -172,8 +178,8 @@ def _vector(name: str, parameters: dict[str, Tensor], *, loose: bool = False) ->
 def _loose(name: str, p: Tensor) -> Layer:
     """A parameter of its own: a matrix if it has more than one axis, else a vector."""
     if p.ndim >= 2 and p.numel() > max(p.shape):
-        width = p.shape[1:].numel()
-        return Layer(name, p.shape[0], width, pieces=(Piece(name, tuple(p.shape), 0, 0, p.shape[0], width),), loose=True)
+        out, width = p.shape[0], p.shape[1:].numel()
+        return Layer(name, out, width, pieces=(Piece(name, tuple(p.shape), 0, 0, out, width),), loose=True)
     return _vector(name, {name: p}, loose=True)
 
 

@@ -88,9 +88,6 @@ class Partition:
                 f"{f'Module {scripted[0]!r}' if scripted[0] else 'The model'} is TorchScript, inside which nothing can "
                 "be watched; pass the module that it was made from."
             )
-        lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
-        if lazy:
-            raise ValueError(f"Parameter {lazy[0]!r} is lazy and has no shape yet; run the model once first.")
         parameters, found = parameters_of(model), layers_of(model)
         elsewhere = computed(model)
         if layers is not None and found:

@@ -1,9 +1,9 @@
 """What one forward pass shows of every layer, in one normal form whatever the layer was.
 
-Inputs ``a`` (N, T, features) with a 1 appended where there is a bias, output-side vectors ``g`` (S, N, T, out). T counts
-the positions at which one example uses the layer: 1 for a plain MLP, the product of the extra axes, the pixels of a
-convolution, or the number of uses. The score of (s, n) is ``Σ_t g[s, n, t] a[n, t]ᵀ``. Where a matrix is used transposed
-its inputs and vectors change places: such layers have ``a`` (S, N, T, features), and those positions come last.
+Inputs ``a`` (N, T, features) with a 1 appended where there is a bias, output-side vectors ``g`` (S, N, T, out). T
+counts the positions at which one example uses the layer: 1 for a plain MLP, the product of the extra axes, the pixels
+of a convolution, or the number of uses. The score of (s, n) is ``Σ_t g[s, n, t] a[n, t]ᵀ``. Where a matrix is used
+transposed its inputs and vectors change places: such layers have ``a`` (S, N, T, features), those positions last.
 """
 
 from __future__ import annotations
@@ -123,14 +123,14 @@ class Record:
                 ) from error
             grads = lone
         shaped = [
-            use.rows(
-                vectors.new_zeros(len(vectors), *use.shape) if grad is None else grad.reshape(-1, *use.shape)
-            )
+            use.rows(vectors.new_zeros(len(vectors), *use.shape) if grad is None else grad.reshape(-1, *use.shape))
             for grad, use in zip(lone, self.uses, strict=False)
         ]
         return shaped, list(grads[len(self.uses) :])
 
-    def normal_form(self, grads: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def normal_form(
+        self, grads: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """``a`` and ``g`` of every layer from the gradients at every use."""
         a, g = [], []
         by_layer: list[list[tuple[Use, Layout, Tensor]]] = [[] for _ in self.partition.layers]
@@ -196,11 +196,11 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -
     found = []
     for use in watch.uses:
         possible = layouts(use.lead, len(outputs))
-        if not possible:
+        if not possible or not prod(use.lead):
             raise ValueError(
-                f"Layer {partition.names[use.layer]!r} saw {prod(use.lead)} rows, of shape {tuple(use.lead)}, where the "
-                f"model returned {len(outputs)} examples: one axis there has to count the examples, so that scores can be "
-                "told apart."
+                f"Layer {partition.names[use.layer]!r} saw {prod(use.lead)} rows, of shape {tuple(use.lead)}, where "
+                f"the model returned {len(outputs)} examples: one axis there has to count the examples, so that scores "
+                "can be told apart."
             )
         found.append(possible[0])
     silent = frozenset(partition.names[l] for l in watch.silent)

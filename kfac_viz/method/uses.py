@@ -1,7 +1,7 @@
 """Every use of a parameter in a forward pass: what meets it there, and where the gradient of the result will arrive.
 
-A use of a matrix multiplies rows x by it: its score is ``g xᵀ``, with the gradient g of the result, or ``x gᵀ`` where the
-transpose is used. A use of a vector (a bias by itself, the scale or shift of a norm) multiplies it by x, or adds it.
+A use of a matrix multiplies rows x by it: its score is ``g xᵀ``, with the gradient g of the result, or ``x gᵀ`` where
+the transpose is used. A use of a vector (a bias by itself, the scale or shift of a norm) multiplies by it, or adds it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Use:
 
     Attributes:
         layer: its number in the partition.
-        kind: ``"product"`` of rows with the matrix, ``"transposed"`` with its transpose, or ``"pointwise"`` with a vector.
-        x: what meets the parameter, (*lead, channels), a copy; None where a vector is added. To the rows of a product a
-            1 is appended where the layer's own bias was added, and a 0 where it was not.
+        kind: ``"product"`` of rows with the matrix, ``"transposed"`` with its transpose, ``"pointwise"`` with a vector.
+        x: what meets the parameter, (*lead, channels), a copy; None where a vector is added. To the rows of a product
+            a 1 is appended where the layer's own bias was added, and a 0 where it was not.
         edge, shape: where the gradient of the result arrives. An edge, unlike the tensor, still means the
             pre-activation after an in-place ``ReLU``.
         rows: brings that gradient (S, *shape) into the form (S, *lead, channels).
@@ -250,7 +250,8 @@ def _edge(out: Tensor) -> GradientEdge | None:
 def _attention(*args: Any, **kwargs: Any) -> Any:
     """PyTorch's attention as it runs when nothing overrides it, so that the functions that it calls are seen."""
     f = functional.multi_head_attention_forward
-    copy = FunctionType(f.__code__, {**f.__globals__, "has_torch_function": lambda _: False}, f.__name__, f.__defaults__)
+    names = {**f.__globals__, "has_torch_function": lambda _: False}
+    copy = FunctionType(f.__code__, names, f.__name__, f.__defaults__)
     copy.__kwdefaults__ = f.__kwdefaults__
     return copy(*args, **kwargs)
 

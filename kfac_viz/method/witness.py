@@ -1,5 +1,4 @@
-"""Whether a model's scores are what the uses of its parameters show: told once, at the first sight of the model, by
-autograd itself, which also says where the examples of a batch are in each use."""
+"""Whether a model's scores are what the uses of its parameters show, and where its examples are: told by autograd."""
 
 from __future__ import annotations
 
@@ -24,9 +23,10 @@ def witnessed(model: nn.Module, record: Record, likelihood: str) -> Record:
     mixes the examples.
 
     A random cotangent that is zero on half of the examples is pulled back: the rows of the other half must be zero,
-    which tells the axis of the examples, and ``Σ g aᵀ`` must be what autograd says of each parameter; and once more with
-    the halves exchanged, since one example may act on another but not be acted on. Two backward passes per model, up to
-    eight for a handful of examples. One example alone cannot tell: a warning says so, and the next batch is looked at.
+    which tells the axis of the examples, and ``Σ g aᵀ`` must be what autograd says of each parameter; and once more
+    with the halves exchanged, since one example may act on another but not be acted on. Two backward passes at the
+    first sight of a model, up to eight for a handful of examples. One example alone cannot tell: a warning says so, and
+    the next batch is looked at.
 
     Raises:
         ValueError: what was found, by the layer's name, with the ``layers=[...]`` that leaves it out.
@@ -58,8 +58,8 @@ def witnessed(model: nn.Module, record: Record, likelihood: str) -> Record:
         if worst > tolerance:
             share = f"{difference / told:.0%} of that gradient" if told else "the whole of it"
             raise ValueError(
-                f"The weight of layer {name!r} is used outside the calls that could be watched as well, and what it does "
-                f"there is not seen: {share} is missing from its scores. {advice(record, [name])}"
+                f"The weight of layer {name!r} is used outside the calls that could be watched as well, and what it "
+                f"does there is not seen: {share} is missing from its scores. {advice(record, [name])}"
             )
     _warn_of_probabilities(outputs, likelihood)
     called = [told for name, (_, _, told, *_) in zip(names, read, strict=True) if name not in record.unused]
@@ -116,8 +116,8 @@ def _located(record: Record, halves: list[Tensor], grads: list[list[Tensor]], to
 
 def _mixed(name: str) -> str:
     return (
-        f"In layer {name!r} the rows do not belong to one example each: the model mixes the examples of a batch, or has "
-        "them on no axis of their own there, and no per-example Fisher exists. Put the examples on the first axis "
+        f"In layer {name!r} the rows do not belong to one example each: the model mixes the examples of a batch, or "
+        "has them on no axis of their own there, and no per-example Fisher exists. Put the examples on the first axis "
         "(batch_first=True) of inputs and outputs."
     )
 

@@ -132,7 +132,7 @@ def autoencoder(
 
 
 class Attention(nn.Module):
-    """A classifier of tokens (N, T, features): an embedding, one of PyTorch's encoder layers, the mean, a linear head."""
+    """A classifier of tokens (N, T, features): an embedding, one of PyTorch's encoder layers, their mean, a head."""
 
     def __init__(self, features: int, width: int, heads: int, hidden: int, classes: int) -> None:
         super().__init__()
@@ -195,7 +195,8 @@ def planted(
     Args:
         depth: number of Linear layers, at least 1.
         activation: ``None`` for a linear network.
-        batch_norm: after every hidden layer, with statistics settled on the data.
+        batch_norm: after every hidden layer, with statistics settled on the data; its scales and shifts stay outside
+            the Fisher, as in that paper.
         residual: add the input of every hidden layer but the first to what it gives: ``x + tanh(W x + b)``.
         noise: standard deviation added to the labels.
     """
@@ -203,7 +204,8 @@ def planted(
     x, y = _regression(n, 10, 1, noise, seed)
     model = _mlp([10, *[width] * (depth - 1), 1], activation, seed, batch_norm, residual)
     name = "planted" + (" linear" if activation is None else "")
-    return _settled(Problem(model, x, y, "gaussian", name).to(device, dtype))
+    linear = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return _settled(Problem(model, x, y, "gaussian", name, linear).to(device, dtype))
 
 
 def deep_linear(

@@ -21,7 +21,7 @@ from .problems import Problem
 
 Data = Annotated[
     Literal["digits4", "digits8", "autoencoder4", "planted", "attention"],
-    "digits (4×4 or 8×8 pixels) as classifier or autoencoder, the planted toy problem, or digits seen by a transformer.",
+    "digits (4×4 or 8×8 pixels) as classifier or autoencoder, seen by a transformer, or the planted toy problem.",
 ]
 Flavour = Annotated[
     Literal["exact", "mc", "empirical"],

@@ -328,11 +328,11 @@ class TwoLevelKFAC(Optimizer):
         owners, params = [p for _, p in pieces], [piece.of(p) for piece, p in pieces]
         steps = list(compress(self._split(proposed.step), moving))
         buffers = [] if momentum is None else list(compress(self._split(momentum), moving))
-        kept = [] if momentum is None else [piece.of(self._buffer(p)) for piece, p in pieces]
+        rest: dict[Tensor, Tensor] = {}
         if grads.keys() > self._index & grads.keys():
             plain, along, rest = self._plain_steps({p: grad for p, grad in grads.items() if p not in self._index})
             owners, params, steps = owners + plain, params + plain, steps + along
-            buffers, kept = buffers + list(rest.values()), kept + [self._buffer(p) for p in rest]
+            buffers = buffers + list(rest.values())
         new = [step if step.dtype == p.dtype else step.to(p.dtype) for p, step in zip(params, steps, strict=True)]
         for group in self.param_groups if self.options.decoupled else ():
             if group["weight_decay"]:
@@ -341,14 +341,21 @@ class TwoLevelKFAC(Optimizer):
                 triples = zip(owners, params, new, strict=True)
                 new = [torch.add(x, p, alpha=decay) if owner in shrunk else x for owner, p, x in triples]
         new = torch._foreach_add(params, new)
-        left = [x if x.dtype == old.dtype else x.to(old.dtype) for old, x in zip(kept, buffers, strict=True)]
+        holders = ([] if momentum is None else [p for _, p in pieces]) + list(rest)
+        left = [x if x.dtype == p.dtype else x.to(p.dtype) for p, x in zip(holders, buffers, strict=True)]
+
+        def kept() -> list[Tensor]:
+            """The momentum buffers that take ``left``; they are made only when it is to be written."""
+            own = [] if momentum is None else [piece.of(self._buffer(p)) for piece, p in pieces]
+            return own + [self._buffer(p) for p in rest]
+
         narrow = [x for x in left if x.dtype != g.dtype]  # what is finite in v may overflow there
         facts = list(proposed.facts.values())
         numbers = torch.stack([*facts, g.sum(), *torch._foreach_norm([*new, *narrow], dtype=g.dtype)])
         if self.options.capturable:
             fine = numbers.isfinite().all()
             new = [torch.where(fine, x, p) for p, x in zip(params, new, strict=True)]
-            left = [torch.where(fine, x, old) for old, x in zip(kept, left, strict=True)]
+            left = [torch.where(fine, x, old) for old, x in zip(kept(), left, strict=True)]
             self._skipped = ~fine + (0 if self._skipped is None else self._skipped)
             self._facts.update(proposed.facts)
         else:
@@ -358,7 +365,7 @@ class TwoLevelKFAC(Optimizer):
             self._facts.update(zip(proposed.facts, read, strict=False))
         torch._foreach_copy_(params, new)
         if left:
-            torch._foreach_copy_(kept, left)
+            torch._foreach_copy_(kept(), left)
         if "overshoot" in proposed.facts and not self.options.capturable:
             self._count_overshoot(self._facts["overshoot"])
 
@@ -562,9 +569,7 @@ class TwoLevelKFAC(Optimizer):
             for name, layer in layers_of(self.model).items()
             if name not in self._left_out
             and (self._only is None or any(inside(name, chosen) for chosen in self._only))
-            and all(
-                (p.requires_grad or frozen) and p in given for p in (parameters[piece.parameter] for piece in layer.pieces)
-            )
+            and all(p in given and (frozen or p.requires_grad) for p in (parameters[x.parameter] for x in layer.pieces))
         )
 
     def _all_layers(self) -> list[Layer]:

@@ -43,8 +43,9 @@ def saved(curvature: RunningCurvature) -> dict[str, Any]:
         "weights": dict(c.factors.weight),
         "newest": sorted(c.factors.newest),
         "window": [
-            {"batch": part.batch, "N": part.N, "a": list(part.F.a), "g": list(part.F.g), "swapped": list(part.F.swapped)}
+            {"batch": part.batch, "N": part.N, "a": list(F.a), "g": list(F.g), "swapped": list(F.swapped)}
             for part in c.window.parts
+            for F in [part.F]
         ],
         "level": level,
     }
@@ -141,7 +142,8 @@ def _fisher(partition: Partition, entry: Any, options: Options, key: str) -> Fis
     """A Fisher from saved inputs and vectors, which it checks against each other and the layers."""
     entry = _of_kind(entry, dict, "window")
     a, g = (_field(entry, which, list) for which in (key, "g"))
-    swapped = _of_kind(entry.get("swapped", [0] * len(partition)), list, "swapped", len(partition))  # none in old states
+    swapped = entry.get("swapped", [0] * len(partition))  # states of earlier versions have none
+    swapped = _of_kind(swapped, list, "swapped", len(partition))
     swapped = [check_count("The state's 'swapped'", n, 0) for n in swapped]
     return Fisher(partition, a, g, likelihood=options.likelihood, flavour=options.fisher, swapped=swapped)
 

@@ -23,7 +23,6 @@ from .oracles import (
     condition,
     gram,
     kfac_inverse,
-    kron_factors,
     kronecker_model,
     norm,
     pinv,
@@ -109,7 +108,7 @@ def operators(t: Try) -> None:
         convention = convention if given is F else "expand"
         what = f"KFAC {rule}"
         op, λ = take_damping(t, lambda x: kv.KFAC(given, x, rule, *([convention] if given is F else [])), what)
-        blocks, moves = kfac_inverse(kron_factors(F, convention), λ, rule, F.dtype)
+        blocks, moves = kfac_inverse(F, convention, λ, rule)
         expected = torch.block_diag(*blocks)
     elif what == "EKFAC":
         op, λ = take_damping(t, lambda x: kv.EKFAC(F, x, convention), what)
@@ -159,7 +158,7 @@ def operators(t: Try) -> None:
             again = t.call(fresh[what]).dense().to(F64)
             t.close(f"{what}.with_damping: dense()", other.dense(), again, allowance(F.dtype, 1, norm(again)))
         if what.startswith("KFAC"):
-            blocks, moves = kfac_inverse(kron_factors(F, convention), λ, rule, F.dtype)
+            blocks, moves = kfac_inverse(F, convention, λ, rule)
             judge_matrix(t, f"{what}.with_damping", other, torch.block_diag(*blocks), (None, moves))
     if what == "damped":
         λ = op.damping

@@ -58,26 +58,16 @@ def residuals(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
 
 def truth(model: nn.Module, inputs: list[Tensor], partition: kv.Partition) -> Truth:
     """Of a model in float64 and in the mode that counts; the model is the oracle's own."""
-    parameters, layout = [], []
-    for layer in partition.layers:
-        module = model.get_submodule(layer.name)
-        here = [p for p in (module.weight, module.bias) if p is not None]
-        parameters += here
-        layout.append((layer, len(here)))
+    names = {piece.parameter for layer in partition.layers for piece in layer.pieces}
+    parameters = {name: p for name, p in model.named_parameters() if name in names}
     with torch.enable_grad():  # all examples at once: what one does to another's output belongs to the derivative
         outputs = model(*(x.clone() for x in inputs))
     rows = []
-    for flat in outputs.flatten(1):
-        for k in range(len(flat)):
-            grads = torch.autograd.grad(flat[k], parameters, retain_graph=True, allow_unused=True)
-            grads = iter([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)])
-            pieces = []
-            for layer, count in layout:
-                W = next(grads).reshape(layer.out, -1)
-                if count == 2:
-                    W = torch.cat([W, next(grads)[:, None]], 1)
-                pieces.append(W.flatten())
-            rows.append(torch.cat(pieces))
+    for row in outputs.flatten(1):
+        for k in range(len(row)):
+            grads = torch.autograd.grad(row[k], list(parameters.values()), retain_graph=True, allow_unused=True)
+            pairs = zip(parameters.items(), grads, strict=True)
+            rows.append(flat(partition, {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}))
     J = torch.stack(rows).view(len(outputs), -1, partition.size).to(F64)
     return Truth(J, outputs.detach().to(F64), outputs.dtype)
 
@@ -104,8 +94,8 @@ def real(x: Any) -> Tensor:
 
 def scores(F: kv.Fisher) -> Tensor:
     """(S, N, P), from the captured vectors."""
-    layers = zip(F.g, F.a, strict=True)
-    return torch.cat([torch.einsum("snto,nti->snoi", g.to(F64), a.to(F64)).flatten(2) for g, a in layers], -1)
+    layers = [(g.to(F64), a.to(F64).expand(F.S, *a.shape[-3:])) for g, a in zip(F.g, F.a, strict=True)]
+    return torch.cat([torch.einsum("snto,snti->snoi", g, a).flatten(2) for g, a in layers], -1)
 
 
 def gram(F: kv.Fisher) -> Tensor:
@@ -116,9 +106,12 @@ def gram(F: kv.Fisher) -> Tensor:
 def kron_factors(F: kv.Fisher, convention: str = "expand") -> list[tuple[Tensor, Tensor]]:
     """(A, G) of every layer in float64."""
     pairs = []
-    for a, g in zip(F.a, F.g, strict=True):
+    for l, (a, g) in enumerate(zip(F.a, F.g, strict=True)):
         a, g = a.to(F64), g.to(F64)
-        if convention == "reduce":
+        if F.swapped[l]:  # a rule of its own, which the tests of the uses judge
+            A, G = F.factors(l, l, convention)
+            pairs.append((A.to(F64), G.to(F64)))
+        elif convention == "reduce":
             a, g = a.mean(1), g.sum(2)
             pairs.append((a.T @ a / F.N, torch.einsum("sno,snp->op", g, g) / F.N))
         else:
@@ -129,12 +122,13 @@ def kron_factors(F: kv.Fisher, convention: str = "expand") -> list[tuple[Tensor,
 
 
 def kfac_inverse(
-    pairs: list[tuple[Tensor, Tensor]], λ: float, rule: str, dtype: torch.dtype
+    F: kv.Fisher, convention: str, λ: float, rule: str
 ) -> tuple[list[Tensor], list[float]]:
     """The blocks of K-FAC's M, and how far a change of one unit in the factors' last place moves each."""
     blocks, moves = [], []
-    for A, G in pairs:
-        if rule == "eigen":
+    for (A, G), layer in zip(kron_factors(F, convention), F.partition.layers, strict=True):
+        whole = rule == "eigen" or layer.vector  # λ is not divided between the two factors
+        if whole:
             K = torch.kron(G, A) + λ * torch.eye(len(A) * len(G), dtype=F64)
             block = pinv(K)
             moves.append(condition(K))
@@ -145,7 +139,7 @@ def kfac_inverse(
             right = A + λ**0.5 * π * torch.eye(len(A), dtype=F64)
             block = torch.kron(pinv(left), pinv(right))
             moves.append(condition(left) + condition(right))
-        if underflows(dtype, A, G, *([K] if rule == "eigen" else [])):
+        if underflows(F.dtype, A, G, *([K] if whole else [])):
             moves[-1] = math.inf
         blocks.append(block)
     return blocks, moves
@@ -193,9 +187,12 @@ def tridiagonal(F: kv.Fisher, λ: float) -> tuple[Tensor, float]:
     """The Gaussian chain of K-FAC's section 4.3 written out, and its condition."""
     pairs, s = kron_factors(F), F.partition.slices
     K = []
-    for A, G in pairs:
+    for (A, G), layer in zip(pairs, F.partition.layers, strict=True):
         ratio = float(A.trace() / len(A)) / float(G.trace() / len(G)) if float(G.trace()) else 0.0
         π = ratio**0.5 if 0 < ratio < math.inf else 1.0
+        if layer.vector:
+            K.append(torch.kron(G, A) + λ * torch.eye(len(G), dtype=F64))
+            continue
         K.append(
             torch.kron(G + λ**0.5 / π * torch.eye(len(G), dtype=F64), A + λ**0.5 * π * torch.eye(len(A), dtype=F64))
         )
@@ -204,8 +201,7 @@ def tridiagonal(F: kv.Fisher, λ: float) -> tuple[Tensor, float]:
     for l, block in enumerate(K):
         Σ = block
         if l + 1 < len(K):
-            a, b = (F.a[i].to(F64).flatten(0, 1) / F.a[i].shape[1] ** 0.5 for i in (l, l + 1))
-            g, h = (F.g[i].to(F64).flatten(0, 2) for i in (l, l + 1))
+            (a, g), (b, h) = aligned(F, "expand")[l : l + 2]
             cross = torch.kron(g.T @ h / F.N, a.T @ b / F.N)
             Ψ = cross @ pinv(K[l + 1])
             Ξ[s[l], s[l + 1]] = -Ψ
@@ -216,15 +212,26 @@ def tridiagonal(F: kv.Fisher, λ: float) -> tuple[Tensor, float]:
     return Ξ.T @ Λ @ Ξ, worst
 
 
+def aligned(F: kv.Fisher, convention: str) -> list[tuple[Tensor, Tensor]]:
+    """Rows of a and g of every layer, as many as the layer with the most positions has."""
+    T, rows = max(g.shape[2] for g in F.g), []
+    for a, g in zip(F.a, F.g, strict=True):
+        a, g, t = a.to(F64), g.to(F64), g.shape[2]
+        if convention == "reduce":
+            a, g = a.mean(1, keepdim=True), g.sum(2, keepdim=True)
+        elif t == 1:
+            a, g = (torch.cat([x] * T, dim=-2) / T**0.5 for x in (a, g))
+        else:
+            zeros = [x.new_zeros(*x.shape[:-2], T - t, x.shape[-1]) for x in (a, g)]
+            a, g = torch.cat([a / t**0.5, zeros[0]], -2), torch.cat([g, zeros[1]], -2)
+        rows.append((a.flatten(0, 1), g.flatten(0, 2)))
+    return rows
+
+
 def kronecker_model(F: kv.Fisher, convention: str) -> Tensor:
     """All blocks ``G_lm ⊗ A_lm``."""
-    A, G = [], []
-    for a, g in zip(F.a, F.g, strict=True):
-        a, g = a.to(F64), g.to(F64)
-        A.append(a.mean(1) if convention == "reduce" else a.flatten(0, 1) / a.shape[1] ** 0.5)
-        G.append(g.sum(2).flatten(0, 1) if convention == "reduce" else g.flatten(0, 2))
-    rows = [torch.cat([torch.kron(g.T @ h / F.N, a.T @ b / F.N) for b, h in zip(A, G, strict=True)], 1)
-            for a, g in zip(A, G, strict=True)]  # fmt: skip
+    rows = aligned(F, convention)
+    rows = [torch.cat([torch.kron(g.T @ h / F.N, a.T @ b / F.N) for b, h in rows], 1) for a, g in rows]
     return torch.cat(rows)
 
 
@@ -266,6 +273,31 @@ def matrices(T: kv.TwoLevel) -> tuple[Tensor, Tensor, float, float]:
     return A, two_level_matrix(A, M, Z, E, T.correction), size, coarse_condition(Z, E, norm(B))
 
 
-def flat_layer(weight: Tensor, bias: Tensor | None) -> Tensor:
-    W = weight.flatten(1)
-    return (W if bias is None else torch.cat([W, bias[:, None]], 1)).flatten()
+def flat(partition: kv.Partition, tensors: dict[str, Tensor]) -> Tensor:
+    """One vector (P,) from a tensor for each parameter, rectangle by rectangle."""
+    layers = []
+    for layer in partition.layers:
+        V = torch.zeros(layer.out, layer.features, dtype=next(iter(tensors.values())).dtype)
+        for rectangle, name, rows, swapped in _rectangles(layer):
+            x = tensors[name] if rows is None else tensors[name][rows[0] : rows[1]]
+            h, w = V[rectangle].shape
+            V[rectangle] = x.reshape(w, h).T if swapped else x.reshape(h, w)
+        layers.append(V.flatten())
+    return torch.cat(layers)
+
+
+def apart(partition: kv.Partition, v: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A vector (P,) as a tensor for each parameter, in the shapes of ``tensors``: the inverse of :func:`flat`."""
+    found = {}
+    for layer, piece in zip(partition.layers, v.split([layer.size for layer in partition.layers]), strict=True):
+        V = piece.view(layer.shape)
+        for rectangle, name, rows, swapped in _rectangles(layer):
+            x = found.setdefault(name, torch.zeros_like(tensors[name], dtype=v.dtype))
+            here = x if rows is None else x[rows[0] : rows[1]]
+            here.copy_((V[rectangle].T if swapped else V[rectangle]).reshape(here.shape))
+    return found
+
+
+def _rectangles(layer):
+    for p in layer.pieces:
+        yield (slice(p.top, p.top + p.height), slice(p.left, p.left + p.width)), p.parameter, p.rows, p.transposed

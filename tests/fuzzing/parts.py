@@ -15,7 +15,7 @@ from kfac_viz.method.partition import Layer
 from .hostile import BAD_DAMPINGS, DTYPES, WORDS, spoiled
 from .judge import F64, Raw, Refused, Try, difference
 from .networks import batch, examples, labels, network
-from .oracles import ROUND_OFF, flat_layer, real
+from .oracles import ROUND_OFF, flat, real
 
 
 def partitions(t: Try) -> None:
@@ -38,8 +38,7 @@ def partitions(t: Try) -> None:
         return void(t.check(isinstance(p.size, int) and p.size > 0, "Partition accepted layers without a size", given))
     p = t.call(lambda: kv.Partition.from_model(model))
     θ = t.call(lambda: p.pack(model))
-    modules = [model.get_submodule(name) for name in p.names]
-    expected = torch.cat([flat_layer(m.weight, m.bias) for m in modules]).detach()
+    expected = flat(p, {name: q.detach() for name, q in model.named_parameters()})
     t.check(difference(θ, expected) is None, "Partition.pack is wrong")
     v: Any = t.normal(p.size, dtype=dtype)
     if t.chance(0.4):
@@ -51,13 +50,13 @@ def partitions(t: Try) -> None:
                             [x.flatten() for x in pieces], [[1.0]] * len(p))  # fmt: skip
         joined = t.call(lambda: p.join(pieces))
         if isinstance(pieces, list) and len(pieces) == len(p) and joined.device.type != "meta":
-            flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
-            t.check(difference(joined, flat) is None, "Partition.join is wrong")
+            whole = torch.cat([piece.flatten(0, 1) for piece in pieces])
+            t.check(difference(joined, whole) is None, "Partition.join is wrong")
     elif way == "gradient":
         for q in model.parameters():
             q.grad = t.normal(*q.shape, dtype=dtype) if q.requires_grad and t.chance(0.95) else None
         g = t.call(lambda: p.pack_grad(model))
-        expected = torch.cat([flat_layer(m.weight.grad, None if m.bias is None else m.bias.grad) for m in modules])
+        expected = flat(p, {name: q.grad for name, q in model.named_parameters()})
         t.check(difference(g, expected) is None, "Partition.pack_grad is wrong")
     else:
         alpha: Any = t.pick(1.0, -1, 0.5, 0, 1e-3) if t.chance(0.7) else t.pick(1e300, 1e30, -math.inf, *BAD_DAMPINGS)

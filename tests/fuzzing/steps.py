@@ -10,39 +10,35 @@ from torch import Tensor
 import kfac_viz as kv
 
 from .judge import F64
-from .oracles import allowance, flat_layer, matrices, norm
+from .oracles import allowance, apart, flat, matrices, norm
 
 Targets = dict[Tensor, tuple[Tensor, float]]  # where a parameter comes to be, and how far off it may be
 
 
 def expected_step(opt: kv.TwoLevelKFAC, T: kv.TwoLevel, dtype: torch.dtype) -> Targets | None:
     """The step along T without a closure; None where precision or something unusual makes no formula hold."""
-    layers = []
-    for layer in opt.partition.layers:
-        module = opt.model.get_submodule(layer.name)
-        if not isinstance(getattr(module, "weight", None), Tensor):
-            return None  # another module is there by now
-        layers.append([q for q in (module.weight, module.bias) if q is not None])
+    names = {piece.parameter for layer in opt.partition.layers for piece in layer.pieces}
+    mine = {name: q for name, q in opt.model.named_parameters() if name in names}
     groups = {p: group for group in opt.param_groups for p in group["params"]}
-    if not _usual(opt, layers, groups, dtype):
-        return None
+    if len(mine) < len(names) or not _usual(opt, list(mine.values()), groups, dtype):
+        return None  # another module is there by now
 
-    def flat(of) -> Tensor:
-        return torch.cat([flat_layer(*(of(q) for q in qs), *([None] if len(qs) == 1 else [])) for qs in layers])
+    def of_all(of) -> Tensor:
+        return flat(opt.partition, {name: of(q) for name, q in mine.items()})
 
     def each(factor) -> Tensor:
-        return flat(lambda q: torch.full_like(q, factor(q), dtype=F64))
+        return of_all(lambda q: torch.full_like(q, factor(q), dtype=F64))
 
     grads = {p: _gradient(opt, p, group) for p, group in groups.items() if p.grad is not None}
     has, lr = each(lambda q: float(q in grads)), each(lambda q: groups[q]["lr"])
-    g = flat(lambda q: grads.get(q, torch.zeros_like(q, dtype=F64)))
+    g = of_all(lambda q: grads.get(q, torch.zeros_like(q, dtype=F64)))
     A, T64, size, κ = matrices(T)
     v = (T64 @ g) * has
     off = allowance(dtype, κ, size * norm(g))
     if not math.isfinite(off):
         return None
     if opt.options.step_rule == "quadratic":
-        last = flat(lambda q: _buffer(opt, q, groups[q])) * has * (lr > 0)
+        last = of_all(lambda q: _buffer(opt, q, groups[q])) * has * (lr > 0)
         ridge = each(lambda q: 0.0 if opt.options.decoupled else groups[q]["weight_decay"])
         found = _quadratic(A + ridge.diag(), g, v, last, lr, off, dtype)
     else:
@@ -51,27 +47,27 @@ def expected_step(opt: kv.TwoLevelKFAC, T: kv.TwoLevel, dtype: torch.dtype) -> T
         return None
     v, off = found
     eps, targets = torch.finfo(dtype).eps, {}
-    pieces = dict(zip([q for qs in layers for q in qs], _apart(opt, layers, v), strict=True))
+    pieces = {mine[name]: x for name, x in apart(opt.partition, v, mine).items()}
     for p, gradient in grads.items():
-        group, mine = groups[p], p in pieces
-        if mine and opt.options.step_rule == "quadratic":
+        group, known = groups[p], p in pieces
+        if known and opt.options.step_rule == "quadratic":
             step, loose = pieces[p], off
         else:
-            along = (pieces[p] if mine else gradient) + group["momentum"] * _buffer(opt, p, group)
-            step, loose = -group["lr"] * along, group["lr"] * off * mine
+            along = (pieces[p] if known else gradient) + group["momentum"] * _buffer(opt, p, group)
+            step, loose = -group["lr"] * along, group["lr"] * off * known
         start = p.detach().to(F64) * (1 - group["lr"] * group["weight_decay"] if opt.options.decoupled else 1)
         sizes = sum(float(x.abs().max()) for x in (start, step, group["lr"] * _buffer(opt, p, group)))
         targets[p] = (start + step, loose + 1e2 * eps * sizes)
     return targets
 
 
-def _usual(opt: kv.TwoLevelKFAC, layers: list[list[Tensor]], groups: dict[Tensor, dict], dtype: torch.dtype) -> bool:
+def _usual(opt: kv.TwoLevelKFAC, mine: list[Tensor], groups: dict[Tensor, dict], dtype: torch.dtype) -> bool:
     """Whether the formulas are all there is to it: numbers for options, every layer known and in a group."""
     options = [group.get(k) for group in opt.param_groups for k in ("lr", "momentum", "weight_decay")]
     return (
         dtype in (F64, torch.float32)
         and all(isinstance(x, (int, float)) and math.isfinite(x) for x in options)
-        and all(q in groups for qs in layers for q in qs)
+        and all(q in groups for q in mine)
         and all(name in opt.curvature.factors.weight for name in opt.partition.names)
         and all(bool(p.isfinite().all()) for p in groups)
         and all(p.grad is None or p.grad.layout == torch.strided for p in groups)
@@ -119,16 +115,3 @@ def _quadratic(
     if not float(d[0]) > 1e-3 * float(d[-1]) or not off < 1e-6 * norm(v) or dtype != F64:
         return None
     return -top * torch.linalg.solve(B, D @ g) @ D, 1e-4 * top * norm(torch.linalg.solve(B, D @ g))
-
-
-def _apart(opt: kv.TwoLevelKFAC, layers: list[list[Tensor]], v: Tensor) -> list[Tensor]:
-    """A flat vector in the shapes of the parameters."""
-    pieces = []
-    for layer, qs, piece in zip(
-        opt.partition.layers, layers, v.split([x.size for x in opt.partition.layers]), strict=True
-    ):
-        W = piece.view(layer.shape)
-        pieces.append((W[:, :-1] if len(qs) == 2 else W).reshape(qs[0].shape))
-        if len(qs) == 2:
-            pieces.append(W[:, -1])
-    return pieces
