@@ -1,5 +1,7 @@
 """What every picture keeps: a sentence above, type that can be read, one colour for one thing, marks where it clips."""
 
+from itertools import pairwise
+
 import matplotlib
 import numpy as np
 import pytest
@@ -97,6 +99,22 @@ def test_a_map_finds_the_place_of_each_number():
     assert view.words() == "title. two: 0.10, 0.20; one: 0.30, 0.40."
     np.testing.assert_array_equal(view.mesh.get_array(), fresh.mesh.get_array())
     assert [t.get_text() for t in view.texts] == [t.get_text() for t in fresh.texts]
+
+
+def test_the_layers_of_a_transformer_are_named_and_no_name_covers_another():
+    result = kv.studies.run_coarse_space(data="attention", n=40)
+    names, partition = result.partition.names, result.partition
+    assert f"{partition.size} of {partition.size} parameters in {len(names)} layers" in result.where
+    with matplotlib.rc_context(rc()):
+        view = kv.studies.CoarseSpacePlot(result).views["fisher"]
+        labels, numbers = view.ax.get_yticklabels(), view.ax.get_xticklabels()
+        assert [t.get_text() for t in labels] == [f"{l + 1}: {x.split('.')[-1]}" for l, x in enumerate(names)]
+        boxes, below = ([text.get_window_extent() for text in texts] for texts in (labels, numbers))
+    assert all(upper.y0 >= lower.y1 - 3 for upper, lower in pairwise(boxes))  # the boxes of letters without tails
+    assert all(left.x1 <= right.x0 for left, right in pairwise(below))
+    assert min(box.x0 for box in boxes) >= 0
+    for (l, m), region in zip(np.ndindex(len(names), len(names)), view.regions(), strict=True):
+        assert f"({names[l]})" in region[-1] and f"({names[m]})" in region[-1]
 
 
 SERIES = {"a": Style("a", "#0072B2"), "b": Style("b", "#D55E00", "s", "--")}

@@ -52,10 +52,9 @@ class MatrixView:
             linewidths=0.6 if len(edges) < 20 else 0.3,
         )
         ax.add_collection(self.edges, autolim=False)
-        centres = [(s.start + s.stop) / 2 for s in partition.slices]
         names = [str(i + 1) for i in range(len(partition))]
-        ax.set_xticks(centres, names)
-        ax.set_yticks(centres, names)
+        ax.set_xticks(self._apart(14 if len(names) > 9 else 8), names)
+        ax.set_yticks(self._apart(12), names)
         ax.tick_params(length=0)
         for spine in ax.spines.values():
             spine.set(visible=True, color=INK, linewidth=0.8)
@@ -66,14 +65,23 @@ class MatrixView:
         return [self.image, self.edges, *self.ax.spines.values()]
 
     def name_layers(self) -> None:
-        """Names, shapes and sizes of the layers in place of their numbers, where there is room for them."""
+        """Names or shapes of the layers beside their numbers, where there is room for them."""
         layers = self.partition.layers
-        if len(layers) <= 6:
-            names = [
-                f"{l + 1}: {layer.features - layer.bias}→{layer.out}\n{layer.size}" for l, layer in enumerate(layers)
-            ]
-            self.ax.set_yticklabels(names, linespacing=1.4)
+        names = [layer.name.split(".")[-1] for layer in layers]
+        if all(name.isdecimal() for name in names):  # as in a Sequential
+            names = [f"{layer.features - layer.bias}→{layer.out}\n{layer.size}" for layer in layers]
+        if len(layers) <= (6 if "\n" in names[0] else 16):
+            self.ax.set_yticklabels([f"{l + 1}: {name}" for l, name in enumerate(names)], linespacing=1.4)
             self.ax.set_ylabel("")
+
+    def _apart(self, points: float) -> NDArray:
+        """The middles of the layers, moved apart by as little as leaves each label its ``points``."""
+        from scipy.optimize import isotonic_regression
+
+        middles = np.array([(s.start + s.stop) / 2 for s in self.partition.slices])
+        side = 72 * self.ax.get_position().height * self.ax.figure.get_figheight()
+        steps = np.arange(len(middles)) * min(points / side, 1 / len(middles)) * self.partition.size
+        return isotonic_regression(middles - steps).x + steps
 
     def words(self) -> str:
         return f"{self.name}: a matrix of {self.partition.size} × {self.partition.size} with lines between layers."

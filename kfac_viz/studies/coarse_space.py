@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -73,10 +74,10 @@ class CoarseSpaceResult:
 
     @property
     def where(self) -> str:
-        p, layers = self.parameters, self.partition.layers
-        widths = "→".join(str(n) for n in (layers[0].features - layers[0].bias, *(layer.out for layer in layers)))
+        p = self.parameters
         moment = f" after {p['steps']} Adam steps," if p.get("steps") else " untrained," if "steps" in p else ""
-        return f"{self.problem}, {widths},{moment} λ = {number(p['damping'])}, coarse dimension {self.size}"
+        of = f"{self.problem}, {architecture(self.partition)},{moment}"
+        return f"{of} λ = {number(p['damping'])}, coarse dimension {self.size}"
 
     def table(self) -> pandas.DataFrame:
         """Tidy: ``quantity``, ``item`` (a method or matrix), ``position`` (rank or pair of layers), ``value``."""
@@ -274,6 +275,14 @@ def _share(x: float, of: float) -> float:
 # ---- the picture --------------------------------------------------------------------------------------
 
 FLOOR, CEILING = 1e-4, 1e2  # of the spectrum's axis
+def architecture(partition: Partition) -> str:
+    """The widths of a chain of layers; of other models how many of their parameters are seen, in how many layers."""
+    layers = partition.layers
+    if all(after.features - after.bias == before.out for before, after in pairwise(layers)):
+        return "→".join(str(n) for n in (layers[0].features - layers[0].bias, *(layer.out for layer in layers)))
+    return f"{partition.size} of {partition.total} parameters in {len(partition)} layers"
+
+
 MATRICES = {  # name, left end in inches, title
     "fisher": ("F", 0.87, "Exact Fisher $F$"),
     "blocks": ("G ⊗ A", 3.07, "K-FAC keeps $G \\otimes A$"),

@@ -32,13 +32,14 @@ def explore(
     """The playground on the reader's own network, of some hundred parameters; the model is left as it is.
 
     Args:
-        model: with Linear or Conv2d layers; a copy in double precision is taken.
+        model: of any kind whose parameters :func:`kfac_viz.capture` sees, a transformer too; a copy in double precision
+            is taken.
         inputs: a batch (N, …), or a tuple of arguments of the model.
         targets: true labels (see :func:`kfac_viz.nll`); without them one label per example is drawn from the
             model, so that the gradient is noise of the model's own kind. ``fisher="empirical"`` needs them.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
         fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
-        layers: names of those to look at, all by default; it leaves out what cannot be captured.
+        layers: names of layers or modules to look at, all by default; it leaves out what cannot be captured.
         values: where the controls start, such as ``damping=0.1``.
 
     Raises:
