@@ -1,0 +1,318 @@
+"""Networks that solve differential equations: every example is a point, its output what the equation leaves there.
+
+A network u is trained to make the residual zero at points inside a box, and to take known values at points of its
+boundary; in mean squares, so that the Fisher of the Gaussian likelihood is the Gauss–Newton matrix of the equation
+(Müller and Zeinhofer 2023; Dangel, Müller and Zeinhofer 2024, arXiv 2405.15603). Derivatives are carried through the
+network in forward mode, d + 2 positions per point, so that a Laplacian in d dimensions costs d + 2 forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import pi
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..method.capture import evaluation
+from ..method.checks import check_count, check_number, check_seed, check_type
+from .problem import Problem, multilayer_perceptron
+
+Box = Sequence[tuple[float, float]]
+
+
+class Jet(NamedTuple):
+    """A function and its derivatives at n points in d coordinates.
+
+    Attributes:
+        value: (n,).
+        gradient: first derivatives, (n, d).
+        laplacian: second derivatives summed over the coordinates of space, (n,); time is not among them.
+    """
+
+    value: Tensor
+    gradient: Tensor
+    laplacian: Tensor
+
+
+Operator = Callable[[Tensor, Jet], Tensor]
+Solution = Callable[[Tensor], Tensor]
+
+
+def forward_mode(net: nn.Sequential, x: Tensor, space: Sequence[int]) -> Jet:
+    """The jet of a tanh network ``net`` with one output at points x (n, d), in one pass with d + 2 positions.
+
+    A linear layer multiplies every position by W and adds its bias to the value alone; an activation σ makes of
+    (z, ∂z, Δz) the positions ``σ(z)``, ``σ'(z) ∂_i z`` and ``σ'(z) Δz + σ''(z) Σ_i (∂_i z)²``.
+    """
+    n, d = x.shape
+    directions = torch.eye(d, dtype=x.dtype, device=x.device).expand(n, d, d)
+    h = torch.cat([x[:, None], directions, torch.zeros_like(x)[:, None]], dim=1)  # (n, d + 2, d)
+    for module in net:
+        if isinstance(module, nn.Linear):
+            value = functional.linear(h[:, :1], module.weight, module.bias)
+            h = torch.cat([value, functional.linear(h[:, 1:], module.weight)], dim=1)
+        else:
+            value, first, last = h.split([1, d, 1], dim=1)
+            σ = torch.tanh(value)
+            slope = 1 - σ.square()
+            bend = -2 * σ * slope * first[:, space].square().sum(1, keepdim=True)
+            h = torch.cat([σ, slope * first, slope * last + bend], dim=1)
+    h = h[..., 0]
+    return Jet(h[:, 0], h[:, 1:-1], h[:, -1])
+
+
+class Residual(nn.Module):
+    """What is left of the equation, as a model: (N, d + 1) points with their kind to (N, 1) residuals.
+
+    Inside the operator's value, on the boundary ``weight`` times the difference from the known solution.
+    """
+
+    def __init__(self, net: nn.Sequential, operator: Operator, solution: Solution, weight: float, time: bool) -> None:
+        super().__init__()
+        self.net, self.operator, self.solution, self.weight = net, operator, solution, weight
+        self.space = range(int(time), net[0].in_features)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x, boundary = inputs[:, :-1], inputs[:, -1] > 0
+        u = forward_mode(self.net, x, self.space)
+        inside = self.operator(x, u)
+        _check_values("The operator", inside, len(x))
+        return torch.where(boundary, self.weight * (u.value - self.solution(x)), inside)[:, None]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Equation(Problem):
+    """A :class:`Problem` whose outputs are residuals, with a known solution to measure the error by.
+
+    ``inputs`` is (N, d + 1): the coordinates of a point, time first where there is one, and in the last column 0
+    inside and 1 on the boundary. ``targets`` are zeros (N, 1).
+
+    Attributes:
+        box: ends of every coordinate.
+    """
+
+    box: tuple[tuple[float, float], ...]
+
+    @property
+    def dim(self) -> int:
+        """Coordinates, with time."""
+        return len(self.box)
+
+    def values(self, x: Tensor) -> Tensor:
+        """The network's solution (n,) at points x (n, d) of the box."""
+        check_points(x, self.box)
+        with torch.no_grad(), evaluation(self.model):
+            return self.model.net(x)[:, 0]
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The known solution (n,) there."""
+        check_points(x, self.box)
+        return self.model.solution(x)
+
+    def error(self, points: int = 10_000, seed: int = 1_000_003) -> float:
+        """Relative L² error, ``‖u_θ − u‖ / ‖u‖`` over fresh points drawn in the box."""
+        generator = torch.Generator().manual_seed(check_seed(seed))
+        x = _inside(self.box, check_count("points", points, least=1), generator).to(self.inputs)
+        exact = self.exact(x)
+        return float(torch.linalg.vector_norm(self.values(x) - exact) / torch.linalg.vector_norm(exact))
+
+
+def equation(
+    operator: Operator,
+    solution: Solution,
+    box: Box = ((0.0, 1.0), (0.0, 1.0)),
+    *,
+    time: bool = False,
+    widths: Sequence[int] = (32, 32),
+    points: int | Tensor = 600,
+    boundary: int | Tensor | None = None,
+    weight: float = 10.0,
+    seed: int = 0,
+    name: str = "equation",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Equation:
+    """The reader's own equation ``operator(x, u) = 0``. The 1-D Allen–Cahn equation, for instance:
+
+    >>> def allen_cahn(x, u):                                      # x (n, 2): time and place; u: a Jet
+    ...     return u.gradient[:, 0] - u.laplacian - u.value + u.value**3
+    >>> def front(x):                                              # its known solution (n,)
+    ...     return torch.sigmoid((1.5 * 2**0.5 * x[:, 0] - x[:, 1]) * 2**0.5 / 2)
+    >>> problem = equation(allen_cahn, front, ((0, 1), (-5, 5)), time=True, points=100)
+    >>> problem.inputs.shape, problem.targets.shape
+    (torch.Size([125, 3]), torch.Size([125, 1]))
+
+    Args:
+        operator: of points x (n, d) and the network's :class:`Jet` there, the residual (n,): whatever PyTorch can
+            differentiate, point by point.
+        solution: the known solution (n,) at points x. It gives the values on the boundary and measures the error.
+        box: ends of every coordinate, time first where there is one.
+        time: whether the first coordinate is time. The boundary is then where the solution starts and the sides of
+            space; the last moment is free.
+        widths: of the hidden layers, tanh.
+        points: inside, drawn uniformly; or the points themselves, (n, d).
+        boundary: the same on the boundary; None for a quarter of ``points``.
+        weight: factor on the residuals of the boundary.
+        seed: of points and weights.
+
+    Raises:
+        ValueError: a box that is empty, points outside of it, an operator or solution of another shape or with NaN
+            or inf, each in words.
+        TypeError: the operator or solution is no function, or returns no tensor.
+    """
+    for what, function in (("operator", operator), ("solution", solution)):
+        if not callable(function):
+            raise TypeError(f"{what} must be a function; got {type(function).__name__}.")
+    box = _checked_box(box)
+    check_number("weight", weight, 0.0, float("inf"), open_low=True)
+    generator = torch.Generator().manual_seed(check_seed(seed))
+    if not isinstance(points, Tensor):
+        points = _inside(box, check_count("points", points, least=1), generator)
+    if not isinstance(boundary, Tensor):
+        number = max(1, len(points) // 4) if boundary is None else check_count("boundary", boundary, least=0)
+        boundary = _on_faces(box, time, number, generator)
+    check_points(points, box)
+    check_points(boundary, box)
+    kinds = torch.cat([torch.zeros(len(points), 1), torch.ones(len(boundary), 1)])
+    inputs = torch.cat([torch.cat([points, boundary]).to("cpu", torch.float64), kinds.double()], dim=1)
+    net = multilayer_perceptron([len(box), *widths, 1], "tanh", seed)
+    model = Residual(net, operator, solution, float(weight), bool(time))
+    problem = Equation(model, inputs, torch.zeros(len(inputs), 1), "gaussian", name, box=box).to(device, dtype)
+    x = problem.inputs[:, :-1]
+    _check_values("The solution", problem.exact(x), len(x))
+    with torch.no_grad():
+        if not model(problem.inputs.to(problem.inputs)).isfinite().all():
+            raise ValueError("The operator returns NaN or inf at the first network; look for a division or a logarithm.")
+    return problem
+
+
+# ---- equations with known solutions -------------------------------------------------------------------
+
+
+def poisson(
+    dim: int = 2, widths: Sequence[int] = (32, 32), points: int = 600, boundary: int | None = None, seed: int = 0,
+    **options,
+) -> Equation:  # fmt: skip
+    """Poisson's equation ``Δu + f = 0`` on the unit cube of ``dim`` dimensions; see :func:`equation`.
+
+    The solution is ``Π sin(π x_i)`` in up to three dimensions, ``Σ cos(π x_i)`` in more, where a product all but
+    vanishes (the choice of Dangel et al. 2024, section 4).
+    """
+    check_count("dim", dim, least=1)
+    solution, eigenvalue = (_product, dim * pi**2) if dim <= 3 else (_cosines, pi**2)
+    operator = partial(_poisson, solution=solution, eigenvalue=eigenvalue)
+    return equation(operator, solution, ((0.0, 1.0),) * dim, widths=widths, points=points, boundary=boundary,
+                    seed=seed, **{"name": f"Poisson in {dim} dimension{'s' * (dim > 1)}", **options})  # fmt: skip
+
+
+def heat(
+    dim: int = 1, widths: Sequence[int] = (32, 32), points: int = 600, boundary: int | None = None, seed: int = 0,
+    *, diffusivity: float = 0.1, **options,
+) -> Equation:  # fmt: skip
+    """The heat equation ``∂_t u = κ Δu`` on the unit cube for one unit of time; see :func:`equation`.
+
+    The solution is ``exp(−κ π² dim · t) Π sin(π x_i)``.
+    """
+    check_count("dim", dim, least=1)
+    κ = check_number("diffusivity", diffusivity, 0.0, float("inf"), open_low=True)
+    return equation(partial(_heat, diffusivity=κ), partial(_decay, rate=κ * pi**2 * dim), ((0.0, 1.0),) * (dim + 1),
+                    time=True, widths=widths, points=points, boundary=boundary, seed=seed,
+                    **{"name": f"heat, {dim} + 1 dimensions", **options})  # fmt: skip
+
+
+def burgers(
+    widths: Sequence[int] = (32, 32), points: int = 600, boundary: int | None = None, seed: int = 0,
+    *, viscosity: float = 0.05, **options,
+) -> Equation:  # fmt: skip
+    """Burgers' equation ``∂_t u + u ∂_x u = ν ∂_xx u`` for t in [0, 1] and x in [−1, 1]; see :func:`equation`.
+
+    The solution is a front that travels with speed ½, ``u = 1 / (1 + exp((x − t/2) / 2ν))``.
+    """
+    ν = check_number("viscosity", viscosity, 0.0, float("inf"), open_low=True)
+    return equation(partial(_burgers, viscosity=ν), partial(_front, viscosity=ν), ((0.0, 1.0), (-1.0, 1.0)),
+                    time=True, widths=widths, points=points, boundary=boundary, seed=seed,
+                    **{"name": "Burgers", **options})  # fmt: skip
+
+
+def _poisson(x: Tensor, u: Jet, *, solution: Solution, eigenvalue: float) -> Tensor:
+    return u.laplacian + eigenvalue * solution(x)
+
+
+def _product(x: Tensor) -> Tensor:
+    return torch.sin(pi * x).prod(-1)
+
+
+def _cosines(x: Tensor) -> Tensor:
+    return torch.cos(pi * x).sum(-1)
+
+
+def _heat(x: Tensor, u: Jet, *, diffusivity: float) -> Tensor:
+    return u.gradient[:, 0] - diffusivity * u.laplacian
+
+
+def _decay(x: Tensor, *, rate: float) -> Tensor:
+    return torch.exp(-rate * x[:, 0]) * _product(x[:, 1:])
+
+
+def _burgers(x: Tensor, u: Jet, *, viscosity: float) -> Tensor:
+    return u.gradient[:, 0] + u.value * u.gradient[:, 1] - viscosity * u.laplacian
+
+
+def _front(x: Tensor, *, viscosity: float) -> Tensor:
+    return torch.sigmoid((x[:, 0] / 2 - x[:, 1]) / (2 * viscosity))
+
+
+# ---- points -------------------------------------------------------------------------------------------
+
+
+def check_points(x: Tensor, box: Box) -> None:
+    """Refuse what is not a tensor of points (n, d) in the box."""
+    check_type("points", x, Tensor)
+    if x.ndim != 2 or x.shape[1] != len(box):
+        raise ValueError(f"Points in {len(box)} coordinates have shape (n, {len(box)}); got {tuple(x.shape)}.")
+    low, high = torch.tensor(box, dtype=x.dtype, device=x.device).T
+    outside = ~((x >= low) & (x <= high)).all(1)
+    if outside.any():
+        n = int(outside.nonzero()[0, 0])
+        raise ValueError(
+            f"{int(outside.sum())} of {len(x)} points lie outside the box {list(box)}; the first is number {n}, "
+            f"{[float(f'{c:.4g}') for c in x[n].tolist()]}."
+        )
+
+
+def _checked_box(box: Box) -> tuple[tuple[float, float], ...]:
+    try:
+        checked = tuple((float(low), float(high)) for low, high in box)
+    except (TypeError, ValueError):
+        raise TypeError(f"box holds (low, high) for every coordinate; got {box!r}.") from None
+    if not checked or not all(-float("inf") < low < high < float("inf") for low, high in checked):
+        raise ValueError(f"Every side of the box goes from low to a greater high, both finite; got {box!r}.")
+    return checked
+
+
+def _inside(box: Box, n: int, generator: torch.Generator) -> Tensor:
+    """Uniform points (n, d)."""
+    low, high = torch.tensor(box, dtype=torch.float64).T
+    return low + (high - low) * torch.rand(n, len(box), generator=generator, dtype=torch.float64)
+
+
+def _on_faces(box: Box, time: bool, n: int, generator: torch.Generator) -> Tensor:
+    """Points (n, d), uniform on each face of the box in turn, but the last moment of time."""
+    x = _inside(box, n, generator)
+    faces = [(axis, end) for axis in range(len(box)) for end in (0, 1) if not (time and axis == 0 and end == 1)]
+    for i, (axis, end) in enumerate(faces):
+        x[i :: len(faces), axis] = box[axis][end]
+    return x
+
+
+def _check_values(what: str, values: object, n: int) -> None:
+    """One finite number for each point; what a residual holds is looked at where it is captured."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{what} must return a tensor; got {type(values).__name__}.")
+    if values.shape != (n,):
+        raise ValueError(f"{what} must return one number for each of {n} points, ({n},); got {tuple(values.shape)}.")

@@ -1,0 +1,118 @@
+"""What every study is given: a model, a full batch of data, and the likelihood that joins them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..method.capture import capture, evaluation
+from ..method.checks import check_choice, check_count, check_seed
+from ..method.fisher import Fisher
+from ..method.likelihood import nll
+from ..method.partition import Partition
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, a full batch of data and the likelihood that joins them.
+
+    Attributes:
+        model: in training mode only where it has batch norm to settle; evaluated in eval mode.
+        inputs: (N, …), or a tuple of arguments of the model.
+        targets: see :func:`kfac_viz.nll`.
+        layers: names of those that the Fisher is to cover; None for all.
+    """
+
+    model: nn.Module
+    inputs: Tensor | tuple[Tensor, ...]
+    targets: Tensor
+    likelihood: str
+    name: str = ""
+    layers: tuple[str, ...] | None = None
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Of the model's forward pass."""
+        return self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
+
+    @property
+    def partition(self) -> Partition:
+        return Partition.from_model(self.model, self.layers)
+
+    def loss(self) -> Tensor:
+        """Mean negative log-likelihood of the batch in eval mode, a scalar."""
+        with evaluation(self.model):
+            return nll(self.model(*self.arguments), self.targets, self.likelihood)
+
+    def gradient(self) -> Tensor:
+        """Gradient of :meth:`loss` over the partition, (P,); leaves ``.grad`` alone."""
+        twin = replace(self, model=copy.deepcopy(self.model))
+        twin.loss().backward()
+        return self.partition.pack_grad(twin.model)
+
+    def capture(self, fisher: str = "exact", **options) -> Fisher:
+        """The Fisher of this problem; see :func:`kfac_viz.capture`."""
+        if fisher == "empirical":
+            options["targets"] = self.targets
+        options.setdefault("layers", self.layers)
+        return capture(self.model, self.inputs, likelihood=self.likelihood, fisher=fisher, **options)
+
+    def trained(self, steps: int, lr: float = 1e-2) -> Problem:
+        """A copy of the problem after full-batch Adam steps, deterministic."""
+        check_count("steps", steps, least=0)
+        model = copy.deepcopy(self.model)
+        twin = replace(self, model=model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            twin.loss().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        return twin
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Problem:
+        """A copy on another device or in another floating dtype."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
+
+        inputs = tuple(map(moved, self.inputs)) if isinstance(self.inputs, tuple) else moved(self.inputs)
+        model = copy.deepcopy(self.model).to(device, dtype)
+        return replace(self, model=model, inputs=inputs, targets=moved(self.targets))
+
+    def __repr__(self) -> str:
+        return f"Problem({self.name}, {len(self.arguments[0])} examples, {self.likelihood}, {self.partition})"
+
+
+class WithInput(nn.Sequential):
+    """Its modules one after another, and their input added to what they give."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def multilayer_perceptron(
+    widths: list[int], activation: str | None, seed: int, batch_norm: bool = False, residual: bool = False
+) -> nn.Sequential:
+    """Linear layers with PyTorch's own initialisation, drawn in float64 whatever the default dtype is."""
+    for width in widths:
+        check_count("Every width", width, least=1)
+    act: Callable[[], nn.Module] | None = None
+    if activation is not None:
+        act = ACTIVATIONS[check_choice("activation", activation, tuple(ACTIVATIONS))]
+    modules: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(check_seed(seed))
+        for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            layer: list[nn.Module] = [nn.Linear(fan_in, fan_out, dtype=torch.float64)]
+            if hidden := i < len(widths) - 2:
+                layer.extend([nn.BatchNorm1d(fan_out, dtype=torch.float64)] if batch_norm else [])
+                layer.extend([act()] if act is not None else [])
+            modules.extend([WithInput(*layer)] if residual and hidden and fan_in == fan_out and i else layer)
+    return nn.Sequential(*modules)
