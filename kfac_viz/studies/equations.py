@@ -186,8 +186,9 @@ def equation(
     x = problem.inputs[:, :-1]
     _check_values("The solution", problem.exact(x), len(x))
     with torch.no_grad():
-        if not model(problem.inputs.to(problem.inputs)).isfinite().all():
-            raise ValueError("The operator returns NaN or inf at the first network; look for a division or a logarithm.")
+        for what, values in (("solution", problem.exact(x)), ("operator", problem.model(problem.inputs))):
+            if not values.isfinite().all():
+                raise ValueError(f"The {what} returns NaN or inf; look for a division, a root or a logarithm.")
     return problem
 
 
@@ -311,7 +312,7 @@ def _on_faces(box: Box, time: bool, n: int, generator: torch.Generator) -> Tenso
 
 
 def _check_values(what: str, values: object, n: int) -> None:
-    """One finite number for each point; what a residual holds is looked at where it is captured."""
+    """Refuse what is not one number for each point."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{what} must return a tensor; got {type(values).__name__}.")
     if values.shape != (n,):
