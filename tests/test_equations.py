@@ -123,7 +123,7 @@ def test_what_a_reader_can_get_wrong_is_said_in_words():
     def build(operator=lambda x, u: u.laplacian, solution=lambda x: x[:, 0], box=((0, 1), (0, 1)), **options):
         return kv.problems.equation(operator, solution, box, points=options.pop("points", 8), **options)
 
-    with pytest.raises(ValueError, match=r"operator must return one number for each of 10 points, \(10,\); got \(10, 2"):
+    with pytest.raises(ValueError, match=r"operator must return one number for each of 10 points, \(10,\); got \(10, "):
         build(lambda x, u: u.gradient)
     with pytest.raises(ValueError, match=r"operator must return .* got \(10, 1\)"):
         build(lambda x, u: u.laplacian[:, None])
