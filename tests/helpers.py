@@ -149,8 +149,8 @@ ZOO = {
 def targets_for(outputs: Tensor, likelihood: str, seed: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if likelihood == "categorical":
-        return torch.randint(0, outputs.shape[-1], outputs.shape[:-1], generator=generator)
-    y = torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
+        return torch.randint(0, outputs.shape[-1], outputs.shape[:-1], generator=generator).to(outputs.device)
+    y = torch.rand(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
     return y if likelihood == "bernoulli" else 3 * y - 1
 
 
