@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .checks import check_count, check_seed, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace, gram_schmidt
+from .decompositions import cholesky, eigh
 from .kronecker import KroneckerFactors, LeadingEigenvectors
-from .operator import Operator, check_same_space, check_symmetric, cholesky, eigh
+from .operator import Operator, check_same_space, check_symmetric
 from .partition import Layer
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random", "optimal")

@@ -14,7 +14,9 @@ from .checks import check_choice, check_room, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace
 from .kronecker import CONVENTIONS, KroneckerFactors
 from .operator import Image, Operator
+from .parameter_space import ParameterSpace
 from .partition import Partition
+from .sample_space import SampleSpace
 from .stacks import Stacks
 
 _CHUNK = 2**24  # numbers in a temporary: 128 MiB of float64
@@ -150,6 +152,11 @@ class Fisher(Operator):
                 weighted = torch.einsum("...snto,...sn->...nto", g, s.unsqueeze(-3) if len(members) > 1 else s)
             pairs.append((weighted.flatten(-3, -2).mT, a.flatten(-3, -2)))
         return self._stacks.add_products_(v, pairs, alpha)
+
+    @cached_property
+    def exact(self) -> ParameterSpace | SampleSpace:
+        """The smaller of the two: both cost the cube of their size."""
+        return SampleSpace(self) if self.S * self.N < self.partition.size else ParameterSpace(self)
 
     def dense(self) -> Tensor:
         """The matrix (P, P), from the blocks on and above the diagonal: N P² products, not S N P²."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_type
+from .decompositions import Eigenvalues, inverse
 from .fisher import Fisher
 from .kronecker import KroneckerFactors
-from .operator import Eigenvalues, inverse
 from .preconditioner import Preconditioner
 
 RULES = ("eigen", "factored")

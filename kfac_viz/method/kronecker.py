@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_type
-from .operator import Eigen, eigenpairs, psd_eigens
+from .decompositions import Eigen, eigenpairs, psd_eigens
 from .partition import Partition
 
 CONVENTIONS = ("expand", "reduce")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_damping, check_type
+from .decompositions import Eigenvalues, inverse, psd_eigens
 from .kronecker import KroneckerFactors
-from .operator import Eigenvalues, Operator, inverse, psd_eigens, replace
+from .operator import Operator, replace
 
 
 class Preconditioner(Operator):

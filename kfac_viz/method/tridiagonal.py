@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_type
+from .decompositions import cholesky
 from .fisher import Fisher
 from .kfac import shifted
-from .operator import cholesky
 from .preconditioner import Preconditioner
 
 

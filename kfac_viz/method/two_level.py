@@ -9,17 +9,8 @@ from torch import Tensor
 
 from .checks import check_choice, check_damping, check_type
 from .columns import CoarseSpace
-from .operator import (
-    Damped,
-    DampedImage,
-    Eigenvalues,
-    Image,
-    Operator,
-    check_same_space,
-    check_symmetric,
-    eigenpairs,
-    replace,
-)
+from .decompositions import Eigenvalues, eigenpairs
+from .operator import Damped, DampedImage, Image, Operator, check_same_space, check_symmetric, replace
 from .preconditioner import Preconditioner
 
 CORRECTIONS = ("additive", "a-def1", "a-def2", "balanced")

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Annotated
 
 from .. import KFAC, CoarseSpace, Damped, Dense, TwoLevel, coarse, spectrum
-from ..method.operator import cholesky
+from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, Widths, check
 from ..show import FAINT, METHODS, SPACES, CurveView, Plot, plain_numbers
 from .curves import Curve, Study, over_seeds, seeds, share

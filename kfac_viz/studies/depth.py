@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .. import KFAC, BlockDiagonal, Damped, Dense, Diagonal, Identity, Operator, Partition, TwoLevel, coarse, spectrum
-from ..method.operator import cholesky
+from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
 from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers, styled
 from . import problems

@@ -1,0 +1,212 @@
+"""The exact step at any size: ``F = JᵀJ/N`` solved through the inner products of its S·N scores, the rows of J.
+
+``K = J Jᵀ / N`` has the non-zero eigenvalues of F, so that one decomposition of S·N numbers a side serves every λ
+(natural gradients by Woodbury's identity: arXiv 2505.12149, where it is called ENGD-W; Rende et al. 2024, minSR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .checks import check_room, warn
+from .decompositions import Eigen, check_invertible, cholesky, eigvalsh, psd_eigen
+
+REFINEMENTS = 5  # of a solution whose residual still comes down
+ACCURATE = 1e-6  # relative residual above which a solution is told to be none
+_CHUNK = 2**24  # numbers in a temporary
+
+
+class HasScores(Protocol):
+    """What is needed of a Fisher."""
+
+    N: int
+    S: int
+    a: Sequence[Tensor]
+    g: Sequence[Tensor]
+
+    def scores(self, v: Tensor) -> Tensor: ...
+    def pull(self, s: Tensor) -> Tensor: ...
+
+
+class SampleSpace:
+    """A Fisher F as seen by its S·N scores, with solutions of ``(F + λI) v = r`` and no P×P matrix.
+
+    Attributes:
+        F: a :class:`kfac_viz.Fisher`.
+        size: S·N.
+        residual: ``‖r − (F + λI) v‖ / ‖r‖`` of the last solution, the largest of several; None before the first.
+    """
+
+    def __init__(self, F: HasScores) -> None:
+        self.F, self.size = F, F.S * F.N
+        self.residual: float | None = None
+
+    # ---- the matrix ------------------------------------------------------------------------------------
+
+    def kernel(self, l: int) -> Tensor:
+        """``K_l = J_l J_lᵀ / N`` of layer l, (S·N, S·N), with rows and columns in the order of (s, n)."""
+        return self._add_kernel_(self._zeros(), l)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """``K = Σ_l K_l``, (S·N, S·N)."""
+        K = self._zeros()
+        for l in range(len(self.F.a)):
+            self._add_kernel_(K, l)
+        return K
+
+    @cached_property
+    def eigen(self) -> Eigen:
+        """Ascending eigenvalues of K, which are those of F but for zeros, and its eigenvectors."""
+        return psd_eigen(self.matrix, "The matrix of inner products")
+
+    def _zeros(self) -> Tensor:
+        what = f"A matrix of {self.size} × {self.size} inner products"
+        check_room(what, 3 * self.size**2, self.F.a[0], "take fewer examples, or one label for each: fisher='mc'")
+        return self.F.a[0].new_zeros(self.size, self.size)
+
+    def _add_kernel_(self, K: Tensor, l: int) -> Tensor:
+        """K_l added to K, some rows at a time: by inner products of inputs and of vectors, ``T² (in / S + out)``
+        multiplications for a pair of scores, or of the scores themselves, ``in · out``; whichever is cheaper."""
+        a, g = self.F.a[l], self.F.g[l]
+        T, out, features = *g.shape[2:], a.shape[-1]
+        if a.ndim == 3 and T * T * (features / self.F.S + out) <= features * out:
+            return self._add_inner_products_(K, a, g)
+        size = max(1, _CHUNK // (features * out))
+        starts = range(0, self.size, size)
+        few = len(starts) <= 4  # then the scores are kept
+        chunks = [_scores(a, g, i, size) for i in starts] if few else []
+        for i in starts:
+            mine = chunks[i // size] if few else _scores(a, g, i, size)
+            for j in starts[i // size :]:
+                block = mine @ (chunks[j // size] if few else _scores(a, g, j, size)).T / self.F.N
+                K[i : i + size, j : j + size] += block
+                if i != j:
+                    K[j : j + size, i : i + size] += block.T
+        return K
+
+    def _add_inner_products_(self, K: Tensor, a: Tensor, g: Tensor) -> Tensor:
+        S, N, T = g.shape[:3]
+        size = max(1, _CHUNK // (S * N * T * T))
+        for n in range(0, N, size):
+            inputs = (a[n : n + size].flatten(0, 1) @ a.flatten(0, 1).T).unflatten(0, (-1, T)).unflatten(-1, (N, T)) / N
+            for s in range(S):
+                vectors = g[s, n : n + size].flatten(0, 1) @ g.flatten(0, 2).T
+                vectors = vectors.unflatten(0, (-1, T)).unflatten(-1, (S, N, T))
+                if T == 1:
+                    rows = vectors[:, 0, :, :, 0] * inputs[:, 0, None, :, 0]
+                else:
+                    rows = torch.einsum("ptsnu,ptnu->psn", vectors, inputs)
+                K[s * N + n : s * N + n + len(rows)] += rows.flatten(1)
+        return K
+
+    # ---- what follows from it --------------------------------------------------------------------------
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Ascending eigenvalues of F, (S·N,): all of them that are not zero."""
+        return self.eigen.d
+
+    def leading(self, k: int) -> Eigen:
+        """The k largest eigenvalues of F, descending, and its eigenvectors (P, k): ``Jᵀ u / √(N d)``."""
+        d, U = (x.flip(-1)[..., :k] for x in self.eigen)
+        rows = self.F.pull(U.mT.unflatten(-1, (self.F.S, self.F.N)))
+        return Eigen(d, (rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)).mT)
+
+    def norms(self) -> Tensor:
+        """``‖F_lm‖`` in the Frobenius norm, (L, L): the root of ``⟨K_l, K_m⟩``."""
+        L = len(self.F.a)
+        total = self.F.a[0].new_zeros(L, L)
+        if L * self.size**2 <= _CHUNK:
+            flat = torch.stack([self.kernel(l).flatten() for l in range(L)])
+            total = flat @ flat.T
+        else:
+            kernels = (self.kernel(l).flatten() for l in range(L))
+            for l, mine in enumerate(kernels):
+                total[l, l] = mine @ mine
+                for m in range(l + 1, L):
+                    total[l, m] = total[m, l] = mine @ self.kernel(m).flatten()
+        return total.clamp_min(0).sqrt()
+
+    def claims(self, damping: float) -> float:
+        """The largest eigenvalue of ``Σ_l K_l (K_l + λ)⁻¹``; see :meth:`kfac_viz.Damped.claims`."""
+        total = torch.zeros_like(self.matrix)
+        for l in range(len(self.F.a)):
+            d, U = psd_eigen(self.kernel(l), f"The matrix of layer {l}")
+            total.addmm_(U * (d / (d + damping)), U.T)
+        return float(eigvalsh(total, "The sum over layers")[-1])
+
+    def solve(self, r: Tensor, damping: float) -> Tensor:
+        """``(F + λI)⁻¹ r`` for r (P,) or (P, k): ``(r − Jᵀ (K + λ)⁻¹ J r / N) / λ``.
+
+        The difference loses the digits of λ_max / λ, which refinement finds again; a warning says where it does not.
+        """
+        rows = r.mT if r.ndim == 2 else r[None]
+        x = self._refined(torch.zeros_like(rows), rows, self._inverse(damping), damping)
+        return x.mT if r.ndim == 2 else x[0]
+
+    def solve_pulled(self, s: Tensor, damping: float) -> Tensor:
+        """``(F + λI)⁻¹ Jᵀ s / N = Jᵀ (K + λ)⁻¹ s / N``, (P,), for s (S, N), which loses half as many digits.
+
+        The gradient of a loss is such a vector: for squares, with exact vectors, s is ``output − target``.
+        """
+        inverse = self._inverse(damping)
+        x, r = (self.F.pull(y.view(1, self.F.S, self.F.N) / self.F.N) for y in (inverse(s.reshape(1, -1)), s))
+        return self._refined(x, r, inverse, damping)[0]
+
+    def _refined(self, x: Tensor, r: Tensor, inverse: Callable[[Tensor], Tensor], damping: float) -> Tensor:
+        """x (k, P) with its residual solved for as long as that makes it smaller."""
+        shape, N = (-1, self.F.S, self.F.N), self.F.N
+        norm = torch.linalg.vector_norm(r, dim=-1).clamp_min(torch.finfo(r.dtype).tiny)
+
+        def left(x: Tensor) -> tuple[Tensor, float]:
+            remaining = r - self.F.pull(self.F.scores(x) / N) - damping * x
+            return remaining, float((torch.linalg.vector_norm(remaining, dim=-1) / norm).max())
+
+        remaining, self.residual = left(x)
+        for _ in range(REFINEMENTS):
+            if self.residual < 4 * torch.finfo(r.dtype).eps:
+                break
+            s = inverse(self.F.scores(remaining).flatten(-2)).view(shape)
+            new = x + (remaining - self.F.pull(s / N)) / damping
+            remaining, residual = left(new)
+            if not residual < self.residual:
+                break
+            slow = residual > self.residual / 2
+            x, self.residual = new, residual
+            if slow:
+                break
+        if not self.residual < ACCURATE:
+            warn(
+                f"The exact step is not accurate, with a relative residual of {self.residual:.2g}: λ = {damping:g} is "
+                f"too small for {str(r.dtype).removeprefix('torch.')}. Take a larger λ, or double precision."
+            )
+        return x
+
+    def _inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """The product with ``(K + λI)⁻¹``, from the eigenvectors where they are there, else by Cholesky."""
+        if "eigen" in vars(self):
+            d, U = self.eigen
+            check_invertible((0.0, float(d[-1])), self.size + 1, damping, d.dtype, "The matrix")
+            return lambda s: ((s @ U) / (d + damping)) @ U.T
+        K = self.matrix
+        largest = float(torch.linalg.matrix_norm(K))
+        check_invertible((0.0, largest), self.size + 1, damping, K.dtype, "The matrix")
+        L = cholesky(K + damping * torch.eye(self.size, dtype=K.dtype, device=K.device), "The matrix")
+        return lambda s: torch.cholesky_solve(s.mT, L).mT
+
+    def __repr__(self) -> str:
+        last = "" if self.residual is None else f", relative residual of the last solution {self.residual:.1g}"
+        return f"sample space, {self.size} × {self.size} inner products of scores{last}"
+
+
+def _scores(a: Tensor, g: Tensor, start: int, size: int) -> Tensor:
+    """Some scores of one layer, (≤ size, out · features), counted through (s, n)."""
+    rows = torch.arange(start, min(start + size, g.shape[0] * g.shape[1]), device=g.device)
+    s, n = rows.div(g.shape[1], rounding_mode="floor"), rows % g.shape[1]
+    return torch.einsum("rto,rti->roi", g[s, n], a[n] if a.ndim == 3 else a[s, n]).flatten(1)
