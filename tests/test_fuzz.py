@@ -10,7 +10,7 @@ import torch
 
 import kfac_viz as kv
 from kfac_viz.method import capture as capturing
-from kfac_viz.method import checks, fisher, kfac, krylov, operator, two_level
+from kfac_viz.method import checks, decompositions, fisher, kfac, krylov, operator, two_level
 from kfac_viz.train import curvature, optimizer
 from kfac_viz.train import update as updating
 
@@ -100,7 +100,7 @@ PLANTED = {
     ),
     "raw error": ("operators", (kfac.KFAC, "_damp"), breaks, "raw RuntimeError in preconditioner.Preconditioner._init"),
     "somebody else's sentence": ("operators", (kfac.KFAC, "_damp"), borrowed, "raw ValueError"),
-    "refusal": ("operators", (operator, "check_invertible"), refuses, "an ordinary case is refused"),
+    "refusal": ("operators", (decompositions, "check_invertible"), refuses, "an ordinary case is refused"),
     "solve": ("operators", (operator.Damped, "solve"), scaled(operator.Damped.solve), "damped.solve is wrong"),
     "NaN": ("twolevel", (two_level.TwoLevel, "dense"), nan_inside, r"dense\(\) holds NaN or inf"),
     "correction": (

@@ -14,9 +14,9 @@ ROOT = Path(kv.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 # Each may import those before it.
 METHOD = (
-    "checks", "stacks", "layers", "partition", "columns", "operator", "likelihood", "kronecker", "fisher", "uses",
-    "record", "witness", "capture", "kronecker_fisher", "preconditioner", "kfac", "tridiagonal", "coarse", "two_level",
-    "krylov",
+    "checks", "decompositions", "stacks", "layers", "partition", "columns", "parameter_space", "sample_space",
+    "operator", "likelihood", "kronecker", "fisher", "uses", "record", "witness", "capture", "kronecker_fisher",
+    "preconditioner", "kfac", "tridiagonal", "coarse", "two_level", "krylov",
 )  # fmt: skip
 TRAIN = ("options", "statistics", "curvature", "state", "update", "optimizer")
 CORE = (*(f"method.{name}" for name in METHOD), *(f"train.{name}" for name in TRAIN))

@@ -237,8 +237,9 @@ class Damped(Operator):
 
     def effective_dimension(self) -> float:
         """``Σ d / (d + λ)`` over the eigenvalues d of B: how many directions the data decide, not λ."""
+        self._check_above_zero("The effective dimension")
         d = self.operator.exact.eigenvalues
-        return float((d / (d + self.damping).clamp_min(torch.finfo(d.dtype).tiny)).sum())
+        return float((d / (d + self.damping)).sum())
 
     def claims(self) -> float:
         """How many layers claim one direction: the largest eigenvalue of ``Σ_l H_l``, from below 1 to L.
@@ -246,7 +247,12 @@ class Damped(Operator):
         ``H_l = J_l (B_ll + λ)⁻¹ J_lᵀ / N`` is what an exact step of layer l alone does to the outputs. Where several
         layers take the same step, their sum is that many times too long: why block methods overshoot.
         """
+        self._check_above_zero("The number of layers that claim one direction")
         return self.operator.exact.claims(self.damping)
+
+    def _check_above_zero(self, what: str) -> None:
+        if not self.damping > 0:
+            raise ValueError(f"{what} is asked for at a damping above 0; got 0.")
 
     def with_damping(self, damping: float) -> Damped:
         """The same operator at another λ."""

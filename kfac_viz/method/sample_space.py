@@ -119,19 +119,21 @@ class SampleSpace:
         return Eigen(d, (rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)).mT)
 
     def norms(self) -> Tensor:
-        """``‖F_lm‖`` in the Frobenius norm, (L, L): the root of ``⟨K_l, K_m⟩``."""
-        L = len(self.F.a)
+        """``‖F_lm‖`` in the Frobenius norm, (L, L): the root of ``⟨K_l, K_m⟩``, exact to half the digits of the dtype
+        beside ``(‖F_ll‖ ‖F_mm‖)^½``."""
+        L, flat = len(self.F.a), self.size**2
         total = self.F.a[0].new_zeros(L, L)
-        if L * self.size**2 <= _CHUNK:
-            flat = torch.stack([self.kernel(l).flatten() for l in range(L)])
-            total = flat @ flat.T
+        scale = self.matrix.abs().max().clamp_min(torch.finfo(total.dtype).tiny)  # so that no square overflows
+        if L * flat <= _CHUNK:
+            K = torch.stack([self.kernel(l).flatten() for l in range(L)]) / scale
+            total = K @ K.T
         else:
-            kernels = (self.kernel(l).flatten() for l in range(L))
-            for l, mine in enumerate(kernels):
+            for l in range(L):
+                mine = self.kernel(l).flatten() / scale
                 total[l, l] = mine @ mine
                 for m in range(l + 1, L):
-                    total[l, m] = total[m, l] = mine @ self.kernel(m).flatten()
-        return total.clamp_min(0).sqrt()
+                    total[l, m] = total[m, l] = mine @ self.kernel(m).flatten() / scale
+        return total.clamp_min(0).sqrt() * scale
 
     def claims(self, damping: float) -> float:
         """The largest eigenvalue of ``Σ_l K_l (K_l + λ)⁻¹``; see :meth:`kfac_viz.Damped.claims`."""
