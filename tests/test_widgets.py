@@ -251,8 +251,9 @@ class TestExplore:
         kept = torch.block_diag(*(torch.kron(G, A) for A, G in (F.factors(l, l) for l in range(2))))
         assert torch.allclose(panel.result.blocks, kept, rtol=1e-12, atol=0)
 
-    def test_too_large_a_model_is_refused(self):
-        with pytest.raises(ValueError, match="has 10100 parameters"):
+    def test_too_large_a_model_and_batch_are_refused(self, monkeypatch):
+        monkeypatch.setattr("kfac_viz.studies.layer_map.MOST_SCORES", 400)
+        with pytest.raises(ValueError, match="has 10100 parameters and the batch 5 examples with 100 vectors each"):
             kv.explore(torch.nn.Linear(100, 100), torch.randn(5, 100), likelihood="gaussian")
 
 

@@ -136,6 +136,52 @@ class PairView:
             text.set(text=format(value, self.form), color="white" if value > 0.6 * self.limit else INK)
 
 
+class LayerMap:
+    """One non-negative number for each pair of layers of any network, on a logarithmic scale of three decades."""
+
+    DECADES = 3
+
+    def __init__(self, ax: Axes, partition: Partition, title: str) -> None:
+        self.ax, self.partition, self.title = ax, partition, title
+        L = len(partition)
+        self.image = ax.imshow(np.zeros((L, L)), cmap="Blues", vmin=-self.DECADES, vmax=0, interpolation="nearest")
+        numbers = [str(l + 1) for l in range(L)]
+        shown = range(0, L, 1 + L // 25)
+        names = [layer.name.split(".")[-1] for layer in partition.layers]
+        told = [f"{l + 1}: {partition.layers[l].out} × {partition.layers[l].features}" if names[l].isdecimal()
+                else f"{l + 1}: {names[l]}" for l in range(L)]  # fmt: skip
+        ax.set_xticks(shown, [numbers[l] for l in shown])
+        ax.set_yticks(shown, [told[l] for l in shown])
+        ax.set(title=title)
+        ax.tick_params(length=0)
+        x, y, width, height = ax.get_position().bounds
+        side = ax.figure.add_axes((x + 1.04 * width, y, 0.035 * width, height))
+        bar = ax.figure.colorbar(self.image, cax=side, ticks=range(-self.DECADES, 1))
+        bar.outline.set_visible(False)
+        self.scale = bar.ax
+        self.artists = [self.image]
+
+    def update(self, values: NDArray, limit: float) -> None:
+        """Show other numbers; ``limit`` is where the colours end."""
+        self.values = values
+        self.image.set_data(np.log10(np.clip(values / (limit or 1.0), 10.0**-self.DECADES, 1)))
+        self.scale.set_yticklabels([number(limit * 10.0**k, 2) for k in range(-self.DECADES, 1)])
+
+    def words(self) -> str:
+        l, m = np.unravel_index(self.values.argmax(), self.values.shape)
+        return f"{self.title}: largest for layers {l + 1} and {m + 1}, {number(self.values[l, m])}."
+
+    def regions(self) -> list[tuple[float, float, float, float, str]]:
+        """For each pair of layers its place as shares of the figure, and its number with the names of both."""
+        x, y, width, height = self.ax.get_position().bounds
+        L, layers = len(self.partition), self.partition.layers
+        return [
+            (x + m * width / L, 1 - y - height + l * height / L, width / L, height / L,
+             f"{self.title}, layers {l + 1} ({layers[l]}) and {m + 1} ({layers[m]}): {number(self.values[l, m])}")
+            for l, m in np.ndindex(L, L)
+        ]  # fmt: skip
+
+
 class ColourBar:
     """The linear–logarithmic scale of some views, below them; its numbers are texts that :meth:`update` sets."""
 

@@ -10,6 +10,7 @@ from .style import MUTED, rc
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HEAD = 0.6  # inches, for the headline and the line below it
@@ -107,3 +108,8 @@ class Plot(ABC):
     def text(self, left: float, top: float, words: str = "", **style: Any) -> Artist:
         """A text in inches from the upper left corner."""
         return self.figure.text(left / self.size[0], 1 - top / self.size[1], words, **style)
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Axes in inches from the upper left corner, for a plot without layout: nothing moves when texts change."""
+        W, H = self.size
+        return self.figure.add_axes((left / W, 1 - (top + height) / H, width / W, height / H))

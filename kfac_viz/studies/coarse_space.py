@@ -301,7 +301,7 @@ class CoarseSpacePlot(Plot):
     def build(self, result: CoarseSpaceResult) -> None:
         self.views, self.notes = {}, {}
         for name, (letters, left, title) in MATRICES.items():
-            view = self.views[name] = self.add(MatrixView(self._axes(left, 1.1, 2.05, 2.05), result.partition, letters,
+            view = self.views[name] = self.add(MatrixView(self.axes(left, 1.1, 2.05, 2.05), result.partition, letters,
                                                           pixels=240))  # fmt: skip
             view.ax.set(title="", xlabel="", ylabel="")
             self.text(left, 0.83, title, weight="bold")
@@ -309,9 +309,9 @@ class CoarseSpacePlot(Plot):
             if name in ("blocks", "added"):
                 view.ax.set_yticks([])
         self.views["fisher"].name_layers()
-        self.bars = [self.add(ColourBar(self._axes(left, 3.4, 4.25, 0.09))) for left in (0.87, 5.52)]
-        self._build_spectra(self._axes(0.87, 4.15, 4.25, 1.5), result)
-        self._build_captured(self._axes(6.95, 4.2, 1.95, 1.5))
+        self.bars = [self.add(ColourBar(self.axes(left, 3.4, 4.25, 0.09))) for left in (0.87, 5.52)]
+        self._build_spectra(self.axes(0.87, 4.15, 4.25, 1.5), result)
+        self._build_captured(self.axes(6.95, 4.2, 1.95, 1.5))
 
     def _build_spectra(self, ax: Axes, result: CoarseSpaceResult) -> None:
         P = result.partition.size
@@ -391,11 +391,6 @@ class CoarseSpacePlot(Plot):
             f"{number(other[-1])} with the correction. Captured at the best length, with one length per layer, and "
             f"unscaled: {told}."
         )
-
-    def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes in inches from the upper left corner: nothing moves when texts change."""
-        W, H = self.size
-        return self.figure.add_axes((left / W, 1 - (top + height) / H, width / W, height / H))
 
 
 def stretched(rank, P: int):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .. import Partition
 from ..method.likelihood import output_vectors
 from .coarse_space import CoarseSpacePlot, run_on
+from .layer_map import LayerMapPlot, few_enough_scores, run_layers_of
 from .problems import Problem
-from .setting import Setting, small_enough
+from .setting import LARGEST, Setting
 
 if TYPE_CHECKING:
     from ..show.panel import Panel
@@ -29,7 +30,11 @@ def explore(
     layers: Sequence[str] | None = None,
     **values: Any,
 ) -> Panel:
-    """The playground on the reader's own network, of some hundred parameters; the model is left as it is.
+    """The playground on the reader's own network; the model is left as it is.
+
+    Up to 2,500 parameters matrices are drawn entry by entry; of larger networks, up to millions of parameters, the norm
+    of the block of each pair of layers. Spectra, captured decreases and the effective dimension are exact either way,
+    as long as the batch has no more than 8,192 scores, examples times vectors: ``fisher="mc"`` has one for an example.
 
     Args:
         model: of any kind whose parameters :func:`kfac_viz.capture` sees, a transformer too; a copy in double precision
@@ -43,14 +48,14 @@ def explore(
         values: where the controls start, such as ``damping=0.1``.
 
     Raises:
-        ValueError, TypeError: too many parameters for P×P matrices, or what :func:`kfac_viz.capture` refuses.
+        ValueError, TypeError: too many parameters and too many scores, or what :func:`kfac_viz.capture` refuses.
     """
     from ..show.panel import Panel
 
     names = Partition.from_model(model, layers).names  # refuses what has no layers, in words
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     problem = Problem(model, inputs, targets, likelihood, type(model).__name__, names).to(dtype=torch.float64)
-    small_enough(problem).model.eval()
+    problem.model.eval()
     if targets is None:
         problem.capture(fisher)  # refuses the rest, in words, before a label is drawn
         with torch.no_grad():
@@ -58,7 +63,10 @@ def explore(
         means = {"categorical": outputs.softmax(-1), "bernoulli": outputs.sigmoid()}.get(likelihood, outputs)
         drawn = means - output_vectors(outputs, likelihood, "mc")[0]
         problem = replace(problem, targets=drawn.argmax(-1) if likelihood == "categorical" else drawn)
-    run = run_on(Setting(problem, fisher))
+    setting = Setting(problem, fisher)
+    small = problem.partition.size <= LARGEST
+    run = run_on(setting) if small else run_layers_of(few_enough_scores(setting))
+    plot = CoarseSpacePlot if small else LayerMapPlot
 
     def capture_line(flavour: str) -> str:
         labels = ", targets" * (flavour == "empirical")
@@ -80,4 +88,4 @@ def explore(
             f"T = kv.TwoLevel(A, M, {space}, {values['correction']!r})"
         )
 
-    return Panel(run, CoarseSpacePlot, reproduce=reproduce, **values)
+    return Panel(run, plot, reproduce=reproduce, **values)

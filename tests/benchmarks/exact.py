@@ -1,7 +1,7 @@
 """What the exact step costs: in the space of the scores and in that of the parameters, where both can be had.
 
-Multilayer perceptrons from some hundred parameters to the 2.8 million of the 2020 paper's autoencoder, 512 examples with
-one drawn label each, double precision, median of three. ``residual`` is that of the system, ``apart`` the distance of
+Multilayer perceptrons from some hundred parameters to the 2.8 million of the 2020 paper's autoencoder, one drawn label
+for each example, double precision, median of three. ``residual`` is that of the system, ``apart`` the distance of
 the two solutions.
 
     python tests/benchmarks exact [--device cuda]
@@ -55,13 +55,14 @@ def row(name: str, widths: tuple[int, ...], examples: int, device: str) -> dict:
         other = None
         if F.partition.size <= LARGEST:
             other = measure("in_parameters", lambda: ParameterSpace(F).solve(g, DAMPING))  # noqa: B023
+    apart = "" if other is None else f"{float((v - other).norm() / other.norm()):.1e}"
     residual = float((g - F.damped(DAMPING) @ v).norm() / g.norm())
     d = space.eigenvalues
     return {
         "network": name, "parameters": F.partition.size, "examples": examples,
         **{f"{what}_s": f"{statistics.median(t):.3g}" for what, t in times.items()},
         **({} if other is not None else {"in_parameters_s": ""}),
-        "residual": f"{residual:.1e}", "apart": "" if other is None else f"{float((v - other).norm() / other.norm()):.1e}",
+        "residual": f"{residual:.1e}", "apart": apart,
         "effective_dimension": f"{float((d / (d + DAMPING)).sum()):.4g}", "claims": f"{claims:.4g}",
     }  # fmt: skip
 
