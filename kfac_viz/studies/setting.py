@@ -90,7 +90,7 @@ def setting(
             raise ValueError("The planted problem takes its width from the hidden layers; give at least one.")
         problem = problems.planted(len(widths) + 1, widths[0], n, seed, device=device)
     elif data == "attention":
-        problem = problems.attention(2 * (widths[0] // 2) if widths else 8, n, seed, device=device)
+        problem = problems.attention(max(2, 2 * (widths[0] // 2)) if widths else 8, n, seed, device=device)
     else:
         build = problems.autoencoder if data.startswith("auto") else problems.digits
         problem = build(widths, n, seed, side=int(data[-1]), device=device)
