@@ -382,3 +382,20 @@ def test_the_last_bits_do_not_change_their_number():
             found.add(kv.pcg(A, one.g, M, rtol=1e-6, reorthogonalize=orthogonal).iterations)
     assert len(counts[True]) == 1
     assert max(counts[True]) < min(counts[False])
+
+
+def test_how_many_of_two_layers_claim_one_direction_is_the_count_for_those_two():
+    from kfac_viz.studies.claims import _pairs, run_claims
+    from kfac_viz.studies.setting import setting
+
+    s = setting("digits4", (5, 4), 30, 0, 3)
+    pairs = _pairs(s, 0.01)
+    for l in range(3):
+        for m in range(l):
+            layers = [s.F.partition.names[i] for i in (m, l)]
+            two = kv.capture(s.problem.model, s.problem.inputs, likelihood="categorical", layers=layers)
+            assert pairs[l, m] == pytest.approx(two.damped(0.01).claims(), rel=2e-3)
+    result = run_claims(widths=(5, 4), n=30, repeats=2, steps=3)
+    for moment in ("untrained", "trained"):  # the count bounds the best factor from below
+        assert (result.of("length")[moment].low >= result.of("inverse")[moment].low * (1 - 1e-3)).all()
+        assert (result.of("claims")[moment].y <= 3 + 1e-9).all()

@@ -29,6 +29,7 @@ PICTURES = {  # run, plot, parameters, and what a slider changes
              measured=""),
         dict(damping_share=0.05, per_layer=2, steps=3),
     ),
+    "claims": (NETWORK | dict(repeats=2, steps=3), dict(damping=0.1, steps=5)),
     "speed": ({}, {}),
 }
 SMALLEST = 11  # pixels, of type in a picture of 900: what a panel has in a window of 1366 × 768

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..show.save import save
+from .claims import ClaimsPlot, ClaimsResult, run_claims
 from .coarse_sizes import CoarseSizesPlot, CoarseSizesResult, run_coarse_sizes
 from .coarse_space import CoarseSpacePlot, CoarseSpaceResult, run_coarse_space
 from .damping import DampingPlot, DampingResult, run_damping
@@ -15,6 +16,7 @@ from .origin import OriginPlot, OriginResult, run_origin
 from .playground import save_page
 from .speed import SpeedPlot, SpeedResult, run_speed
 
+plot_claims = ClaimsPlot.draw
 plot_coarse_sizes, plot_coarse_space, plot_damping = CoarseSizesPlot.draw, CoarseSpacePlot.draw, DampingPlot.draw
 plot_depth, plot_fisher, plot_kfac = DepthPlot.draw, FisherPlot.draw, KfacPlot.draw
 plot_origin, plot_speed = OriginPlot.draw, SpeedPlot.draw
@@ -28,6 +30,7 @@ NOTEBOOKS: dict[str, Callable] = {
     "04_where_it_comes_from": run_origin,
     "05_coarse_space": run_coarse_space,
     "05_coarse_space_sizes": run_coarse_sizes,
+    "06_claims": run_claims,
     "06_depth": run_depth,
     "09_speed": run_speed,
 }

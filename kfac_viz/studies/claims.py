@@ -1,0 +1,203 @@
+"""How many layers claim one direction: why steps that are right for each layer are too long for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .. import BlockDiagonal, Dense
+from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
+from ..show import INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers
+from .curves import Curve, Study, by_key, curve, rounded, seeds
+from .exercises import exercise
+from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, setting, shares
+from .threads import one_thread
+
+MOMENTS = ("untrained", "trained")
+
+
+@dataclass(frozen=True, eq=False)
+class ClaimsResult(Study):
+    """Curves over λ for the two moments: ``claims``; of the step of exact layer blocks its ``length``, the best factor,
+     what it captures as it is (``captured``) and at that length (``at_best_length``); and ``inverse``,
+    ``1 / λ_max(M A)`` with M the exact blocks: no more than 1/claims, no less than 1/(1 + claims), and below the best
+    factor, since ``vᵀA v ≤ λ_max(M A) gᵀv`` for v = M g.
+
+    Attributes:
+        pairs: for each moment, how many of each two layers claim one direction at λ, (L, L): the largest eigenvalue of
+            ``H_l + H_m``, where λ is small 1 plus the cosine of the angle between what they can do to the outputs.
+        layers: L.
+    """
+
+    pairs: Mapping[str, NDArray]
+    layers: int
+
+    @property
+    def headline(self) -> str:
+        λ, found = self.parameters["damping"], {}
+        for quantity in ("claims", "length"):
+            found[quantity] = [value(self.of(quantity)[moment], λ) for moment in MOMENTS]
+        first, then = (number(round(x, 1)) for x in found["claims"])
+        before, after = (number(round(1 / x, 1)) for x in found["length"])
+        return (f"{first} of {self.layers} layers claim one direction, {then} after training: exact blocks step "
+                f"{before} and {after} times too far")  # fmt: skip
+
+
+def value(c: Curve, x: float) -> float:
+    """The curve at x, between its points."""
+    return float(np.interp(np.log(x), np.log(c.x), c.y))
+
+
+@one_thread()
+def run_claims(
+    *,
+    damping: Annotated[float, DAMPINGS] = 1e-2,
+    data: Data = "digits4",
+    widths: Widths = (10, 10, 10, 10, 10),
+    steps: Steps = 300,
+    n: Examples = 500,
+    repeats: Repeats = 5,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> ClaimsResult:
+    """Count the layers that take the same step, over λ, before and after training.
+
+    Args:
+        damping: λ, marked in the curves, and that of the maps.
+        steps: of Adam that count as training.
+    """
+    p = check(run_claims, locals())
+    networks = [[chosen(p, seed=s, steps=k) for k in (0, p["steps"])] for s in seeds(p)]
+    rows = by_key(_measure(*pair) for pair in networks)
+    pairs = {moment: _pairs(setting(*network), damping) for moment, network in zip(MOMENTS, networks[0], strict=True)}
+    return ClaimsResult(p, {key: curve(_dampings(), y) for key, y in rows.items()}, pairs, len(pairs["trained"]))
+
+
+def _dampings() -> NDArray:
+    return np.array(DAMPINGS.positions[::4])
+
+
+@lru_cache(maxsize=64)
+def _measure(*networks: tuple) -> dict[tuple[str, str], NDArray]:
+    """Every curve of one network at the two moments."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for moment, network in zip(MOMENTS, networks, strict=True):
+        s = setting(*network)
+        M = BlockDiagonal(s.matrix, 1.0)
+        for λ in _dampings().tolist():
+            A = s.matrix.damped(λ)
+            v = M.with_damping(λ) @ s.g
+            both, claims = shares(A, s.g, v), A.claims()
+            numbers = {
+                "claims": claims,
+                "inverse": 1 / Dense(A.dense(), A.partition).exact.claims(0.0),
+                "length": float(s.g @ v) / float(v @ (A @ v)),
+                "captured": both.captured,
+                "at_best_length": both.at_best_length,
+            }
+            for quantity, x in numbers.items():
+                found.setdefault((quantity, moment), []).append(x)
+    return {key: np.array(values) for key, values in found.items()}
+
+
+@lru_cache(maxsize=64)
+def _pairs(s: Setting, damping: float) -> NDArray:
+    """The largest eigenvalue of ``H_l + H_m``, (L, L); of ``H_l`` alone on the diagonal."""
+    A, slices = s.matrix.damped(damping), s.F.partition.slices
+    F, roots = s.dense, []
+    for l in range(len(slices)):
+        d, U = torch.linalg.eigh(A.block(l, l))
+        roots.append((U / d.sqrt()) @ U.T)
+    found = np.empty((len(slices), len(slices)))
+    for l in range(len(slices)):
+        for m in range(l + 1):
+            # H_l + H_m has the non-zero eigenvalues of this matrix, whose diagonal blocks are those of H_l and H_m
+            blocks = [roots[i] @ F[slices[i], slices[j]] @ roots[j] for i in (l, m) for j in (l, m)]
+            both = blocks[0] if l == m else torch.cat([torch.cat(blocks[:2], 1), torch.cat(blocks[2:], 1)])
+            found[l, m] = found[m, l] = float(torch.linalg.eigvalsh(both)[-1])
+    return rounded(found, 3)
+
+
+# ---- the picture --------------------------------------------------------------------------------------
+
+BLOCKS = METHODS["block-diagonal"].color
+LINES = {moment: Style(moment, INK, "o", line) for moment, line in zip(MOMENTS, (":", "-"), strict=True)}
+STEPS = {moment: Style(f"exact blocks, {moment}", BLOCKS, "s", style.line) for moment, style in LINES.items()}
+INVERSE = {
+    f"inverse, {moment}": Style(f"its least, 1 / λ_max(MA), {moment}", INK, "", style.line)
+    for moment, style in LINES.items()
+}
+
+
+class ClaimsPlot(Plot):
+    """Claims, lengths and captured decrease over λ above; pairs of layers below."""
+
+    size = (10.0, 6.6)
+    fixed = ("layers",)
+
+    def build(self, result: ClaimsResult) -> None:
+        grid = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.05))
+        above, below = (grid[i].subgridspec(1, k) for i, k in ((0, 4), (1, 2)))
+        axes = [self.figure.add_subplot(above[i]) for i in range(4)]
+        L = result.layers
+
+        def view(i: int, series: dict[str, Style], title: str, ylim: tuple, scale: str = "linear") -> CurveView:
+            curves = shown(result, QUANTITIES[i])
+            return self.add(CurveView(axes[i], series, curves, title, ylim=ylim, scale=("log", scale), **OVER_DAMPINGS))
+
+        self.views = [
+            view(0, LINES, "Layers that claim one", (0, L + 0.4)),
+            view(1, INVERSE | STEPS, "Best factor of the step", (0, 1.05)),
+            view(2, STEPS, "Captured as it is", (-2, 1.05)),
+            view(3, STEPS, "Captured, best length", (0, 1.05)),
+        ]
+        axes[0].axhline(L, color=INK, linewidth=0.6)
+        axes[2].axhline(0, color=INK, linewidth=0.6)
+        for ax in axes:
+            plain_numbers(ax.xaxis, (1e-4, 1e-2, 1, 100))
+        lines = self.views[1].lines
+        self.legend([*self.views[0].lines.values(), *(lines[name] for name in (*STEPS, *INVERSE))], 3)
+        self.maps = {
+            moment: self.add(MapView(
+                self.figure.add_subplot(below[i]), _points(result.pairs[moment]),
+                f"How many of two layers claim one, {moment}", x="layer", y="layer", limits=(0, 2), palette="Purples",
+            )) for i, moment in enumerate(MOMENTS)
+        }  # fmt: skip
+
+    def move(self, result: ClaimsResult) -> None:
+        for view, quantity in zip(self.views, QUANTITIES, strict=True):
+            view.update(shown(result, quantity), at=result.parameters["damping"])
+        for moment, view in self.maps.items():
+            view.update(_points(result.pairs[moment]))
+
+
+QUANTITIES = ("claims", "length", "captured", "at_best_length")
+
+
+def shown(result: ClaimsResult, quantity: str) -> dict[str, Curve]:
+    """The curves of one axes: the best factor goes with what the number of layers alone would say."""
+    inverse = {f"inverse, {moment}": c for moment, c in result.of("inverse").items()} if quantity == "length" else {}
+    return result.of(quantity) | inverse
+
+
+def _points(pairs: NDArray) -> list[tuple[str, str, float]]:
+    return [(str(l + 1), str(m + 1), float(x)) for (l, m), x in np.ndenumerate(pairs)]
+
+
+# ---- the exercises ------------------------------------------------------------------------------------
+
+@exercise("06c", "A projection has the eigenvalues 0 and 1. What has the sum of L equal ones?")
+def _equal_layers() -> int:
+    return 3
+
+
+@exercise("06d", "The trained curve falls over λ: between which of its points does it pass 2?", 0.25)
+def _damping_where_two_claim() -> float:
+    c = run_claims(repeats=1).of("claims")["trained"]
+    return float(np.exp(np.interp(-2.0, -c.y, np.log(c.x))))
