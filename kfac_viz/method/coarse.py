@@ -47,9 +47,23 @@ def nicolaides(F: Operator, per_layer: int = 1) -> RankOneSpace:
     return RankOneSpace(F.partition, factors, name="nicolaides")
 
 
-def spectral(F: HasFactors | KroneckerFactors, per_layer: int) -> RankOneSpace:
-    """The Kronecker eigenvectors of each layer's own block ``G ⊗ A`` with the *largest* eigenvalues."""
-    return _kronecker_eigenvectors(F, per_layer, largest=True, name="spectral")
+def spectral(
+    F: HasFactors | KroneckerFactors, per_layer: int | None = None, *, total: int | None = None
+) -> RankOneSpace:
+    """The Kronecker eigenvectors of each layer's own block ``G ⊗ A`` with the *largest* eigenvalues.
+
+    Either so many of each layer, or ``total`` of all layers together, which go where the eigenvalues are largest: a
+    small layer then gives what matters, not what it has.
+
+    >>> import kfac_viz as kv
+    >>> F = kv.problems.digits((4,), 20, side=4).capture()
+    >>> Z = spectral(F, total=10)
+    >>> Z.size, [W.shape[1] for W, U in Z.factors]
+    (10, [6, 4])
+    """
+    if (per_layer is None) == (total is None):
+        raise ValueError("spectral takes either per_layer or total, the columns of each layer or of all together.")
+    return _kronecker_eigenvectors(F, per_layer, largest=True, name="spectral", total=total)
 
 
 def smooth(F: HasFactors | KroneckerFactors, per_layer: int) -> RankOneSpace:
@@ -120,23 +134,29 @@ def optimal(A: Operator, M: Operator, per_layer: int) -> CoarseSpace:
 
 
 def _kronecker_eigenvectors(
-    F: HasFactors | KroneckerFactors, per_layer: int, *, largest: bool, name: str
+    F: HasFactors | KroneckerFactors, per_layer: int | None, *, largest: bool, name: str, total: int | None = None
 ) -> RankOneSpace:
-    check_count("per_layer", per_layer, least=0)
+    limit = check_count("per_layer", per_layer, least=0) if total is None else check_count("total", total, least=0)
     if not isinstance(F, (KroneckerFactors, Operator, LeadingEigenvectors)) or not (
         isinstance(F, KroneckerFactors) or hasattr(F, "kronecker")
     ):
         raise TypeError(f"{name} needs a Fisher, a K-FAC preconditioner or KroneckerFactors; got {type(F).__name__}.")
     kronecker = F if isinstance(F, KroneckerFactors) else F.kronecker()
-    factors = []
-    for (d_A, U_A), (d_G, U_G) in zip(kronecker.eigen_A, kronecker.eigen_G, strict=True):
-        order = (
-            torch.outer(d_G, d_A)
-            .flatten()
-            .argsort(descending=largest, stable=True)[: min(per_layer, d_G.numel() * d_A.numel())]
+    eigens = list(zip(kronecker.eigen_G, kronecker.eigen_A, strict=True))
+    found = [torch.outer(G.d, A.d).flatten().sort(descending=largest, stable=True) for G, A in eigens]
+    counts = [min(limit, d.numel()) for d, _ in found]
+    if total is not None:
+        layers = torch.cat(
+            [torch.full((n,), l, device=d.device) for l, ((d, _), n) in enumerate(zip(found, counts, strict=True))]
         )
-        rows = torch.div(order, len(d_A), rounding_mode="floor")
-        factors.append((U_G[:, rows], U_A[:, order % len(d_A)]))
+        best = torch.cat([d[:n] for (d, _), n in zip(found, counts, strict=True)]).argsort(
+            descending=True, stable=True
+        )[:total]
+        counts = torch.bincount(layers[best], minlength=len(found)).tolist()
+    factors = []
+    for ((_, U_G), (d_A, U_A)), (_, order), n in zip(eigens, found, counts, strict=True):
+        rows = torch.div(order[:n], len(d_A), rounding_mode="floor")
+        factors.append((U_G[:, rows], U_A[:, order[:n] % len(d_A)]))
     return RankOneSpace(kronecker.partition, factors, name=name)
 
 

@@ -19,6 +19,7 @@ from .decompositions import Eigen, check_invertible, cholesky, eigvalsh, psd_eig
 REFINEMENTS = 5  # of a solution whose residual still comes down
 ACCURATE = 1e-6  # relative residual above which a solution is told to be none
 _CHUNK = 2**24  # numbers in a temporary
+_SUM = 160  # multiplications in a matrix product that take as long as one sum out of it
 
 
 class HasScores(Protocol):
@@ -72,12 +73,12 @@ class SampleSpace:
 
     def _add_kernel_(self, K: Tensor, l: int) -> Tensor:
         """K_l added to K, some rows at a time: by inner products of inputs and of vectors, ``T² (in / S + out)``
-        multiplications for a pair of scores, or of the scores themselves, ``in · out``; whichever is cheaper."""
+        multiplications for a pair of scores and T² sums, or of the scores themselves, ``in · out``: the cheaper way."""
         a, g = self.F.a[l], self.F.g[l]
         T, out, features = *g.shape[2:], a.shape[-1]
-        if a.ndim == 3 and T * T * (features / self.F.S + out) <= features * out:
+        if a.ndim == 3 and (T == 1 or T * T * (features / self.F.S + out + _SUM) <= features * out):
             return self._add_inner_products_(K, a, g)
-        size = max(1, _CHUNK // (features * out))
+        size = max(1, min(_CHUNK // (features * out), -(-self.size // 4)))  # by symmetry ten products of sixteen
         starts = range(0, self.size, size)
         few = len(starts) <= 4  # then the scores are kept
         chunks = [_scores(a, g, i, size) for i in starts] if few else []
@@ -94,14 +95,10 @@ class SampleSpace:
         S, N, T = g.shape[:3]
         size = max(1, _CHUNK // (S * N * T * T))
         for n in range(0, N, size):
-            inputs = (a[n : n + size].flatten(0, 1) @ a.flatten(0, 1).T).unflatten(0, (-1, T)).unflatten(-1, (N, T)) / N
+            inputs = a[n : n + size].flatten(0, 1) @ a.flatten(0, 1).T / N  # (n T, N T)
             for s in range(S):
-                vectors = g[s, n : n + size].flatten(0, 1) @ g.flatten(0, 2).T
-                vectors = vectors.unflatten(0, (-1, T)).unflatten(-1, (S, N, T))
-                if T == 1:
-                    rows = vectors[:, 0, :, :, 0] * inputs[:, 0, None, :, 0]
-                else:
-                    rows = torch.einsum("ptsnu,ptnu->psn", vectors, inputs)
+                pairs = (g[s, n : n + size].flatten(0, 1) @ g.flatten(0, 2).T).unflatten(1, (S, -1))  # (n T, S, N T)
+                rows = pairs.mul_(inputs[:, None]).unflatten(0, (-1, T)).sum(1).unflatten(-1, (N, T)).sum(-1)
                 K[s * N + n : s * N + n + len(rows)] += rows.flatten(1)
         return K
 

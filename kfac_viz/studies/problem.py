@@ -56,6 +56,18 @@ class Problem:
         twin.loss().backward()
         return self.partition.pack_grad(twin.model)
 
+    def closure(self, optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
+        """What ``optimizer.step`` calls to know the loss and, unless told ``backward=False``, its gradient."""
+
+        def evaluate(backward: bool = True) -> Tensor:
+            optimizer.zero_grad()
+            loss = self.loss()
+            if backward:
+                loss.backward()
+            return loss
+
+        return evaluate
+
     def capture(self, fisher: str = "exact", **options) -> Fisher:
         """The Fisher of this problem; see :func:`kfac_viz.capture`."""
         if fisher == "empirical":

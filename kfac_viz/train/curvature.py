@@ -22,7 +22,7 @@ from .options import Options
 from .statistics import RunningFactors, Window, untouched
 
 COUNTERS = (
-    *("observations", "refreshes", "coarse refreshes", "overshoots", "shortened", "rejected"),
+    *("observations", "refreshes", "coarse refreshes", "overshoots", "shortened", "rejected", "evaluations", "stuck"),
     *("fallbacks to eigenvalues", "fallbacks to one level", "layers without statistics"),
 )
 
@@ -157,18 +157,21 @@ class RunningCurvature:
             return TwoLevel(A, M, spaces.nicolaides(A, 0), self.options.correction)
 
     def _space(self, A: Damped, M: KFAC, gradient: Callable[[], Tensor]) -> CoarseSpace:
-        coarse, per_layer = self.options.coarse, self.options.per_layer
-        if not per_layer:
+        coarse, per_layer, total = self.options.coarse, self.options.per_layer, self.options.total
+        if not self.options.columns:
             return spaces.nicolaides(A, 0)
         if coarse == "krylov":
             return spaces.krylov(A, M, gradient(), per_layer)
-        if coarse == "spectral" and self.options.rule == "factored":
-            return spaces.spectral(LeadingEigenvectors(M.factors, per_layer), per_layer)
-        return getattr(spaces, coarse)(M if coarse in ("spectral", "smooth") else A, per_layer)
+        if coarse == "spectral":
+            few = self.options.rule == "factored"  # whose K-FAC needs no eigenvectors
+            of = LeadingEigenvectors(M.factors, self.options.columns) if few else M
+            return spaces.spectral(of, per_layer) if total is None else spaces.spectral(of, total=total)
+        return getattr(spaces, coarse)(M if coarse == "smooth" else A, per_layer)
 
     def __repr__(self) -> str:
         o = self.options
-        space = f"{o.coarse}-{o.per_layer} {o.correction}" if o.per_layer else "one level"
+        columns = f"{o.columns}{' in all' * (o.total is not None)}"
+        space = f"{o.coarse}-{columns} {o.correction}" if o.columns else "one level"
         vectors = f"mc with {o.samples} labels per example" if o.fisher == "mc" else o.fisher
         window = f"{self.window.examples} examples of the last {self.window.batches} observed batches"
         every = (o.observe_every, o.refresh_every, o.coarse_every or o.refresh_every)

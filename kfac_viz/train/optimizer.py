@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from itertools import compress
@@ -24,7 +25,9 @@ from .curvature import RunningCurvature
 from .options import Options, shows_options
 from .update import QuadraticModel, Update, adapted_damping, update
 
-LENGTHS = {"fixed": 0.1, "kl_clip": 0.3, "quadratic": 1.0}  # the lr that goes with each step rule
+LENGTHS = {"fixed": 0.1, "kl_clip": 0.3, "quadratic": 1.0, "line_search": 1.0}  # the lr that goes with each step rule
+JUDGED = ("quadratic", "line_search")  # step rules that look at the loss after a step
+LENGTHS_TRIED = tuple(0.5**i for i in range(31))  # of a step by line search, before it is given up
 ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
 REJECTION = 4.0  # factor on λ after a step that went up
 
@@ -78,12 +81,16 @@ class TwoLevelKFAC(Optimizer):
         params: parameters or groups with their own ``lr``, ``momentum``, ``weight_decay``, ``maximize``; all
             trainable ones by default. A layer is preconditioned if all of its parameters are given.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
-        lr: factor on every step. None is 0.3 where ``kl_clip`` bounds the step, 0.1 where it is fixed, and with
-            ``step_rule="quadratic"`` 1, the rule's own length.
+        lr: factor on every step. None is 0.3 where ``kl_clip`` bounds the step, 0.1 where it is fixed, and 1 with
+            ``"quadratic"``, the rule's own length, and ``"line_search"``, its first try.
+        momentum: of the steps; None is 0.9, and 0 with ``step_rule="line_search"``, whose gains a heavy ball destroys.
+        decay: of the averages of K-FAC's factors and of the batches in A; None is 0.95, and 0, the batch alone, with
+            ``step_rule="line_search"``.
         damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
         rule: ``"factored"`` (two products per layer) or ``"eigen"`` (four).
         coarse, per_layer: coarse space and its columns per layer, at most so many (a small layer gives what it
             has); ``per_layer=0`` is one-level K-FAC.
+        total: columns of ``coarse="spectral"`` in all, in place of ``per_layer``: they go where the eigenvalues are.
         correction: ``"additive"``, ``"a-def1"``, ``"a-def2"`` or ``"balanced"``.
         coarse_operator: ``"captured"`` coarsens A itself; ``"kronecker"`` the Kronecker model, as the 2020 paper.
         fisher, samples: ``"mc"`` with so many labels drawn per example, ``"exact"`` or ``"empirical"``.
@@ -98,7 +105,10 @@ class TwoLevelKFAC(Optimizer):
             vanishes because the model is sure of itself, λ still bounds the step. The bound holds before momentum,
             which lengthens the step up to ``1/(1 − momentum)`` times and the form up to the square of that.
             ``"quadratic"`` takes step length and momentum from the captured model (Martens and Grosse 2015,
-            section 7).
+            section 7). ``"line_search"`` halves the step until the loss is lower than before. It is for full batches,
+            whose loss is one function, such as least squares to be solved to the end (a differential equation), and not
+            for mini-batches, where the next one undoes what this one gained. Every step needs a closure then. The first
+            decrease ended lower than the least of twelve halvings (figures/benchmarks/pde_runs.csv).
         overshoot: what to do with steps along which the captured model itself goes up: ``"count"`` looks at the
             step after each observation and warns once, ``"shorten"`` cuts every such step to the model's minimum.
         convention: ``"expand"`` or ``"reduce"`` for layers with positions (Eschenhagen et al. 2023).
@@ -119,7 +129,7 @@ class TwoLevelKFAC(Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
         *,
         lr: float | None = None,
-        momentum: float = 0.9,
+        momentum: float | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
         layers: Iterable[str] | None = None,
@@ -144,6 +154,8 @@ class TwoLevelKFAC(Optimizer):
         self.model = getattr(model, "_orig_mod", model)
         self._only = layers if layers is None else _layer_names(layers, self.model)
         lr = LENGTHS[self.options.step_rule] if lr is None else lr
+        if momentum is None:
+            momentum = 0.0 if self.options.step_rule == "line_search" else 0.9
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": bool(maximize)}
         try:
             params = [p for p in self.model.parameters() if p.requires_grad] if params is None else list(params)
@@ -239,18 +251,25 @@ class TwoLevelKFAC(Optimizer):
         Args:
             closure: recomputes the loss and its gradient, as for every PyTorch optimizer. With the quadratic rule
                 it is called again after the step: λ follows the reduction ratio, and a step that went up is
-                undone, its momentum forgotten and λ raised fourfold.
+                undone, its momentum forgotten and λ raised fourfold. The line search calls it at each length and needs
+                the loss alone: a closure that has an argument ``backward`` is told so by ``backward=False``. ``.grad``
+                stays that of the start of the step. If the loss goes up at every length, the parameters stay, the step
+                is counted in ``diagnostics["stuck"]``, and the first is told.
 
         Raises:
             ValueError, TypeError: no observation yet, no gradient, one with NaN or inf (naming the layer), a step that
                 overflows the parameters, or a group whose options were edited out of range; parameters and momentum
                 have not been changed then.
         """
-        judged = closure is not None and self.options.step_rule == "quadratic"
-        if judged and self.options.capturable:
+        judged = closure is not None and self.options.step_rule in JUDGED
+        searching = self.options.step_rule == "line_search"
+        if self.options.capturable and (judged or searching):
             raise ValueError(
-                "capturable=True decides nothing on the host; step_rule='quadratic' takes no closure then."
+                f"capturable=True decides nothing on the host; step_rule={self.options.step_rule!r} "
+                f"{'needs to' if searching else 'takes no closure then'}."
             )
+        if searching and closure is None:
+            raise ValueError("step_rule='line_search' looks at the loss: call step(closure), which returns it.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -285,9 +304,12 @@ class TwoLevelKFAC(Optimizer):
             lr=self._per_parameter("lr"),
             momentum=self._per_parameter("momentum"),
             damping=T.damping,
-            guarded=closure is not None or self._on_guard,
+            guarded=self.options.step_rule != "line_search" and (closure is not None or self._on_guard),
         )
         before = {} if closure is None else self._memory(grads)
+        if self.options.step_rule == "line_search":
+            self._search(closure, _number(loss), before, proposed, g, grads)
+            return
         self._write(proposed, g, grads)
         if closure is not None:
             self._judge(closure, _number(loss), before)
@@ -321,8 +343,9 @@ class TwoLevelKFAC(Optimizer):
                     view.zero_()
         return v
 
-    def _write(self, proposed: Update, g: Tensor, grads: dict[Tensor, Tensor]) -> None:
-        """Take the step if all that it would write is finite; one look at the device, or none if capturable."""
+    def _write(self, proposed: Update, g: Tensor, grads: dict[Tensor, Tensor], length: float = 1.0) -> None:
+        """Take the step, or ``length`` of it, if all that it would write is finite; one look at the device, or none if
+        capturable."""
         moving = [p in grads for _, p in self._pieces]
         pieces, momentum = list(compress(self._pieces, moving)), proposed.momentum
         owners, params = [p for _, p in pieces], [piece.of(p) for piece, p in pieces]
@@ -340,6 +363,8 @@ class TwoLevelKFAC(Optimizer):
                 decay = -group["lr"] * group["weight_decay"]
                 triples = zip(owners, params, new, strict=True)
                 new = [torch.add(x, p, alpha=decay) if owner in shrunk else x for owner, p, x in triples]
+        if length != 1.0:
+            new, buffers = torch._foreach_mul(new, length), torch._foreach_mul(buffers, length) if buffers else []
         new = torch._foreach_add(params, new)
         holders = ([] if momentum is None else [p for _, p in pieces]) + list(rest)
         left = [x if x.dtype == p.dtype else x.to(p.dtype) for p, x in zip(holders, buffers, strict=True)]
@@ -442,21 +467,7 @@ class TwoLevelKFAC(Optimizer):
         self, closure: Callable[[], Tensor], loss: float, before: dict[Tensor, tuple[Tensor, Tensor | None]]
     ) -> None:
         """Compare with the loss after the step: undo what went up, and adapt λ."""
-        try:
-            with torch.enable_grad():
-                after = _number(closure())
-        except BaseException:  # no step was taken, then
-            for p, (value, buffer) in before.items():
-                p.copy_(value)
-                self.state.pop(p, None)
-                if buffer is not None:
-                    self.state[p]["momentum_buffer"] = buffer
-            raise
-        change = (-1.0 if self.param_groups[0]["maximize"] else 1.0) * (after - loss)
-        if not self.options.decoupled:
-            for p, (value, _) in before.items():
-                decay = self._group[p]["weight_decay"]
-                change += 0.5 * decay * float(p.square().sum() - value.square().sum()) if decay else 0.0
+        change = self._change(closure, loss, before)
         predicted = self._facts["predicted"]
         ratio = self._facts["reduction ratio"] = change / predicted if predicted else 0.0
         if not change <= 0:
@@ -467,6 +478,78 @@ class TwoLevelKFAC(Optimizer):
             self.damping = max(REJECTION * self.damping, 1e-8)
         elif self.curvature.step % ADAPT_EVERY == 0:
             self.damping = adapted_damping(self.damping, ratio, ADAPT_EVERY)
+
+    def _search(
+        self,
+        closure: Callable[[], Tensor],
+        loss: float,
+        before: dict[Tensor, tuple[Tensor, Tensor | None]],
+        proposed: Update,
+        g: Tensor,
+        grads: dict[Tensor, Tensor],
+    ) -> None:
+        """Halve the step until the loss goes down; leave everything as it is where it never does."""
+        if not math.isfinite(loss):
+            raise ValueError(f"The closure returned {loss}: there is no lower loss to look for.")
+        look = functools.partial(closure, backward=False) if _takes_backward(closure) else closure
+        gradients = {p: (p.grad, p.grad.clone()) for p in before}  # the closure may write into them
+        try:
+            length = next((t for t in LENGTHS_TRIED if self._goes_down(look, loss, before, proposed, g, grads, t)), 0.0)
+        finally:
+            for p, (grad, value) in gradients.items():
+                p.grad = grad.copy_(value)
+        self._facts["step length"] = length
+        if not length:
+            self.curvature.counters["stuck"] += 1
+            self._tell(
+                "stuck",
+                f"The loss goes up at every length of the step, down to {LENGTHS_TRIED[-1]:.0e}: it was not taken. The "
+                "minimum may be reached to working precision; else raise damping, or see that the closure returns the "
+                "loss of the batch that was observed. Counted from now on in diagnostics['stuck'].",
+            )
+
+    def _goes_down(
+        self,
+        closure: Callable[[], Tensor],
+        loss: float,
+        before: dict[Tensor, tuple[Tensor, Tensor | None]],
+        proposed: Update,
+        g: Tensor,
+        grads: dict[Tensor, Tensor],
+        length: float,
+    ) -> bool:
+        """Take so much of the step, and take it back unless the loss goes down."""
+        self._write(proposed, g, grads, length)
+        self.curvature.counters["evaluations"] += 1
+        down = self._change(closure, loss, before) < 0
+        if not down:
+            self._restore(before)
+        return down
+
+    def _change(
+        self, closure: Callable[[], Tensor], loss: float, before: dict[Tensor, tuple[Tensor, Tensor | None]]
+    ) -> float:
+        """How much the loss has gone up, weight decay included; what was before comes back if the closure fails."""
+        try:
+            with torch.enable_grad():
+                after = _number(closure())
+        except BaseException:  # no step was taken, then
+            self._restore(before)
+            raise
+        change = (-1.0 if self.param_groups[0]["maximize"] else 1.0) * (after - loss)
+        if not self.options.decoupled:
+            for p, (value, _) in before.items():
+                decay = self._group[p]["weight_decay"]
+                change += 0.5 * decay * float(p.square().sum() - value.square().sum()) if decay else 0.0
+        return change
+
+    def _restore(self, before: dict[Tensor, tuple[Tensor, Tensor | None]]) -> None:
+        """Parameters and momentum as they were."""
+        for p, (value, buffer) in before.items():
+            p.copy_(value)
+            self.state.pop(p, None)
+            if buffer is not None:
+                self.state[p]["momentum_buffer"] = buffer.clone()
 
     def _ridge(self) -> float | Tensor:
         """λ, plus each parameter's weight decay where that is part of the loss."""
@@ -729,6 +812,14 @@ def _number(loss: Any) -> float:
         return float(loss)
     kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
     raise TypeError(f"The closure must return the loss, one number, for steps to be judged by it; got {kind}.")
+
+
+def _takes_backward(closure: Callable) -> bool:
+    """Whether a closure can be told that its gradient is not needed."""
+    try:
+        return "backward" in inspect.signature(closure).parameters
+    except (TypeError, ValueError):  # of a function that is not written in Python
+        return False
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,7 @@ from ..method.two_level import CORRECTIONS
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
 COARSE_OPERATORS = ("captured", "kronecker")
-STEP_RULES = ("fixed", "kl_clip", "quadratic")
+STEP_RULES = ("fixed", "kl_clip", "quadratic", "line_search")
 GUARDS = ("off", "count", "shorten")
 
 _CHOICES = {
@@ -48,11 +48,12 @@ class Options:
     rule: str = "factored"
     coarse: str = "spectral"
     per_layer: int = 4
+    total: int | None = None
     correction: str = "balanced"
     coarse_operator: str = "captured"
     fisher: str = "mc"
     samples: int = 1
-    decay: float = 0.95
+    decay: float | None = None
     observe_every: int = 5
     refresh_every: int = 10
     coarse_every: int | None = None
@@ -69,9 +70,10 @@ class Options:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        decay = (0.0 if self.step_rule == "line_search" else 0.95) if self.decay is None else self.decay
         checked: dict[str, Any] = {
             "damping": check_damping(self.damping),
-            "decay": check_number("decay", self.decay, 0.0, 1.0),
+            "decay": check_number("decay", decay, 0.0, 1.0),
             "kl_clip": check_number("kl_clip", self.kl_clip, 0.0, math.inf, open_low=True),
             "seed": check_seed(self.seed),
             "decoupled": bool(self.decoupled),
@@ -80,6 +82,10 @@ class Options:
         for name, least in _LEAST.items():
             if not (name == "coarse_every" and self.coarse_every is None):
                 checked[name] = check_count(name, getattr(self, name), least)
+        if self.total is not None:
+            checked["total"] = check_count("total", self.total, least=0)
+            if self.coarse != "spectral":
+                raise ValueError(f"total= spreads the columns of coarse='spectral'; {self.coarse!r} takes per_layer.")
         for name, value in checked.items():  # plain numbers, whatever kind they came as
             object.__setattr__(self, name, value)
 
@@ -94,6 +100,11 @@ class Options:
         return cls(**given)
 
     @property
+    def columns(self) -> int:
+        """How many each layer has at most, or all of them in total; 0 is one-level K-FAC."""
+        return self.per_layer if self.total is None else self.total
+
+    @property
     def shaping(self) -> dict[str, Any]:
         """Those that shape the curvature, which a saved state remembers."""
         return {name: getattr(self, name) for name in SHAPING}
@@ -101,7 +112,7 @@ class Options:
 
 NAMES = tuple(field.name for field in dataclasses.fields(Options))
 SHAPING = (
-    *("likelihood", "rule", "coarse", "per_layer", "correction"),
+    *("likelihood", "rule", "coarse", "per_layer", "total", "correction"),
     *("coarse_operator", "fisher", "samples", "convention"),
 )
 

@@ -111,8 +111,8 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     new.observed_at, new._built_at, new._coarse_at = steps[0], *(step or 0 for step in steps[1:])
     new._stale, new._coarse_stale = (_of_kind(mark, bool, "marks") for mark in marks[3:])
     was = _of_kind(state.get("options", {}), dict, "options")  # states of earlier versions have none
-    if not all(isinstance(value, (str, int)) for value in was.values()):
-        raise ValueError("The state's 'options' must be words and whole numbers.")
+    if not all(value is None or isinstance(value, (str, int)) for value in was.values()):
+        raise ValueError("The state's 'options' must be words, whole numbers or None.")
     _warn_of_other_options(was, options)
     return new
 
