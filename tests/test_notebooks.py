@@ -108,3 +108,27 @@ def test_a_notebook_that_is_run_by_hand_writes_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "checkout").rglob("*")) == [here]
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1  # the panel's
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_the_notation_is_linked_from_the_first_cell(stem):
+    assert "(notation.md)" in read(stem).cells[0].source
+
+
+def test_the_notation_names_what_there_is():
+    """Every name of the package in the table exists, and every letter stands in one row of its table."""
+    import re
+
+    import kfac_viz as kv
+
+    text = (FOLDER / "notation.md").read_text(encoding="utf-8")
+    names = re.findall(r"`kv\.([\w.]+)", text)
+    assert len(names) > 12
+    for name in names:
+        found = kv
+        for part in name.rstrip(".…").split("."):
+            found = getattr(found, part)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| symbol")]
+    words = [row.split("|")[1].strip() for row in rows]
+    assert len(words) == len(set(words)) > 30
+    assert all(len(row.split(" | ")) >= 3 for row in rows)
