@@ -1,5 +1,6 @@
 """Draws and moves: plots and their parts, panels, files. It knows none of the studies."""
 
+from .bars import StepBars
 from .curves import CurveView, empty_line, plain_numbers
 from .maps import MapView
 from .parts import ColourBar, MatrixView, PairView, limit_of
@@ -8,5 +9,5 @@ from .style import FAINT, INK, METHODS, MUTED, SPACES, Style, styled
 
 __all__ = [
     "FAINT", "INK", "METHODS", "MUTED", "SPACES", "ColourBar", "CurveView", "MapView", "MatrixView", "PairView", "Plot",
-    "Style", "empty_line", "limit_of", "plain_numbers", "styled",
+    "StepBars", "Style", "empty_line", "limit_of", "plain_numbers", "styled",
 ]  # fmt: skip

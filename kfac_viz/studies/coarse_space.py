@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import KFAC, Diagonal, Partition, TwoLevel, captured_decrease, coarse
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Examples, Range, Seed, Widths, check, number
-from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, limit_of, plain_numbers
+from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, StepBars, limit_of, plain_numbers
 from .curves import rounded, share
 from .exercises import exercise
 from .setting import Damping, Data, Flavour, Rule, Setting, Shares, chosen, first_network, setting, shares, space
@@ -331,21 +331,7 @@ class CoarseSpacePlot(Plot):
     def _build_captured(self, ax: Axes) -> None:
         self.text(5.52, 3.94, "Captured decrease of one step", weight="bold")
         self.text(5.52, 4.12, "bars with the best length,  ○  one per layer,  |  as it is", color=MUTED, size=9)
-        self.rows = {name: row for row, name in enumerate(ORDER)}
-        ax.set(xlim=(-1, 1), ylim=(len(ORDER) - 0.4, -0.6))
-        ax.set_yticks(range(len(ORDER)), [METHODS[name].label.replace("exact ", "") for name in ORDER])
-        ax.tick_params(axis="y", length=0)
-        ax.set_xticks([-1, -0.5, 0, 0.5, 1], ["≤ −1", "−0.5", "0", "0.5", "1"])
-        ax.axvline(0, color=INK, linewidth=0.8)
-        ax.axvline(1, color=FAINT, linewidth=1, zorder=0)
-        self.boxes = [self.add(ax.barh(row, 0, height=0.66, color=METHODS[name].color)[0])
-                      for name, row in self.rows.items()]  # fmt: skip
-        self.numbers = [self.add(ax.text(1.1, row, "", va="center", size=9)) for row in self.rows.values()]
-        line = dict(linestyle="none", color=INK)
-        (self.per_layer,) = ax.plot([], [], marker="o", markersize=5, markerfacecolor="white", clip_on=False, **line)
-        (self.unscaled,) = ax.plot([], [], marker="|", markersize=9, markeredgewidth=1.6, **line)
-        (self.off,) = ax.plot([], [], marker="<", markersize=6, clip_on=False, **line)
-        self.animated += [self.per_layer, self.unscaled, self.off]
+        self.steps = self.add(StepBars(ax, ORDER, share))
 
     def move(self, result: CoarseSpaceResult) -> None:
         p, errors = result.parameters, result.errors
@@ -369,14 +355,7 @@ class CoarseSpacePlot(Plot):
                            min(float(d[0]) for d in result.spectra.values()))
         for marks, end, beyond in zip(self.ends, (CEILING, FLOOR), (highest > CEILING, lowest < FLOOR), strict=True):
             marks.set_data([stretched(len(values) if end == CEILING else 1, len(values))] * beyond, [end] * beyond)
-        for box, text, name in zip(self.boxes, self.numbers, self.rows, strict=True):
-            box.set_width(result.at_best_length[name])
-            text.set_text(f"{share(result.at_best_length[name])} ({share(result.captured[name])})")
-        rows, unscaled = list(self.rows.values()), [result.captured[name] for name in self.rows]
-        self.per_layer.set_data([result.at_layer_lengths[name] for name in self.rows], rows)
-        self.unscaled.set_data([value if value >= -1 else np.nan for value in unscaled], rows)
-        below = [row for row, value in enumerate(unscaled) if value < -1]
-        self.off.set_data([-1.0] * len(below), below)
+        self.steps.update(result.at_best_length, result.at_layer_lengths, result.captured)
 
     def words(self, result: CoarseSpaceResult) -> str:
         (one, other), errors, p = result.spectra.values(), result.errors, result.parameters

@@ -17,7 +17,7 @@ from ..method.fisher import ScoreImage
 from ..method.krylov import LARGEST as MOST_SCORES
 from ..method.two_level import CORRECTIONS
 from ..parameters import number
-from ..show import FAINT, INK, METHODS, SPACES, Plot, plain_numbers
+from ..show import INK, METHODS, SPACES, Plot, StepBars, plain_numbers
 from ..show.parts import LayerMap
 from .coarse_space import Correction, PerLayer, Space, architecture
 from .curves import rounded, share
@@ -232,21 +232,7 @@ class LayerMapPlot(Plot):
 
     def _build_shares(self, ax) -> None:
         ax.set_title("Captured: bars best length, ○ one per layer, | as it is", x=-0.7)
-        self.rows = {name: row for row, name in enumerate(ORDER)}
-        ax.set(xlim=(-1, 1), ylim=(len(ORDER) - 0.4, -0.6))
-        ax.set_yticks(range(len(ORDER)), [METHODS[name].label.replace("exact ", "") for name in ORDER])
-        ax.tick_params(axis="y", length=0)
-        ax.set_xticks([-1, -0.5, 0, 0.5, 1], ["≤ −1", "−0.5", "0", "0.5", "1"])
-        ax.axvline(0, color=INK, linewidth=0.8)
-        ax.axvline(1, color=FAINT, linewidth=1, zorder=0)
-        colours = [METHODS[name].color for name in ORDER]
-        self.boxes = [self.add(bar) for bar in ax.barh(range(len(ORDER)), [0] * len(ORDER), 0.66, color=colours)]
-        self.numbers = [self.add(ax.text(1.1, row, "", va="center", size=9)) for row in range(len(ORDER))]
-        line = dict(linestyle="none", color=INK)
-        (each,) = ax.plot([], [], marker="o", markersize=5, markerfacecolor="white", clip_on=False, **line)
-        (unscaled,) = ax.plot([], [], marker="|", markersize=9, markeredgewidth=1.6, **line)
-        (off,) = ax.plot([], [], marker="<", markersize=6, clip_on=False, **line)
-        self.each, self.unscaled, self.off = map(self.add, (each, unscaled, off))
+        self.steps = self.add(StepBars(ax, ORDER, share))
 
     def move(self, result: LayerMapResult) -> None:
         limit = float(result.norms["fisher"].max())
@@ -254,15 +240,8 @@ class LayerMapPlot(Plot):
             view.update(result.norms[name], limit)
         self.level.set_ydata([result.parameters["damping"]] * 2)
         self.told.set_text(f"λ: effective dimension {number(result.dimension)}")
-        shares = [result.shares[name] for name in ORDER]
-        for box, text, found in zip(self.boxes, self.numbers, shares, strict=True):
-            box.set_width(found.at_best_length)
-            text.set_text(f"{share(found.at_best_length)} ({share(found.captured)})")
-        rows = np.arange(len(ORDER))
-        unscaled = np.array([found.captured for found in shares])
-        self.each.set_data([found.at_layer_lengths for found in shares], rows)
-        self.unscaled.set_data(np.where(unscaled >= -1, unscaled, np.nan), rows)
-        self.off.set_data(np.full((unscaled < -1).sum(), -1.0), rows[unscaled < -1])
+        by_kind = [{name: found[i] for name, found in result.shares.items()} for i in range(3)]
+        self.steps.update(by_kind[1], by_kind[2], by_kind[0])
 
     def words(self, result: LayerMapResult) -> str:
         told = "; ".join(f"{METHODS[name].label} {share(result.shares[name].at_best_length)} "

@@ -492,9 +492,19 @@ class TwoLevelKFAC(Optimizer):
         if not math.isfinite(loss):
             raise ValueError(f"The closure returned {loss}: there is no lower loss to look for.")
         look = functools.partial(closure, backward=False) if _takes_backward(closure) else closure
+
+        def goes_down(length: float) -> bool:
+            """Take so much of the step, and take it back unless the loss goes down."""
+            self._write(proposed, g, grads, length)
+            self.curvature.counters["evaluations"] += 1
+            down = self._change(look, loss, before) < 0
+            if not down:
+                self._restore(before)
+            return down
+
         gradients = {p: (p.grad, p.grad.clone()) for p in before}  # the closure may write into them
         try:
-            length = next((t for t in LENGTHS_TRIED if self._goes_down(look, loss, before, proposed, g, grads, t)), 0.0)
+            length = next(filter(goes_down, LENGTHS_TRIED), 0.0)
         finally:
             for p, (grad, value) in gradients.items():
                 p.grad = grad.copy_(value)
@@ -507,24 +517,6 @@ class TwoLevelKFAC(Optimizer):
                 "minimum may be reached to working precision; else raise damping, or see that the closure returns the "
                 "loss of the batch that was observed. Counted from now on in diagnostics['stuck'].",
             )
-
-    def _goes_down(
-        self,
-        closure: Callable[[], Tensor],
-        loss: float,
-        before: dict[Tensor, tuple[Tensor, Tensor | None]],
-        proposed: Update,
-        g: Tensor,
-        grads: dict[Tensor, Tensor],
-        length: float,
-    ) -> bool:
-        """Take so much of the step, and take it back unless the loss goes down."""
-        self._write(proposed, g, grads, length)
-        self.curvature.counters["evaluations"] += 1
-        down = self._change(closure, loss, before) < 0
-        if not down:
-            self._restore(before)
-        return down
 
     def _change(
         self, closure: Callable[[], Tensor], loss: float, before: dict[Tensor, tuple[Tensor, Tensor | None]]
