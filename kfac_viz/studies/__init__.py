@@ -13,13 +13,14 @@ from .depth import DepthPlot, DepthResult, run_depth
 from .fisher import FisherPlot, FisherResult, run_fisher
 from .kfac import KfacPlot, KfacResult, run_kfac
 from .origin import OriginPlot, OriginResult, run_origin
+from .pde import PdePlot, PdeResult, run_pde
 from .playground import save_page
 from .speed import SpeedPlot, SpeedResult, run_speed
 
 plot_claims = ClaimsPlot.draw
 plot_coarse_sizes, plot_coarse_space, plot_damping = CoarseSizesPlot.draw, CoarseSpacePlot.draw, DampingPlot.draw
 plot_depth, plot_fisher, plot_kfac = DepthPlot.draw, FisherPlot.draw, KfacPlot.draw
-plot_origin, plot_speed = OriginPlot.draw, SpeedPlot.draw
+plot_origin, plot_pde, plot_speed = OriginPlot.draw, PdePlot.draw, SpeedPlot.draw
 
 # The notebooks that can be regenerated, and the function whose signature states their parameters.
 NOTEBOOKS: dict[str, Callable] = {
@@ -33,6 +34,7 @@ NOTEBOOKS: dict[str, Callable] = {
     "06_claims": run_claims,
     "06_depth": run_depth,
     "09_speed": run_speed,
+    "10_pde": run_pde,
 }
 for _name, _run in reversed(NOTEBOOKS.items()):
     _run.notebook = _name  # what a panel says; of two notebooks the first

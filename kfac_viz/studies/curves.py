@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from ..parameters import number
 if TYPE_CHECKING:
     import pandas
     from numpy.typing import ArrayLike, NDArray
+
+
+MEASURED = Path(__file__).parents[2] / "figures" / "benchmarks"
 
 
 class Curve(NamedTuple):
@@ -64,6 +68,17 @@ def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
     """``values`` to significant digits: what is drawn does not depend on the last bits of a sum."""
     values = np.asarray(values, dtype=float)
     return np.reshape([float(f"{v:.{digits}g}") for v in values.ravel()], values.shape)
+
+
+def measured_rows(name: str) -> list[dict[str, str]]:
+    """The rows of a table that ``make bench`` has written; a ValueError says which is missing."""
+    import csv
+
+    path = MEASURED / name
+    if not path.exists():
+        raise ValueError(f"There are no timings in figures/benchmarks/{name}; measure them with make bench.")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def share(x: float) -> str:

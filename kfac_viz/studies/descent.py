@@ -57,7 +57,7 @@ def direction(method: Method, F: Fisher, g: Tensor, residuals: Tensor, damping: 
     else:
         Z = columns(method.space, A, M, g, method.per_layer, seed)
         T = CoarseCorrection(A, Z) if method.kind == "coarse" else TwoLevel(A, M, Z, method.correction)
-    return pcg(A, g, T, rtol=1e-14, max_iterations=method.iterations).solution if method.iterations else T @ g
+    return pcg(A, g, T, rtol=1e-10, max_iterations=method.iterations).solution if method.iterations else T @ g
 
 
 def columns(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int) -> CoarseSpace:

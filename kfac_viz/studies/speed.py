@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..parameters import Device, Seed
 from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers, styled
-from .curves import Curve, Study, curve, rounded
+from .curves import Curve, Study, curve, measured_rows, rounded
 from .exercises import exercise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MEASURED = Path(__file__).parents[2] / "figures" / "benchmarks"
 LARGEST = "spectral-4 balanced, 512 examples"
 
 
@@ -59,13 +57,13 @@ def run_speed(*, seed: Seed = 0, device: Device = "cpu") -> SpeedResult:
     """
     parameters = dict(locals())
     curves = {}
-    for row in _rows(f"speed_{device}.csv"):
+    for row in measured_rows(f"speed_{device}.csv"):
         curves["autoencoder", row["method"]] = _curve([row], "amortised_ms", x=None)
         for kind in ("counted", "alone"):
             if row[f"{kind}_ms"]:
                 curves[f"autoencoder, {kind}", row["method"]] = curve([0], [float(row[f"{kind}_ms"])])
     growth = defaultdict(list)
-    for row in _rows(f"growth_{device}.csv"):
+    for row in measured_rows(f"growth_{device}.csv"):
         growth[row["axis"], row["method"]].append(row)
     for (axis, method), rows in growth.items():
         curves[axis, method] = _curve(rows, "ms")
@@ -77,16 +75,6 @@ def run_speed(*, seed: Seed = 0, device: Device = "cpu") -> SpeedResult:
 def _curve(rows: list[dict[str, str]], time: str, x: str | None = "value") -> Curve:
     columns = [[float(row[key]) for row in rows] for key in (time, "low_ms", "high_ms")]
     return Curve(np.array([float(row[x]) if x else 0.0 for row in rows]), *map(rounded, columns))
-
-
-def _rows(name: str) -> list[dict[str, str]]:
-    import csv
-
-    path = MEASURED / name
-    if not path.exists():
-        raise ValueError(f"There are no timings in figures/benchmarks/{name}; measure them with make bench.")
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # ---- the picture --------------------------------------------------------------------------------------

@@ -73,3 +73,49 @@ def write(path: Path, rows: list[dict], machine: dict, *, quiet: bool = False) -
         writer.writeheader()
         writer.writerows({**row, **machine} for row in rows)
     print(f"written to {path}\n", flush=True)
+
+
+class Table:
+    """A CSV that grows run by run; a run that is in it is not made again.
+
+    Args:
+        key: the columns that tell one run from another.
+        machine: columns that every row has.
+        deadline: of ``time.monotonic``, after which no run is begun.
+    """
+
+    def __init__(self, path: Path, key: tuple[str, ...], machine: dict, deadline: float) -> None:
+        self.path, self.key, self.machine, self.deadline = path, key, machine, deadline
+        self.rows: dict[tuple[str, ...], list[dict[str, str]]] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    self.rows.setdefault(self._key(row), []).append(row)
+
+    def _key(self, setting: dict) -> tuple[str, ...]:
+        return tuple(str(setting[name]) for name in self.key)
+
+    def missing(self, **setting: object) -> bool:
+        """Whether the run with this setting is to be made; ends the program where its time is over."""
+        if self._key(setting) in self.rows:
+            return False
+        if time.monotonic() > self.deadline:
+            raise SystemExit("The time is over; run it again to go on.")
+        return True
+
+    def found(self, **setting: object) -> list[dict[str, str]]:
+        """The rows of a run."""
+        return self.rows[self._key(setting)]
+
+    def add(self, rows: list[dict], **setting: object) -> None:
+        """Append the rows of a run, and print the last."""
+        rows = [{**setting, **row, **self.machine} for row in rows]
+        new = not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+        self.rows[self._key(setting)] = [{name: str(value) for name, value in row.items()} for row in rows]
+        print(*(value for name, value in rows[-1].items() if name not in self.machine), flush=True)

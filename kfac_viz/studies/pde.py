@@ -1,0 +1,438 @@
+"""Which level does the work, where a coarse level matters: networks that solve differential equations."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from .. import KFAC, CoarseCorrection, Dense, TwoLevel
+from ..method.two_level import CORRECTIONS
+from ..parameters import Device, Range, Seed, check, number
+from ..show import INK, METHODS, CurveView, MapView, Plot, Style
+from . import equations
+from .curves import Curve, Study, curve, measured_rows, rounded
+from .descent import Method, columns, training
+from .equations import Equation
+from .exercises import exercise
+from .setting import Shares, shares
+from .threads import one_thread
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+EQUATIONS = {
+    "poisson": ("Poisson in 2 dimensions", lambda *a, **k: equations.poisson(2, *a, **k)),
+    "heat": ("heat in 1 + 1 dimensions", lambda *a, **k: equations.heat(1, *a, **k)),
+    "burgers": ("Burgers", equations.burgers),
+}
+LIVE = ("kfac", "coarse", "both", "exact")  # methods that the panel trains
+GRID = 40  # points along each side of a picture
+
+
+class Trained(NamedTuple):
+    """A run of one method: the loss after 0, 1, 2, … steps, and what the network is at the moment."""
+
+    losses: NDArray
+    field: NDArray
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class PdeResult(Study):
+    """Curves ``loss`` over steps, one for each method that was trained here, ``eigenvalues`` over their rank at the
+    moment, and from the measured tables ``seconds`` (loss over processor time) and ``columns`` (last loss over columns
+    per layer).
+
+    Attributes:
+        solution: the known one on a grid of the box, (n, n), rows along the last coordinate from high to low.
+        fields: for each method the network's solution minus that, at the moment.
+        errors: relative L² errors at the moment.
+        worth: of the next step of several methods, from where both levels have come to at the moment.
+        dimension: effective dimension there, at this λ.
+        claims: how many layers claim one direction there.
+        sizes: parameters, points, and columns of the coarse space in all.
+        cells: of the map: points, parameters, loss of the first method, its name, and the losses of all.
+    """
+
+    solution: NDArray
+    fields: dict[str, NDArray]
+    errors: dict[str, float]
+    worth: dict[str, Shares]
+    dimension: float
+    claims: float
+    sizes: tuple[int, int, int]
+    cells: tuple[Cell, ...]
+
+    @property
+    def headline(self) -> str:
+        p = self.parameters
+        losses = {name: power(c.y[p["moment"]]) for name, c in self.of("loss").items()}
+        return (f"Loss after {p['moment']} steps: K-FAC {losses['kfac']}, {p['per_layer']} columns per layer alone "
+                f"{losses['coarse']}, both levels {losses['both']}")  # fmt: skip
+
+    @property
+    def where(self) -> str:
+        p, (P, N, k) = self.parameters, self.sizes
+        name, widths = EQUATIONS[p["equation"]][0], "-".join(map(str, p["widths"]))
+        return (f"{name}, widths {widths}, {P} parameters, {N} points, λ = {power(p['damping'])}; {k} columns in "
+                f"all, effective dimension {number(self.dimension)}")  # fmt: skip
+
+    def table(self) -> pandas.DataFrame:
+        """One row per point of a curve, per field's error, and per cell of the map."""
+        import pandas
+
+        curves = super().table()
+        rows = [("error", name, self.parameters["moment"], *[float(rounded(x))] * 3) for name, x in self.errors.items()]
+        at = self.parameters["moment"]
+        rows += [("effective dimension", "both", at, *[self.dimension] * 3), ("claims", "both", at, *[self.claims] * 3)]
+        for name, found in self.worth.items():
+            rows += [(kind, name, at, *[x] * 3) for kind, x in found._asdict().items()]
+        for cell in self.cells:
+            for method, loss in cell.losses.items():
+                rows.append((f"map, {cell.parameters} parameters", method, cell.points, *[loss] * 3))
+        return pandas.concat([curves, pandas.DataFrame(rows, columns=curves.columns)], ignore_index=True)
+
+
+class Cell(NamedTuple):
+    """One size of network and of batch: the last loss of each method at the better λ."""
+
+    parameters: str
+    points: int
+    losses: dict[str, float]
+
+    @property
+    def first(self) -> str:
+        return min(self.losses, key=self.losses.get)
+
+
+@one_thread()
+def run_pde(
+    *,
+    damping: Annotated[float, Range(1e-10, 1e-2, log=True, steps=33), "λ, the same for every method."] = 1e-6,
+    per_layer: Annotated[int, Range(0, 32), "columns of the coarse space in each layer."] = 16,
+    coarse: Annotated[Literal["nicolaides", "spectral", "krylov", "random"], "which columns."] = "spectral",
+    moment: Annotated[int, Range(0, 200), "steps before the pictures are taken."] = 40,
+    equation: Annotated[Literal["poisson", "heat", "burgers"], "which equation is solved."] = "poisson",
+    widths: Annotated[tuple[int, ...], Range(1, 64), "of the hidden layers."] = (32, 32),
+    points: Annotated[int, Range(20, 2000), "inside; a quarter as many lie on the boundary."] = 400,
+    steps: Annotated[int, Range(1, 200), "of each method."] = 60,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> PdeResult:
+    """Train a network to solve a differential equation with K-FAC, with a coarse level, and with both.
+
+    Args:
+        moment: steps before the pictures are taken, at most ``steps``.
+    """
+    p = check(run_pde, locals())
+    p["moment"] = min(p["moment"], p["steps"])
+    kind = (p["equation"], tuple(p["widths"]), p["points"], p["seed"], p["device"])
+    own = {name: (damping, *((p["coarse"], per_layer) if name in ("coarse", "both") else ("spectral", 0)))
+           for name in LIVE}  # fmt: skip
+    runs = {name: _trained(kind, name, *own[name], p["steps"], p["moment"]) for name in LIVE}
+    F, spectra, size, worth = _at(kind, *own["both"], p["steps"], p["moment"])
+    curves = {("loss", name): curve(np.arange(len(run.losses)), run.losses) for name, run in runs.items()}
+    curves |= {("eigenvalues", name): curve(np.arange(1, len(d) + 1), d) for name, d in spectra.items()}
+    problem = build(kind)
+    return PdeResult(
+        p, curves | measured_curves(), on_grid(problem, problem.model.solution),
+        {name: run.field for name, run in runs.items()}, {name: run.error for name, run in runs.items()},
+        worth, float(rounded(F.damped(damping).effective_dimension())), float(rounded(F.damped(damping).claims())),
+        (F.partition.size, F.N, size), cells(),
+    )  # fmt: skip
+
+
+def build(kind: tuple) -> Equation:
+    """The problem of a kind: equation, widths, points, seed, device."""
+    equation, widths, points, seed, device = kind
+    return EQUATIONS[equation][1](widths, points, seed=seed, device=device)
+
+
+@lru_cache(maxsize=64)
+def _path(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, steps: int) -> tuple:
+    """Parameters after 0, 1, … steps, (steps + 1, P), and the losses there; a run that ends stays where it is."""
+    problem = build(kind)
+    method = Method({"coarse": "coarse", "both": "both"}.get(name, name), coarse, per_layer)
+    if name in ("coarse", "both") and not per_layer:
+        method = Method("kfac") if name == "both" else None
+    P = problem.partition
+    path, losses = [P.pack(problem.model)], [float(problem.loss().detach())]
+    going = iter(()) if method is None else training(problem, method, damping)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for _ in zip(range(steps), going, strict=False):
+                path.append(P.pack(problem.model))
+                losses.append(float(problem.loss().detach()))
+        except ValueError:  # singular to working precision at this λ: the run ends
+            pass
+    missing = steps + 1 - len(path)
+    return torch.stack(path + path[-1:] * missing), np.array(losses + losses[-1:] * missing)
+
+
+@lru_cache(maxsize=256)
+def _trained(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, steps: int, moment: int) -> Trained:
+    path, losses = _path(kind, name, damping, coarse, per_layer, steps)
+    problem = build(kind)
+    _set(problem, path[moment])
+    field = on_grid(problem, problem.values) - on_grid(problem, problem.model.solution)
+    return Trained(losses, field, problem.error())
+
+
+@lru_cache(maxsize=64)
+def _at(kind: tuple, damping: float, coarse: str, per_layer: int, steps: int, moment: int) -> tuple:
+    """The Fisher where two levels have come to; descending eigenvalues of M A, Q A and T A there; the columns of Z in
+    all; and what the next step of each method captures."""
+    path, _ = _path(kind, "both", damping, coarse, per_layer, steps)
+    problem = build(kind)
+    _set(problem, path[moment])
+    F, g = problem.capture(), problem.gradient()
+    A = Dense(F.damped(damping).dense(), F.partition)
+    M = KFAC(F, damping)
+    Z = columns(coarse, F.damped(damping), M, g, per_layer, kind[3] + moment)
+    operators = {"kfac": M, "both": TwoLevel(A, M, Z)}
+    if Z.size:
+        operators["coarse"] = CoarseCorrection(A, Z)
+    directions = {"kfac": M @ g}
+    if Z.size:
+        directions["coarse"] = operators["coarse"] @ g
+        directions |= {name: operators["both"].with_correction(name) @ g for name in CORRECTIONS}
+        other = columns("random", F.damped(damping), M, g, per_layer, kind[3] + moment)
+        directions["random columns, balanced"] = TwoLevel(A, M, other) @ g
+    worth = {name: Shares(*map(float, rounded(shares(F.damped(damping), g, v)))) for name, v in directions.items()}
+    L = torch.linalg.cholesky(A.dense())
+    spectra = {}
+    for name, T in operators.items():
+        inner = L.T @ T.dense() @ L
+        spectra[name] = np.linalg.eigvalsh(((inner + inner.T) / 2).cpu().numpy())[::-1].clip(1e-16)
+    return F, spectra, Z.size, worth
+
+
+def _set(problem: Equation, x: torch.Tensor) -> None:
+    problem.partition.add_(problem.model, x - problem.partition.pack(problem.model))
+
+
+def on_grid(problem: Equation, function: Any) -> NDArray:
+    """A function of points (n, 2) on a grid of the box, (n, n), rows along the last coordinate from high to low."""
+    sides = [torch.linspace(*ends, GRID, dtype=problem.inputs.dtype) for ends in problem.box]
+    x, y = torch.meshgrid(*sides, indexing="ij")
+    values = function(torch.stack([x, y], -1).flatten(0, 1).to(problem.inputs))
+    return values.view(GRID, GRID).T.flip(0).cpu().numpy()
+
+
+# ---- the measured tables ------------------------------------------------------------------------------
+
+TUNING_SEED = "99"  # of the runs that choose λ
+SHOWN = {  # in the measured curves
+    "Adam, then L-BFGS": "adam", "L-BFGS": "lbfgs", "K-FAC": "kfac", "coarse alone, 64": "coarse",
+    "two levels, 16": "both", "exact": "exact",
+}  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def measured_curves() -> dict[tuple[str, str], Curve]:
+    """Loss over seconds on Poisson in two dimensions, and the last loss over columns per layer on every equation."""
+    runs: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in measured_rows("pde_runs.csv"):
+        if row["seed"] != TUNING_SEED:
+            runs.setdefault((row["problem"], row["method"], row["seed"]), []).append(row)
+    first = next(iter(runs))[0]
+    curves = {}
+    times = np.geomspace(0.1, 3.9, 14)
+    for name, key in SHOWN.items():
+        seeds = [_loss_at(times, rows) for (*which, _), rows in runs.items() if which == [first, name]]
+        if seeds:
+            curves["seconds", key] = curve(times, seeds)
+    last: dict[tuple[str, str], list[float]] = {}
+    for (problem, method, _), rows in runs.items():
+        last.setdefault((problem, method), []).append(float(rows[-1]["loss"]))
+    for problem in dict.fromkeys(problem for problem, _ in last):
+        for key, name in (("coarse", "coarse alone"), ("both", "two levels")):
+            found = {k: last.get((problem, f"{name}, {k}")) for k in (4, 16, 64)}
+            if all(found.values()):
+                curves[f"columns, {problem}", key] = curve(list(found), np.array(list(found.values())).T)
+        for key, name in (("kfac", "K-FAC"), ("exact", "exact"), ("lbfgs", "L-BFGS")):
+            if (problem, name) in last:
+                curves[f"columns, {problem}", key] = curve([0], np.array(last[problem, name])[:, None])
+    return curves
+
+
+def _loss_at(times: NDArray, rows: list[dict[str, str]]) -> NDArray:
+    """The loss at these seconds, between the looks at a run on logarithmic scales."""
+    seconds, losses = (np.log([max(float(row[key]), 1e-30) for row in rows]) for key in ("seconds", "loss"))
+    return np.exp(np.interp(np.log(times), seconds, losses))
+
+
+@lru_cache(maxsize=1)
+def cells() -> tuple[Cell, ...]:
+    """The map, from networks and batches that grow downwards and to the right."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in measured_rows("pde_map.csv"):
+        losses = found.setdefault((row["parameters"], int(row["points"])), {})
+        loss = float(row["loss"]) if row["loss"] != "nan" else np.inf
+        losses[row["method"]] = min(loss, losses.get(row["method"], np.inf))
+    return tuple(Cell(parameters, points, losses) for (parameters, points), losses in found.items())
+
+
+def power(x: float) -> str:
+    """A loss for a reader: one digit and a power of ten.
+
+    >>> power(3.2e-8), power(0.041), power(7.0)
+    ('3·10⁻⁸', '0.04', '7')
+    """
+    if 1e-3 <= abs(x) < 1e4 or x == 0:
+        return f"{x:.1g}" if abs(x) < 10 else f"{x:.0f}"
+    digit, exponent = f"{x:.0e}".split("e")
+    return f"{digit}·10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
+# ---- the picture --------------------------------------------------------------------------------------
+
+STYLES: dict[str, Style] = {
+    "adam": METHODS["adam"]._replace(label="Adam, then L-BFGS"),
+    "lbfgs": Style("L-BFGS", "#888888", "h", "--"),
+    "kfac": METHODS["kfac"]._replace(label="K-FAC alone"),
+    "coarse": Style("coarse level alone", "#117733", "s", "--"),
+    "both": METHODS["balanced"]._replace(label="both levels, balanced"),
+    "exact": METHODS["exact"]._replace(label="exact step"),
+}
+
+
+class PdePlot(Plot):
+    """Solution and errors above; loss over steps, eigenvalues and loss over seconds; columns and the map below."""
+
+    size = (10.0, 8.8)
+    fixed = ("equation", "widths", "points", "steps", "seed")
+
+    def build(self, result: PdeResult) -> None:
+        grid = self.figure.add_gridspec(3, 1, height_ratios=(0.95, 1.1, 1.1))
+        self._build_fields(grid[0].subgridspec(1, 5), result)
+        middle = grid[1].subgridspec(1, 3)
+        steps, P = result.parameters["steps"], result.sizes[0]
+        losses, both = (1e-10, 1e3), ("log", "log")
+        self.loss = self.add(CurveView(
+            self.figure.add_subplot(middle[0]), STYLES, result.of("loss"), "Loss over steps, here", x="steps",
+            xlim=(0, steps), ylim=losses, scale=("linear", "log"),
+        ))  # fmt: skip
+        self.eigenvalues = self.add(CurveView(
+            self.figure.add_subplot(middle[1]), STYLES, result.of("eigenvalues"), "Eigenvalues, preconditioned",
+            x="rank", xlim=(1, P), ylim=(1e-6, 1e3), scale=both,
+        ))  # fmt: skip
+        CurveView(
+            self.figure.add_subplot(middle[2]), STYLES, result.of("seconds"), "Loss over seconds, measured",
+            x="processor seconds", xlim=(0.1, 4), ylim=losses, scale=both,
+        ).update(result.of("seconds"))  # fmt: skip
+        self.legend([*self.loss.lines.values(), *self._missing(self.loss)], 6)
+        below = grid[2].subgridspec(1, 2, width_ratios=(1, 1))
+        self._build_columns(self.figure.add_subplot(below[0]), result)
+        self._build_map(self.figure.add_subplot(below[1]), result)
+
+    def _build_fields(self, grid: Any, result: PdeResult) -> None:
+        box = build_box(result)
+        titles = {"solution": "solution $u$", **{name: STYLES[name].label for name in LIVE}}
+        self.images, self.texts = {}, {}
+        for i, (name, title) in enumerate(titles.items()):
+            ax = self.figure.add_subplot(grid[i])
+            ax.set_title(title, color=INK if name == "solution" else STYLES[name].color)
+            how = dict(extent=(*box[0], *box[1]), aspect="auto", interpolation="nearest")
+            if name == "solution":
+                ax.imshow(result.solution, cmap="viridis", **how)
+                horizontal, ax_name = AXES[result.parameters["equation"]]
+                ax.set(xlabel=f"{horizontal}; errors: yellow 1, black 10⁻⁷", ylabel=ax_name)
+            else:
+                self.images[name] = self.add(ax.imshow(np.zeros((2, 2)), cmap="magma", vmin=-7, vmax=0, **how))
+                ax.set_yticks([])
+                self.texts[name] = self.add(ax.text(0.5, -0.06, "", transform=ax.transAxes, ha="center", va="top"))
+            ax.set_xticks([])
+            ax.tick_params(length=0)
+
+    def _build_columns(self, ax: Axes, result: PdeResult) -> None:
+        """The last loss over columns per layer, one colour for each level, one line for each equation."""
+        quantities = dict.fromkeys(quantity for quantity, _ in result.curves if quantity.startswith("columns"))
+        markers = dict(zip(quantities, "os^Dv", strict=False))
+        for quantity, marker in markers.items():
+            found = result.of(quantity)
+            for name in ("coarse", "both"):
+                if name in found:
+                    c = found[name]
+                    ax.plot(c.x, c.y, color=STYLES[name].color, linestyle=STYLES[name].line, marker=marker)
+            for name, x in (("kfac", 1.0), ("lbfgs", 1.25), ("exact", 256.0)):
+                if name in found:
+                    ax.plot([x], found[name].y, color=STYLES[name].color, marker=marker, linestyle="none")
+        title = "Loss after 4 seconds, over columns per layer"
+        ax.set(xscale="log", yscale="log", xlim=(0.8, 330), xlabel="columns per layer", title=title)
+        ax.set_xticks([1.1, 4, 16, 64, 256], ["none", "4", "16", "64", "exact"])
+        ax.minorticks_off()
+        for quantity, marker in markers.items():
+            ax.plot([], [], color=INK, marker=marker, linestyle="none", label=quantity.removeprefix("columns, "))
+        ax.legend(loc="lower left")
+
+    def _build_map(self, ax: Axes, result: PdeResult) -> None:
+        gains, names = [], {}
+        for cell in result.cells:
+            row, column = f"{float(cell.parameters):,.0f}", f"{cell.points:,}"
+            levels = {name: loss for name, loss in cell.losses.items() if name not in ("K-FAC", "exact")}
+            gains.append((row, column, cell.losses["K-FAC"] / min(levels.values())))
+            names[row, column] = cell
+        missing = {(row, column) for row, *_ in gains for _, column, _ in gains} - {g[:2] for g in gains}
+        gains += [(row, column, np.nan) for row, column in missing]
+        view = MapView(
+            ax, gains, "How many times less loss than K-FAC, and what is first", x="points", y="parameters",
+            limits=(1, 1e6), colour=np.log10, palette="Oranges", form=lambda x: "" if x != x else f"×{power(x)}",
+        )  # fmt: skip
+        for text in ax.texts:
+            x, y = text.get_position()
+            cell = names.get((view.rows[int(y)], view.columns[int(x)]))
+            if cell:
+                text.set_text(f"{text.get_text()}\n{cell.first.replace(', ', ': ')}")
+
+    def _missing(self, view: CurveView) -> list:
+        return [view.ax.plot([], [], color=s.color, linestyle=s.line, marker=s.marker, label=s.label)[0]
+                for name, s in STYLES.items() if name not in view.lines]  # fmt: skip
+
+    def move(self, result: PdeResult) -> None:
+        for name, image in self.images.items():
+            image.set_data(np.log10(np.abs(result.fields[name]).clip(1e-16)))
+            self.texts[name].set_text(f"error {power(result.errors[name])}")
+        self.loss.update(result.of("loss"), at=result.parameters["moment"])
+        spectra = result.of("eigenvalues")
+        absent = Curve(*[np.array([np.nan])] * 4)
+        self.eigenvalues.update({name: spectra.get(name, absent) for name in self.eigenvalues.lines})
+
+    def words(self, result: PdeResult) -> str:
+        told = ", ".join(f"{STYLES[name].label} {power(x)}" for name, x in result.errors.items())
+        first = "; ".join(f"{c.parameters} parameters, {c.points} points: {c.first}" for c in result.cells)
+        return f"{super().words(result)} Relative errors at the moment: {told}. First in the map: {first}."
+
+
+AXES = {"poisson": ("$x$", "$y$"), "heat": ("time", "$x$"), "burgers": ("time", "$x$")}
+
+
+def build_box(result: PdeResult) -> tuple[tuple[float, float], ...]:
+    """Ends of the coordinates of the problem that a result is of."""
+    p = result.parameters
+    return build((p["equation"], (1,), 20, 0, "cpu")).box
+
+
+# ---- the exercises ------------------------------------------------------------------------------------
+
+@exercise("10a", "Each position carries one number through a layer; count value, first derivatives and Laplacian.")
+def _positions_of_a_point() -> int:
+    (position,) = {a.shape[1] for a in equations.poisson(5, (3,), 10).capture().a}
+    return position
+
+
+@exercise("10b", "Move per_layer upwards until the orange curve ends a hundred times lower than the blue one.")
+def _columns_for_a_hundredth() -> int:
+    for k in range(33):
+        losses = run_pde(per_layer=k).of("loss")
+        if losses["both"].y[-1] <= losses["kfac"].y[-1] / 100:
+            return k
+    raise ValueError("No coarse space of at most 32 columns per layer does it.")

@@ -1,0 +1,182 @@
+"""Networks that solve differential equations: every method from the same start, by loss and error, steps and seconds.
+
+Full batch, float64, tanh, one core, processor time. λ of every method (Adam's rate too) is the one of a common grid
+that has the lowest loss after half of the time, on a seed that is not measured. What is there already is not measured
+again: rows are appended run by run, and ``--minutes 5`` ends in time, to be gone on with.
+
+    python tests/benchmarks pde [--minutes M] [--only small,two,map,more]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from machine import Table, arguments, clock, describe, write
+
+import kfac_viz as kv
+from kfac_viz.studies.descent import Method, training
+
+SEEDS, TUNING_SEED = range(5), 99
+DAMPINGS = (1e-2, 1e-4, 1e-6, 1e-8)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+SECONDS, TUNING = 4.0, 2.0
+MARKS = [0.1 * 2 ** (k / 2) for k in range(20)]  # seconds at which a run is looked at
+
+PROBLEMS: dict[str, Callable[[int], kv.problems.Equation]] = {
+    "Poisson 2D": lambda seed: kv.problems.poisson(2, (40, 40, 40), 800, 200, seed),
+    "heat 1+1D": lambda seed: kv.problems.heat(1, (40, 40, 40), 800, 200, seed),
+    "Burgers 1+1D": lambda seed: kv.problems.burgers((40, 40, 40), 800, 200, seed),
+    "Poisson 5D": lambda seed: kv.problems.poisson(5, (40, 40, 40), 800, 200, seed),
+    "Poisson 10D": lambda seed: kv.problems.poisson(10, (40, 40, 40), 800, 200, seed),
+}
+ADAM_FIRST = "Adam, then L-BFGS"  # a third of the time
+SIZES = (4, 16, 64)
+CORE = {
+    "Adam": Method("adam"),
+    "L-BFGS": Method("lbfgs"),
+    ADAM_FIRST: Method("adam"),
+    "K-FAC": Method("kfac"),
+    "K-FAC, quadratic": Method("kfac", length="quadratic"),
+    "exact": Method("exact"),
+    **{f"coarse alone, {k}": Method("coarse", per_layer=k) for k in SIZES},
+    **{f"two levels, {k}": Method("both", per_layer=k) for k in SIZES},
+}
+FURTHER = {  # on the first problem: other columns, corrections, uses and lengths
+    **{f"two levels, {name} 16": Method("both", name, 16) for name in ("nicolaides", "random")},
+    "two levels, krylov 4": Method("both", "krylov", 4),
+    **{f"two levels, {name} 16": Method("both", "spectral", 16, name) for name in ("additive", "a-def1", "a-def2")},
+    "coarse alone, random 16": Method("coarse", "random", 16),
+    "5 CG iterations, K-FAC": Method("kfac", iterations=5),
+    "5 CG iterations, two levels 16": Method("both", per_layer=16, iterations=5),
+    "two levels 16, quadratic": Method("both", per_layer=16, length="quadratic"),
+    "two levels 16, least of a grid": Method("both", per_layer=16, length="least"),
+    "K-FAC, least of a grid": Method("kfac", length="least"),
+    "two levels 16, λ follows the loss": Method("both", per_layer=16, follow=True),
+    "two levels, 16 on average": Method("both", "spectral in all", 16),
+    "coarse alone, 16 on average": Method("coarse", "spectral in all", 16),
+}
+MAP_DAMPINGS = (1e-4, 1e-6)
+MAP_SECONDS = {("1e3", 500): 3, ("1e3", 2500): 3, ("1e3", 10_000): 15, ("1e4", 500): 5, ("1e4", 2500): 8,
+               ("1e4", 10_000): 25, ("1e5", 500): 10, ("1e5", 2500): 20}  # fmt: skip
+WIDTHS, POINTS = {"1e3": (20, 20, 20), "1e4": (68, 68, 68), "1e5": (220, 220, 220)}, (500, 2500, 10_000)
+MAP = {
+    "K-FAC": Method("kfac"),
+    "exact": Method("exact"),
+    **{f"{name}, {k}": Method(kind, per_layer=k)
+       for k in SIZES for name, kind in (("coarse alone", "coarse"), ("two levels", "both"))},
+}  # fmt: skip
+
+
+def run(problem: kv.problems.Equation, name: str, method: Method, damping: float, seconds: float) -> Iterator[dict]:
+    """What is seen at the marks, and at the end of the run."""
+    used, step, evaluations, marks = 0.0, 0, 0, iter(MARKS)
+    mark, ended, steps = next(marks), "", training(problem, method, damping)
+    while used < seconds and not ended:
+        start = clock()
+        try:
+            evaluations = next(steps)
+            step += 1
+        except StopIteration:
+            ended = "up at every length"
+        except ValueError as error:
+            ended = str(error).split(";")[0]
+        used += clock() - start
+        if name == ADAM_FIRST and method.kind == "adam" and used > seconds / 3:
+            method = Method("lbfgs")
+            steps = training(problem, method, damping)
+        if used >= mark or used >= seconds or ended:
+            yield {"step": step, "evaluations": evaluations, "seconds": round(used, 3),
+                   "loss": f"{float(problem.loss().detach()):.4g}", "error": f"{problem.error():.4g}", "ended": ended}
+            while used >= mark:
+                mark = next(marks, 1e9)
+
+
+def tuned(table: Table, setting: dict, problem: Callable, name: str, method: Method, seconds: float) -> float:
+    """The λ, or the rate, of the grid with the lowest loss on the seed that is not measured."""
+    grid = {"adam": RATES, "lbfgs": (1.0,)}.get(method.kind, DAMPINGS)
+    if len(grid) == 1:
+        return grid[0]
+    final = {}
+    for damping in grid:
+        here = {**setting, "method": name, "damping": damping, "seed": TUNING_SEED}
+        if table.missing(**here):
+            table.add(list(run(problem(TUNING_SEED), name, method, damping, seconds))[-1:], **here)
+        final[damping] = float(table.found(**here)[-1]["loss"])
+    return min(final, key=lambda d: final[d] if final[d] == final[d] else float("inf"))
+
+
+def runs(out: Path, machine: dict, deadline: float, problems: tuple[str, ...]) -> None:
+    table = Table(out / "pde_runs.csv", ("problem", "method", "damping", "seed"), machine, deadline)
+    for problem in problems:
+        build = PROBLEMS[problem]
+        for name, method in (CORE | FURTHER if problem == "Poisson 2D" else CORE).items():
+            damping = tuned(table, {"problem": problem}, build, name, method, TUNING)
+            for seed in SEEDS:
+                here = {"problem": problem, "method": name, "damping": damping, "seed": seed}
+                if table.missing(**here):
+                    table.add(run(build(seed), name, method, damping, SECONDS), **here)
+
+
+def the_map(out: Path, machine: dict, deadline: float) -> None:
+    """Columns × points × parameters, one seed, the better of two λ; cells with larger products have more time."""
+    key = ("parameters", "points", "method", "damping", "seed")
+    table = Table(out / "pde_map.csv", key, machine, deadline)
+    for parameters, widths in WIDTHS.items():
+        for points in POINTS:
+            if (parameters, points) not in MAP_SECONDS:
+                continue  # a step takes as long as all of a run
+            for name, method in MAP.items():
+                for damping in MAP_DAMPINGS:
+                    here = {"parameters": parameters, "points": points, "method": name, "damping": damping, "seed": 0}
+                    if table.missing(**here):
+                        problem = kv.problems.poisson(2, widths, points * 4 // 5, points // 5, 0)
+                        seconds = MAP_SECONDS[parameters, points]
+                        table.add(list(run(problem, name, method, damping, seconds))[-1:], **here)
+
+
+def small(out: Path) -> None:
+    """Losses after each of some steps on small networks, without times: a test makes this table again."""
+    rows = [{"equation": equation, "method": name, "step": step, "loss": f"{loss:.3g}"}
+            for equation, name, losses in small_runs() for step, loss in enumerate(losses, 1)]  # fmt: skip
+    write(out / "pde_small.csv", rows, {}, quiet=True)
+
+
+def small_runs() -> Iterator[tuple[str, str, list[float]]]:
+    """Equation, method, and the losses after each step."""
+    builders = {"poisson": lambda: kv.problems.poisson(2, (8, 8), 30),
+                "burgers": lambda: kv.problems.burgers((8, 8), 30)}  # fmt: skip
+    methods = {"K-FAC": Method("kfac"), "coarse alone, 4": Method("coarse", per_layer=4),
+               "two levels, 4": Method("both", per_layer=4), "exact": Method("exact")}  # fmt: skip
+    for equation, build in builders.items():
+        for name, method in methods.items():
+            problem = build()
+            steps = training(problem, method, 1e-4)
+            yield equation, name, [float(problem.loss().detach()) for _ in zip(range(6), steps, strict=False)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, machine = arguments(__doc__, argv), describe()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=1e6)
+    parser.add_argument("--only", default="small,two,map,more")
+    own = parser.parse_known_args(argv)[0]
+    deadline = time.monotonic() + 60 * own.minutes
+    warnings.simplefilter("ignore")
+    names = tuple(PROBLEMS)
+    for part in own.only.split(","):
+        if part == "small":
+            small(options.out)
+        elif part == "map":
+            the_map(options.out, machine, deadline)
+        else:
+            runs(options.out, machine, deadline, {"two": names[:3], "more": names[3:]}[part])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
