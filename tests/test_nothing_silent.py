@@ -14,7 +14,8 @@ import kfac_viz as kv
 from kfac_viz.method.checks import check_room
 
 X, Y = normal(20, 4), torch.arange(20) % 3
-TRAIN = {"likelihood": "categorical", "step_rule": "fixed", "lr": 0.1, "damping": 0.05, "observe_every": 1}
+TRAIN = {"likelihood": "categorical", "step_rule": "fixed", "lr": 0.1, "damping": 0.05, "observe_every": 1,
+         "per_layer": 4}  # fmt: skip
 
 
 class Forward(nn.Module):

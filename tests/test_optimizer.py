@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -18,7 +19,7 @@ from torch import nn
 import kfac_viz as kv
 from kfac_viz.method.kronecker import LeadingEigenvectors
 from kfac_viz.method.two_level import CORRECTIONS
-from kfac_viz.train.optimizer import TwoLevelKFAC
+from kfac_viz.train.optimizer import TwoLevelKFAC as Optimizer
 from kfac_viz.train.options import COARSE_OPERATORS, NAMES, SPACES
 from kfac_viz.train.statistics import RunningFactors, Window
 
@@ -32,6 +33,9 @@ QUADRATIC = EVERY | {
     "damping": 0.1,
     "fisher": "exact",
 }
+
+
+TwoLevelKFAC = functools.partial(Optimizer, per_layer=4)  # both levels, wherever a test says nothing else
 
 
 def closure_of(opt, model, x=X, y=Y, likelihood="categorical"):
@@ -138,9 +142,9 @@ def test_the_coarse_operator_can_be_the_kronecker_model(operator):
 
 
 def test_as_published_in_2020():
-    c = TwoLevelKFAC.as_published_2020(mlp(), **FIXED).options
+    c = Optimizer.as_published_2020(mlp(), **FIXED).options
     assert (c.coarse, c.per_layer, c.correction, c.coarse_operator) == ("nicolaides", 1, "additive", "kronecker")
-    mended = TwoLevelKFAC.as_published_2020(mlp(), **FIXED, correction="balanced")
+    mended = Optimizer.as_published_2020(mlp(), **FIXED, correction="balanced")
     assert mended.options.correction == "balanced"
 
 
@@ -822,7 +826,7 @@ def test_warnings_point_at_the_users_line():
     model = mlp((4, 5, 5, 3))
     model[2].requires_grad_(False)
     with pytest.warns(UserWarning) as told:
-        opt = TwoLevelKFAC.as_published_2020(model, **FIXED | {"lr": 1e4})
+        opt = Optimizer.as_published_2020(model, **FIXED | {"lr": 1e4})
         closure_of(opt, model)()
         opt.observe(X)
         torch.optim.lr_scheduler.StepLR(opt, 1)  # wraps step once more
@@ -1031,9 +1035,9 @@ def test_hyperparameters_are_checked(option, value):
 
 
 def test_every_option_is_in_the_signature_with_its_default():
-    shown = inspect.signature(TwoLevelKFAC).parameters
+    shown = inspect.signature(Optimizer).parameters
     assert [name for name in ("lr", "layers", *NAMES) if name not in shown] == []
-    assert (shown["damping"].default, shown["per_layer"].default) == (0.1, 4)
+    assert (shown["damping"].default, shown["per_layer"].default) == (0.1, 0)
     with pytest.raises(TypeError, match="no option 'dampening'; it has likelihood, damping"):
         TwoLevelKFAC(mlp(), **FIXED, dampening=1.0)
     with pytest.raises(TypeError, match="Name the likelihood"):

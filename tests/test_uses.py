@@ -422,7 +422,8 @@ def train(model: nn.Module, x: Tensor, opt: kv.TwoLevelKFAC, steps: int, batch: 
     return losses
 
 
-OPTIONS = {"likelihood": "categorical", "fisher": "exact", "damping": 0.1, "observe_every": 1, "refresh_every": 1}
+OPTIONS = {"likelihood": "categorical", "fisher": "exact", "damping": 0.1, "observe_every": 1, "refresh_every": 1,
+           "per_layer": 4}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from verdicts import ROOT, data, is_there, numbers, verdict
 
 from kfac_viz.studies import NOTEBOOKS
 
-SHORT = ("05_coarse_space", "05_coarse_space_sizes", "06_claims", "06_depth", "10_pde")  # held to their length
+SHORT = ("05_coarse_space", "05_coarse_space_sizes", "06_claims", "06_depth", "07_training", "10_pde")
 
 
 RATIOS = ("09_speed",)  # whose verdict divides timings by each other

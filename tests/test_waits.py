@@ -25,7 +25,8 @@ def deep(layers: int = 16, device: str = "cpu") -> nn.Module:
 def ready(layers: int = 16, device: str = "cpu", **options) -> tuple[kv.TwoLevelKFAC, nn.Module]:
     """An optimizer that has taken a step, and whose next observation is far away."""
     model = deep(layers, device)
-    opt = kv.TwoLevelKFAC(model, likelihood="categorical", observe_every=10**6, refresh_every=1, **options)
+    opt = kv.TwoLevelKFAC(model, likelihood="categorical", observe_every=10**6, refresh_every=1,
+                          **{"per_layer": 4} | options)  # fmt: skip
     kv.nll(model(X.to(device)), Y.to(device), "categorical").backward()
     opt.observe(X.to(device))
     opt.step()
@@ -120,7 +121,8 @@ def test_a_plain_step_runs_on_the_meta_device(space):
     assert torch.isfinite(model[0].weight).all()
     T = opt.preconditioner
     moved = torch.nn.Module.to(model, "meta")
-    meta = kv.TwoLevelKFAC(moved, likelihood="categorical", capturable=True, observe_every=10**6, **space)
+    meta = kv.TwoLevelKFAC(moved, likelihood="categorical", capturable=True, observe_every=10**6,
+                           **{"per_layer": 4} | space)  # fmt: skip
     meta.curvature = opt.curvature
     meta.curvature._T = on_meta(T)
     for p in moved.parameters():

@@ -16,11 +16,13 @@ from .origin import OriginPlot, OriginResult, run_origin
 from .pde import PdePlot, PdeResult, run_pde
 from .playground import save_page
 from .speed import SpeedPlot, SpeedResult, run_speed
+from .training import TrainingPlot, TrainingResult, run_training
 
 plot_claims = ClaimsPlot.draw
 plot_coarse_sizes, plot_coarse_space, plot_damping = CoarseSizesPlot.draw, CoarseSpacePlot.draw, DampingPlot.draw
 plot_depth, plot_fisher, plot_kfac = DepthPlot.draw, FisherPlot.draw, KfacPlot.draw
 plot_origin, plot_pde, plot_speed = OriginPlot.draw, PdePlot.draw, SpeedPlot.draw
+plot_training = TrainingPlot.draw
 
 # The notebooks that can be regenerated, and the function whose signature states their parameters.
 NOTEBOOKS: dict[str, Callable] = {
@@ -33,6 +35,7 @@ NOTEBOOKS: dict[str, Callable] = {
     "05_coarse_space_sizes": run_coarse_sizes,
     "06_claims": run_claims,
     "06_depth": run_depth,
+    "07_training": run_training,
     "09_speed": run_speed,
     "10_pde": run_pde,
 }

@@ -48,7 +48,7 @@ class TwoLevelKFAC(Optimizer):
 
     >>> import kfac_viz as kv
     >>> problem = kv.problems.digits(widths=(8,), side=4, n=64)
-    >>> opt = TwoLevelKFAC(problem.model, likelihood="categorical")
+    >>> opt = TwoLevelKFAC(problem.model, likelihood="categorical", per_layer=4)
     >>> for _ in range(3):
     ...     opt.zero_grad()
     ...     loss = kv.nll(problem.model(problem.inputs), problem.targets, "categorical")
@@ -61,14 +61,15 @@ class TwoLevelKFAC(Optimizer):
     The loss has to be the mean over examples of the *summed* negative log-likelihood, :func:`kfac_viz.nll`: the
     curvature and the damping are on that scale.
 
-    The defaults are a compromise of three tasks in mini-batches of digits (figures/benchmarks/defaults.csv, each
-    option varied alone, three seeds): with λ = 0.03, momentum 0.95 or ``kl_clip=3e-3`` one or another blows up;
-    ``coarse="krylov"`` ends lower on both classifiers and takes longer at each refresh.
-    training_mini_batch.csv has the losses of five more seeds beside K-FAC, Adam and SGD at equal steps, and the
-    processor time, mostly higher than theirs; on a deep narrow classifier one-level K-FAC ends lower. For a full
-    batch take ``step_rule="quadratic"`` with a closure, ``coarse_window=1``, ``coarse_examples`` that hold the batch,
-    and exact vectors or several samples: with one label per example ``balanced`` is worse than K-FAC on a classifier
-    (training_full_batch.csv). For large networks observe and refresh less often.
+    By default it is one-level K-FAC, ``per_layer=0``, since no default with a coarse level is nowhere worse than that.
+    In 600 mini-batch steps, every method tuned by one rule, four eigenvectors per layer end lower on a deep narrow
+    classifier, a transformer and a convolutional network, a little higher on a classifier and an autoencoder, and take
+    up to twice the time; with full batches and the quadratic rule they end higher on four of the five (notebook 07,
+    figures/benchmarks/training.csv). Turn the coarse level on, with ``per_layer`` or ``total``, where K-FAC alone
+    stalls, and tune λ anew; and wherever badly conditioned least squares are to be solved to the end with a full batch:
+    ``step_rule="line_search"``, exact vectors, 16 columns or more in each layer (notebook 10). The other defaults are a
+    compromise of three tasks (defaults.csv, each option varied alone beside 4 columns): with λ = 0.03, momentum 0.95 or
+    ``kl_clip=3e-3`` one or another blows up. For large networks observe and refresh less often.
 
     What is averaged or stale: M holds exponential averages of the factors, as they were at the last refresh; A is
     the weighted Fisher of the last observed batches, as it was at the last coarse refresh; both share λ. After a

@@ -47,7 +47,7 @@ class Options:
     damping: float = 0.1
     rule: str = "factored"
     coarse: str = "spectral"
-    per_layer: int = 4
+    per_layer: int = 0
     total: int | None = None
     correction: str = "balanced"
     coarse_operator: str = "captured"

@@ -1,156 +1,228 @@
-"""Training with the defaults: stability of long mini-batch runs, and steps and seconds of full-batch runs.
+"""Training on small data: two levels beside one, Adam and SGD, every method tuned by one rule on one budget.
 
-Digits classifier and digits autoencoder, five seeds. Mini-batch: two-level defaults, one-level K-FAC with the same
-defaults, the 2020 choice, and Adam and SGD with the best of a grid of learning rates; also on a classifier of 12
-narrow layers, which few methods train reliably. Full batch: the quadratic rule with closure. The losses are those of
-the whole training set.
+Rate, and λ where there is one, are those of a grid with the lowest loss of the whole training set at the end, on a seed
+that is not measured; then five seeds. Mini-batches of 100 and full batches. The full batch takes the quadratic rule,
+whose length is its own, so that K-FAC is tuned by its first λ alone. ``cause`` says what a run is for: ``tuning``,
+``method``, or one of the variations that separate a better solve from heuristics and noise. A second table has the
+steps to a target over the size of the batch, the rate tuned for each size. Processor seconds on one core; what is
+there already is not measured again.
 
-    python tests/benchmarks training
+    python tests/benchmarks training [--minutes M]
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import math
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from machine import arguments, clock, describe, show, write
+from machine import Table, arguments, clock, describe, write
+from torch import nn
 
 import kfac_viz as kv
 
-SEEDS = range(5)
-RATES = {"Adam": (1e-3, 3e-3, 1e-2, 3e-2), "SGD": (0.03, 0.1, 0.3, 1.0)}
+SEEDS, TUNING_SEED = range(5), 99
+BATCH, STEPS = 100, {"mini": 600, "full": 100}
+EVERY = {"mini": 30, "full": 5}
+N = 1500
+
+
+def convolutional(seed: int) -> kv.problems.Problem:
+    digits = kv.problems.digits((), N, seed, dtype=torch.float32)
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.Tanh(),
+        nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+    return replace(digits, model=model, inputs=digits.inputs.view(-1, 1, 8, 8), name="convolutional", layers=None)
+
+
 PROBLEMS: dict[str, Callable[[int], kv.problems.Problem]] = {
-    "classifier": lambda seed: kv.problems.digits((40, 40, 40), 1500, seed, dtype=torch.float32),
-    "autoencoder": lambda seed: kv.problems.autoencoder((40, 20, 8, 20, 40), 1500, seed, dtype=torch.float32),
-    "deep classifier": lambda seed: kv.problems.digits((16,) * 12, 1500, seed, dtype=torch.float32),
+    "classifier": lambda seed: kv.problems.digits((40, 40, 40), N, seed, dtype=torch.float32),
+    "autoencoder": lambda seed: kv.problems.autoencoder((40, 20, 8, 20, 40), N, seed, dtype=torch.float32),
+    "deep classifier": lambda seed: kv.problems.digits((16,) * 12, N, seed, dtype=torch.float32),
+    "attention": lambda seed: kv.problems.attention(8, N, seed, dtype=torch.float32),
+    "convolutional": convolutional,
 }
-FULL = {
-    "step_rule": "quadratic",
-    "observe_every": 1,
-    "refresh_every": 1,
-    "coarse_window": 1,
-    "coarse_examples": 1500,  # all of them
-    "decay": 0.5,
+RATES = {"SGD": (0.03, 0.1, 0.3), "Adam": (1e-3, 3e-3, 1e-2, 3e-2), "K-FAC": (0.1, 0.3, 1.0)}
+DAMPINGS = (0.01, 0.03, 0.1, 0.3)
+LEVELS = {"K-FAC": {"per_layer": 0}, "two-level": {"per_layer": 4}}
+METHODS = ("SGD", "Adam", *LEVELS)
+QUADRATIC = {"step_rule": "quadratic", "observe_every": 1, "refresh_every": 1, "decay": 0.5, "coarse_window": 1,
+             "coarse_examples": N}  # fmt: skip
+CAUSES = {  # of K-FAC and of two levels, with their tuned rate and λ
+    "exact vectors": {"fisher": "exact"},
+    "λ adapted": QUADRATIC,
+    "λ adapted, exact vectors": QUADRATIC | {"fisher": "exact"},
+    "curvature of every batch": {"observe_every": 1, "refresh_every": 1, "coarse_window": 1},
 }
-VECTORS = {"exact vectors": {"fisher": "exact"}, "1 label": {}, "10 labels": {"samples": 10}}  # of every example
-GOALS = {  # the losses to which steps and seconds are counted
-    "mini_batch": {"classifier": 1e-4, "autoencoder": 17.5, "deep classifier": 0.5},
-    "full_batch": {"classifier": 1e-3, "autoencoder": 18.0},
-}
-MINI = {"two-level defaults": {}, "one-level K-FAC": {"per_layer": 0}, "as published 2020": {"published": True}}
+CAUSE_PROBLEMS = ("classifier", "autoencoder", "deep classifier")
+TARGETS = {"classifier": 0.05, "autoencoder": 20.0}
+BATCHES, MOST_STEPS = (25, 100, 400, N), 1000
 
 
 def build(problem: kv.problems.Problem, method: str, options: dict) -> torch.optim.Optimizer:
+    """An optimizer by its name; every other name is a :class:`kfac_viz.TwoLevelKFAC` with these options."""
     parameters = problem.model.parameters()
     if method == "Adam":
         return torch.optim.Adam(parameters, **options)
     if method == "SGD":
         return torch.optim.SGD(parameters, momentum=0.9, **options)
-    options = dict(options)
-    kind = kv.TwoLevelKFAC.as_published_2020 if options.pop("published", False) else kv.TwoLevelKFAC
-    return kind(problem.model, likelihood=problem.likelihood, **options)
+    return kv.TwoLevelKFAC(problem.model, likelihood=problem.likelihood, **options)
 
 
-def train(problem: kv.problems.Problem, opt, steps: int, batch: int | None, seed: int, every: int) -> list[dict]:
-    """Losses on the whole set after every so many steps, and the seconds that the steps took so far."""
-    generator, rows, seconds = torch.Generator().manual_seed(seed), [], 0.0
-    two_level = isinstance(opt, kv.TwoLevelKFAC)
+def train(problem: kv.problems.Problem, opt, steps: int, batch: int | None, seed: int, every: int,
+          target: float = -math.inf) -> Iterator[dict]:  # fmt: skip
+    """Losses on the whole set after every so many steps, gradient evaluations and the seconds that the steps took."""
+    generator, seconds, evaluations = torch.Generator().manual_seed(seed), 0.0, 0
+    curved = isinstance(opt, kv.TwoLevelKFAC)
+    judged = curved and opt.options.step_rule == "quadratic"
     for step in range(1, steps + 1):
         chosen = slice(None) if batch is None else torch.randperm(len(problem.inputs), generator=generator)[:batch]
         x, y = problem.inputs[chosen], problem.targets[chosen]
 
         def closure(x=x, y=y) -> torch.Tensor:
+            nonlocal evaluations
+            evaluations += len(y)
             opt.zero_grad()
             loss = kv.nll(problem.model(x), y, problem.likelihood)
             loss.backward()
             return loss
 
         start = clock()
-        if batch or not two_level:
+        if not judged:
             closure()
-        if two_level:
+        if curved:
             opt.observe(x)
-        opt.step(closure if two_level and not batch else None)
+        opt.step(closure if judged else None)
         seconds += clock() - start
-        if step == steps or step % (every if batch or step <= 200 else 10 * every) == 0:
-            rows.append(
-                {"step": step, "loss": float(f"{float(problem.loss().detach()):.4g}"), "seconds": round(seconds, 3)}
-            )
-    return rows
+        if step == steps or step % every == 0:
+            loss = float(problem.loss().detach())
+            yield {"step": step, "gradients": evaluations, "seconds": round(seconds, 4), "loss": f"{loss:.4g}"}
+            if not loss > target:
+                return
 
 
-def best_rate(task: str, method: str, steps: int, batch: int | None) -> float:
-    """The rate of the grid with the lowest loss at the end, on a seed that is not measured."""
-    final = {}
-    for lr in RATES[method]:
-        problem = PROBLEMS[task](99)
-        final[lr] = train(problem, build(problem, method, {"lr": lr}), steps, batch, 99, steps)[-1]["loss"]
-    return min(final, key=lambda lr: final[lr] if final[lr] == final[lr] else float("inf"))
+def safely(rows: Iterator[dict]) -> list[dict]:
+    """The rows of a run; one that blows up, which is told in words, ends with inf."""
+    found = []
+    try:
+        for row in rows:
+            found.append(row)
+    except ValueError:
+        pass
+    return found or [{"step": 0, "gradients": 0, "seconds": 0.0, "loss": "inf"}]
 
 
-def summary(rows: list[dict], goals: dict[str, float]) -> list[dict]:
-    """Per task and method over the seeds: loss at the end, worst loss of the second half, steps and seconds to the
-    goal where it is reached."""
-    table = []
-    for task, goal in goals.items():
-        mine = [row for row in rows if row["task"] == task]
-        runs = {
-            (r["method"], r["seed"]): [x for x in mine if (x["method"], x["seed"]) == (r["method"], r["seed"])]
-            for r in mine
-        }
-        methods = list(dict.fromkeys(method for method, _ in runs))
-        for m in methods:
-            ends = [runs[m, s][-1]["loss"] for s in SEEDS]
-            reached = [next((x for x in runs[m, s] if x["loss"] <= goal), None) for s in SEEDS]
-            found = [x for x in reached if x]
-            table.append(
-                {
-                    "task": task,
-                    "method": m,
-                    "median_end": statistics.median(ends),
-                    "least_end": min(ends),
-                    "worst_end": max(ends),
-                    "worst_second_half": max(x["loss"] for s in SEEDS for x in runs[m, s][len(runs[m, s]) // 2 :]),
-                    "goal": goal,
-                    "seeds_reaching": len(found),
-                    "steps": statistics.median(x["step"] for x in found) if found else "",
-                    "seconds": statistics.median(x["seconds"] for x in found) if found else "",
-                }
-            )
-    return table
+class Runs:
+    """The first table: runs of a problem in a regime, and the settings that tuning finds."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def run(self, cause: str, regime: str, problem: str, method: str, lr: float, damping: float, seed: int,
+            extra: dict | None = None) -> float:  # fmt: skip
+        """Make the run unless it is there; its last loss."""
+        here = {"cause": cause, "regime": regime, "problem": problem, "method": method, "lr": lr, "damping": damping,
+                "seed": seed}  # fmt: skip
+        if self.table.missing(**here):
+            options = {"lr": lr} if method in ("SGD", "Adam") else {"damping": damping, **LEVELS[method]}
+            if method in LEVELS:
+                options |= QUADRATIC if regime == "full" else {"lr": lr}
+                options |= extra or {}
+                if options.get("step_rule") == "quadratic":
+                    options.pop("lr", None)
+            task = PROBLEMS[problem](seed)
+            batch = None if regime == "full" else BATCH
+            opt = build(task, method, options)
+            rows = safely(train(task, opt, STEPS[regime], batch, seed, EVERY[regime]))
+            self.table.add(rows[-1:] if cause == "tuning" else rows, **here)
+        last = self.table.found(**here)[-1]["loss"]
+        return float(last) if last != "nan" else math.inf
+
+    def tuned(self, regime: str, problem: str, method: str) -> tuple[float, float]:
+        """Rate and λ with the lowest last loss on the seed that is not measured; the rate is 1 where it is unused."""
+        if method in LEVELS:
+            rates = (1.0,) if regime == "full" else RATES["K-FAC"]
+            grid = [(lr, damping) for lr in rates for damping in DAMPINGS]
+        else:
+            grid = [(lr, 0.0) for lr in RATES[method]]
+        losses = {pair: self.run("tuning", regime, problem, method, *pair, TUNING_SEED) for pair in grid}
+        return min(losses, key=losses.get)
+
+
+def batches(table: Table, runs: Runs) -> None:
+    """Steps to a target over the size of the batch."""
+    for problem, target in TARGETS.items():
+        for method in METHODS:
+            damping = runs.tuned("mini", problem, method)[1]
+            for size in BATCHES:
+                steps = {lr: steps_to(table, problem, method, lr, damping, size, TUNING_SEED, target)
+                         for lr in RATES.get(method, RATES["K-FAC"])}  # fmt: skip
+                best = min(steps, key=steps.get)
+                for seed in SEEDS[:3]:
+                    steps_to(table, problem, method, best, damping, size, seed, target)
+
+
+def steps_to(table: Table, problem: str, method: str, lr: float, damping: float, size: int, seed: int,
+             target: float) -> float:  # fmt: skip
+    here = {"problem": problem, "method": method, "batch": size, "lr": lr, "damping": damping, "seed": seed}
+    if table.missing(**here):
+        task = PROBLEMS[problem](seed)
+        options = {"lr": lr} | ({"damping": damping, **LEVELS[method]} if method in LEVELS else {})
+        batch = None if size == N else size
+        rows = safely(train(task, build(task, method, options), MOST_STEPS, batch, seed, 5, target))
+        reached = float(rows[-1]["loss"]) <= target
+        table.add([{**rows[-1], "target": target, "reached": int(reached)}], **here)
+    row = table.found(**here)[-1]
+    return float(row["step"]) if row["reached"] == "1" else math.inf
+
+
+def small_runs() -> Iterator[tuple[str, list[float]]]:
+    """Losses of short runs in double precision, without times: a test makes this table again."""
+    settings = {"SGD": {"lr": 0.1}, "Adam": {"lr": 0.01}, "K-FAC": {"per_layer": 0}, "two-level": {"per_layer": 4}}
+    for method, options in settings.items():
+        problem = kv.problems.digits((6, 5), 60, side=4)
+        rows = train(problem, build(problem, method, options), 12, 20, 0, 3)
+        yield method, [float(row["loss"]) for row in rows]
+
+
+def small(out: Path) -> None:
+    rows = [{"method": method, "step": 3 * i, "loss": loss} for method, losses in small_runs()
+            for i, loss in enumerate(losses, 1)]  # fmt: skip
+    write(out / "training_small.csv", rows, {}, quiet=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     options, machine = arguments(__doc__, argv), describe()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=1e6)
+    deadline = time.monotonic() + 60 * parser.parse_known_args(argv)[0].minutes
     warnings.simplefilter("ignore")
-    full = {
-        f"{level}, {vectors}": FULL | options | chosen
-        for vectors, chosen in VECTORS.items()
-        for level, options in (("two-level", {}), ("one-level K-FAC", {"per_layer": 0}))
-    }
-    for regime, methods, steps, batch, every in (
-        ("mini_batch", MINI, 1500, 128, 50),
-        ("full_batch", full, 60, None, 2),
-    ):
-        rows = []
-        for task in GOALS[regime]:
-            todo = {k: v for k, v in methods.items() if task == "classifier" or "exact" not in k}
-            for method in RATES:  # twenty times the steps for methods whose steps are cheap
-                scale = 20 if batch is None else 1
-                todo[method] = {"lr": best_rate(task, method, steps * scale, batch)}
-            for method, settings in todo.items():
-                scale = 20 if batch is None and method in RATES else 1
+    small(options.out)
+    key = ("cause", "regime", "problem", "method", "lr", "damping", "seed")
+    runs = Runs(Table(options.out / "training.csv", key, machine, deadline))
+    for problem in PROBLEMS:
+        for regime in STEPS:
+            for method in METHODS:
+                best = runs.tuned(regime, problem, method)
                 for seed in SEEDS:
-                    problem = PROBLEMS[task](seed)
-                    opt = build(problem, method, settings)
-                    found = train(problem, opt, steps * scale, batch, seed, every)
-                    label = f"{method}, lr {settings['lr']:g}" if method in RATES else method
-                    rows += [{"task": task, "method": label, "seed": seed, **row} for row in found]
-        show(summary(rows, GOALS[regime]))
-        write(options.out / f"training_{regime}.csv", rows, machine, quiet=True)
+                    runs.run("method", regime, problem, method, *best, seed)
+    for problem in CAUSE_PROBLEMS:
+        for cause, extra in CAUSES.items():
+            for method in LEVELS:
+                best = runs.tuned("mini", problem, method)
+                for seed in SEEDS[:3]:
+                    runs.run(cause, "mini", problem, method, *best, seed, extra)
+    key = ("problem", "method", "batch", "lr", "damping", "seed")
+    batches(Table(options.out / "training_batches.csv", key, machine, deadline), runs)
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

@@ -1,0 +1,252 @@
+"""Whether a coarse level pays in training: two levels beside one, Adam and SGD, every method tuned by one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+
+from ..parameters import Device, Seed, number
+from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers
+from .curves import Curve, Study, curve, measured_rows, rounded
+from .exercises import exercise
+
+if TYPE_CHECKING:
+    import pandas
+
+PROBLEMS = ("classifier", "autoencoder", "deep classifier", "attention", "convolutional")
+REGIMES = {"mini": "mini-batches of 100", "full": "full batch of 1,500"}
+CURVED = ("K-FAC", "two-level")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingResult(Study):
+    """Curves of the chosen problem and regime, by method: the loss over ``step`` and over ``seconds``; and over the
+    size of the batch the ``steps to target``, for the classifier and the autoencoder.
+
+    Attributes:
+        ends: median, least and largest last loss, and median seconds, by (regime, problem, method).
+        grids: last loss of the tuning runs by (method, rate, λ), of the chosen problem in mini-batches.
+        causes: median last loss by (problem, variation, method) in mini-batches; "tuned" is no variation.
+    """
+
+    ends: Mapping[tuple[str, str, str], tuple[float, float, float, float]]
+    grids: Mapping[tuple[str, float, float], float]
+    causes: Mapping[tuple[str, str, str], float]
+
+    def ratio(self, regime: str, problem: str, method: str = "two-level") -> float:
+        """The median last loss of a method over that of one-level K-FAC."""
+        return float(rounded(self.ends[regime, problem, method][0] / self.ends[regime, problem, "K-FAC"][0], 3))
+
+    def changed(self, problem: str, cause: str, method: str = "two-level") -> float:
+        """The same in mini-batches, with one thing changed for both."""
+        return float(rounded(self.causes[problem, cause, method] / self.causes[problem, cause, "K-FAC"], 3))
+
+    @property
+    def headline(self) -> str:
+        lower = {}
+        for regime in REGIMES:
+            ratios = [self.ratio(regime, what) for what in PROBLEMS if (regime, what, "two-level") in self.ends]
+            lower[regime] = f"{sum(x < 1 for x in ratios)} of {len(ratios)}"
+        return (f"Two levels end lower than K-FAC on {lower['mini']} problems in mini-batches, on {lower['full']} with "
+                "full batches")  # fmt: skip
+
+    @property
+    def where(self) -> str:
+        p = self.parameters
+        return (f"{p['problem']} on digits, {REGIMES[p['regime']]}; rate and λ of every method tuned on a seed apart; "
+                "median and range of 5 seeds")  # fmt: skip
+
+    def table(self) -> pandas.DataFrame:
+        """The curves, and a row for each last loss, ratio, tuning run and variation."""
+        import pandas
+
+        curves = super().table()
+        rows: list[tuple] = []
+        for (regime, problem, method), (median, low, high, seconds) in self.ends.items():
+            rows.append((f"last loss, {regime}, {problem}", method, "", median, low, high))
+            rows.append((f"seconds, {regime}, {problem}", method, "", *[seconds] * 3))
+            rows.append((f"over K-FAC, {regime}, {problem}", method, "", *[self.ratio(regime, problem, method)] * 3))
+        rows += [(f"tuning, rate {rate:g}", method, λ, *[loss] * 3) for (method, rate, λ), loss in self.grids.items()]
+        for (problem, cause, method), loss in self.causes.items():
+            rows.append((f"{cause}, {problem}", method, "", *[loss] * 3))
+            rows.append((f"{cause}, {problem}, over K-FAC", method, "", *[self.changed(problem, cause, method)] * 3))
+        return pandas.concat([curves, pandas.DataFrame(rows, columns=curves.columns)], ignore_index=True)
+
+
+def run_training(
+    *,
+    problem: Annotated[
+        Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"], "what is trained."
+    ] = "deep classifier",
+    regime: Annotated[Literal["mini", "full"], "mini-batches of 100 examples, or all 1,500 in every step."] = "mini",
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> TrainingResult:
+    """Read what ``make bench ARGS=training`` has measured.
+
+    Args:
+        seed: has no effect; training is measured, and every notebook has this parameter.
+        device: has no effect either.
+
+    Raises:
+        ValueError: the tables are missing.
+    """
+    parameters = dict(locals())
+    runs = _runs()
+    curves: dict[tuple[str, str], Curve] = {}
+    for (cause, where, what, method), by_seed in runs.items():
+        if (cause, where, what) == ("method", regime, problem):
+            for quantity in ("step", "seconds"):
+                curves[quantity, method] = _over(quantity, list(by_seed.values()))
+    for (what, method), points in _steps_to_target().items():
+        curves[f"steps to target, {what}", method] = points
+    ends = {key[1:]: _last(by_seed) for key, by_seed in runs.items() if key[0] == "method"}
+    grids = {
+        (method, float(rows[-1]["lr"]), float(rows[-1]["damping"])): _loss(rows[-1])
+        for (_, where, what, method), by_setting in _runs("tuning").items()
+        for rows in by_setting.values()
+        if (where, what) == ("mini", problem) and method in CURVED
+    }
+    causes = {
+        (what, "tuned" if cause == "method" else cause, method): _last(by_seed)[0]
+        for (cause, where, what, method), by_seed in runs.items()
+        if where == "mini" and method in CURVED and any(key[0] not in ("method",) and key[2] == what for key in runs)
+    }
+    return TrainingResult(parameters, curves, ends, grids, causes)
+
+
+@lru_cache(maxsize=2)
+def _runs(of: str = "") -> dict[tuple[str, str, str, str], dict[tuple[str, ...], list[dict[str, str]]]]:
+    """Rows of every run, by (cause, regime, problem, method) and then seed and settings; tuning runs only if asked."""
+    found: dict[tuple, dict] = {}
+    for row in measured_rows("training.csv"):
+        if (row["cause"] == "tuning") == (of == "tuning"):
+            key = tuple(row[name] for name in ("cause", "regime", "problem", "method"))
+            setting = tuple(row[name] for name in ("seed", "lr", "damping"))
+            found.setdefault(key, {}).setdefault(setting, []).append(row)
+    return found
+
+
+def _loss(row: Mapping[str, str]) -> float:
+    return inf if row["loss"] == "nan" else float(row["loss"])
+
+
+def _last(by_seed: Mapping[Any, list[dict[str, str]]]) -> tuple[float, float, float, float]:
+    losses = [_loss(rows[-1]) for rows in by_seed.values()]
+    seconds = [float(rows[-1]["seconds"]) for rows in by_seed.values()]
+    return tuple(map(float, rounded([np.median(losses), min(losses), max(losses), np.median(seconds)])))
+
+
+def _over(quantity: str, runs: list[list[dict[str, str]]]) -> Curve:
+    """The loss over steps, or over seconds as they were in the median; a run that blew up is at the top."""
+    whole = max(runs, key=len)
+    losses = [[_loss(row) for row in run] + [inf] * (len(whole) - len(run)) for run in runs]
+    x = [np.median([float(run[i][quantity]) for run in runs if i < len(run)]) for i in range(len(whole))]
+    return curve(x, np.minimum(losses, 1e6))
+
+
+@lru_cache(maxsize=1)
+def _steps_to_target() -> dict[tuple[str, str], Curve]:
+    """Median over seeds, by problem and method; sizes at which the target was not reached are left out."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in measured_rows("training_batches.csv"):
+        if row["seed"] != "99":
+            steps = float(row["step"]) if row["reached"] == "1" else inf
+            found.setdefault((row["problem"], row["method"]), {}).setdefault(int(row["batch"]), []).append(steps)
+    curves = {}
+    for key, sizes in found.items():
+        reached = {size: steps for size, steps in sizes.items() if np.median(steps) < inf}
+        if reached:
+            found_at = [(float(np.median(x)), min(x), min(max(x), 1e4)) for x in reached.values()]
+            curves[key] = Curve(np.array([*reached], dtype=float), *rounded(np.array(found_at).T))
+    return curves
+
+
+# ---- the picture --------------------------------------------------------------------------------------
+
+STYLES: dict[str, Style] = {
+    "SGD": METHODS["gradient"]._replace(label="SGD, momentum 0.9"),
+    "Adam": METHODS["adam"],
+    "K-FAC": METHODS["kfac"]._replace(label="one-level K-FAC"),
+    "two-level": METHODS["balanced"]._replace(label="two levels, 4 eigenvectors"),
+}
+
+
+class TrainingPlot(Plot):
+    """Loss over steps and seconds, and steps over the batch above; all problems, tuning and variations below."""
+
+    size = (10.0, 7.2)
+    fixed = ("problem", "regime")
+
+    def build(self, result: TrainingResult) -> None:
+        grid = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.15))
+        above, below = grid[0].subgridspec(1, 3), grid[1].subgridspec(1, 3, width_ratios=(1.25, 1, 1.35))
+        ends = [x for quantity in ("step", "seconds") for c in result.of(quantity).values() for x in c.y]
+        limits = min(ends) / 2, 2 * max(x for x in ends if x < 1e5)
+        for i, (quantity, title, x) in enumerate((("step", "Loss over steps", "steps"),
+                                                  ("seconds", "Loss over seconds", "processor seconds"))):  # fmt: skip
+            curves = result.of(quantity)
+            last = max(c.x[-1] for c in curves.values())
+            view = CurveView(
+                self.figure.add_subplot(above[i]), STYLES, curves, title, x=x, xlim=(0, last), ylim=limits,
+                scale=("linear", "log"),
+            )  # fmt: skip
+            view.update(curves)
+        name = "autoencoder" if result.parameters["problem"] == "autoencoder" else "classifier"
+        curves = result.of(f"steps to target, {name}")
+        sizes = CurveView(
+            self.figure.add_subplot(above[2]), STYLES, curves, f"Steps to target, {name}", x="examples in a batch",
+            xlim=(20, 2000), ylim=(5, 1200),
+        )  # fmt: skip
+        sizes.update(curves)
+        plain_numbers(sizes.ax.xaxis, (25, 100, 400, 1500))
+        self.legend(view.lines.values(), 4)
+        self._build_maps(below, result)
+
+    def _build_maps(self, grid: Any, result: TrainingResult) -> None:
+        points = [
+            (f"{what}, {regime}", STYLES[method].label.split(",")[0].replace("one-level ", ""),
+             result.ratio(regime, what, method))
+            for regime in REGIMES for what in PROBLEMS for method in STYLES if (regime, what, method) in result.ends
+        ]  # fmt: skip
+        MapView(
+            self.figure.add_subplot(grid[0]), points, "Last loss over that of K-FAC", limits=(1e-2, 1e2),
+            colour=np.log10, palette="RdBu_r", form=lambda x: number(x, 2), tilt=30,
+        )  # fmt: skip
+        best = {key: loss for key, loss in result.grids.items() if key[0] == "two-level"}
+        tuning = [(f"{rate:g}", f"{λ:g}", min(loss, 1e6)) for (_, rate, λ), loss in best.items()]
+        low, high = min(x for *_, x in tuning), max(x for *_, x in tuning)
+        MapView(
+            self.figure.add_subplot(grid[1]), tuning, "Tuning two levels: last loss", x="λ", y="rate",
+            limits=(low, high), colour=np.log10, palette="Oranges",
+            form=lambda x: number(x, 2) if x < 1e5 else "blew up",
+        )  # fmt: skip
+        names = list(dict.fromkeys(problem for problem, *_ in result.causes))
+        rows = dict.fromkeys(cause for _, cause, _ in result.causes)
+        ratios = [(cause, problem, result.changed(problem, cause)) for cause in rows for problem in names
+                  if (problem, cause, "two-level") in result.causes]  # fmt: skip
+        MapView(
+            self.figure.add_subplot(grid[2]), ratios, "The same, one thing changed", limits=(1e-2, 1e2),
+            colour=np.log10, palette="RdBu_r", form=lambda x: number(x, 2), tilt=30,
+        )  # fmt: skip
+
+    def move(self, result: TrainingResult) -> None:
+        """Measured tables do not move."""
+
+    def words(self, result: TrainingResult) -> str:
+        told = "; ".join(f"{problem}, {regime}: {number(result.ratio(regime, problem), 2)}" for regime in REGIMES
+                         for problem in PROBLEMS if (regime, problem, "two-level") in result.ends)  # fmt: skip
+        return f"Last loss of two levels over that of K-FAC: {told}."
+
+
+# ---- the exercises ------------------------------------------------------------------------------------
+
+@exercise("07a", "Divide the steps at 25 examples by those at 1,500, and compare with 60.", 0.02)
+def _saved_by_a_larger_batch() -> float:
+    steps = run_training().of("steps to target, classifier")["K-FAC"].y
+    return float(steps[0] / steps[-1])
