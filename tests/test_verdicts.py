@@ -1,5 +1,7 @@
 """Every number of a verdict stands in the data beside its figure, and a verdict is short."""
 
+import re
+
 import pytest
 from verdicts import ROOT, data, is_there, numbers, verdict
 
@@ -25,6 +27,24 @@ def test_every_number_of_a_verdict_is_in_its_data(stem):
 def test_a_verdict_is_short(stem):
     assert 0 < len(verdict(stem).split()) <= 120
     assert 0 < len(numbers(verdict(stem))) <= 6
+
+
+def findings() -> list[tuple[str, list[str]]]:
+    """What README's table of findings says, and the files that it names for it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]*\? \| ([^|]*) \| (`[^|]*) \|$", text, flags=re.MULTILINE)
+    return [(finding, re.findall(r"`([\w/]+\.csv)`", files)) for finding, files in rows]
+
+
+@pytest.mark.parametrize(("finding", "files"), findings())
+def test_every_number_of_a_finding_is_in_the_file_that_is_named(finding, files):
+    values = data(ROOT / "figures" / name for name in files)
+    assert files and numbers(finding)
+    assert [number for number in numbers(finding) if not is_there(number, values)] == []
+
+
+def test_readme_has_its_findings():
+    assert len(findings()) >= 6
 
 
 def test_what_is_no_number_of_a_verdict_is_left_out():
