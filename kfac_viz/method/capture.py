@@ -157,7 +157,7 @@ def observed(
         )
         vectors = output_vectors(run.outputs, likelihood, fisher, targets=targets, samples=samples, generator=generator)
         grads, _ = run.pull_back(vectors)
-        dtype = torch.promote_types(partition.parameters(model)[0][0].dtype, torch.float32)
+        dtype = torch.promote_types(partition.own_parameters(model)[0][0].dtype, torch.float32)
         a, g = run.normal_form(grads, dtype)
     F = Fisher(partition, a, g, likelihood=likelihood, flavour=fisher, swapped=run.swapped())
     if not F.in_range():
@@ -184,7 +184,7 @@ def _tell_what_is_wrong(model: nn.Module, inputs: tuple[Tensor, ...], run: Recor
 
 def _check_data(model: nn.Module, partition: Partition, inputs: tuple[Tensor, ...]) -> None:
     """Refuse NaN and inf in weights and inputs, by name."""
-    for name, own in zip(partition.names, partition.parameters(model), strict=True):
+    for name, own in zip(partition.names, partition.own_parameters(model), strict=True):
         if not all(finite([p.detach() for p in own])):
             raise ValueError(f"The weights of layer {name!r} hold NaN or inf.")
     if not all(finite([x for x in inputs if x.is_floating_point()])):
@@ -210,7 +210,7 @@ def check_inputs(model: nn.Module, partition: Partition, inputs: tuple[Tensor, .
         raise TypeError(f"inputs must be tensors; got {[type(x).__name__ for x in inputs]}.")
     if inputs[0].ndim < 1 or inputs[0].shape[0] == 0:
         raise ValueError(f"The batch is empty: inputs have shape {tuple(inputs[0].shape)}.")
-    weights = {name: own[0] for name, own in zip(partition.names, partition.parameters(model), strict=True)}
+    weights = {name: own[0] for name, own in zip(partition.names, partition.own_parameters(model), strict=True)}
     first = next(iter(weights.values()))
     for name, p in weights.items():
         if (p.dtype, p.device) != (first.dtype, first.device):
@@ -227,7 +227,7 @@ def check_inputs(model: nn.Module, partition: Partition, inputs: tuple[Tensor, .
 
 def tell_others(model: nn.Module, partition: Partition) -> tuple[str, ...]:
     """Names of the trainable parameters outside the partition; a warning says them once per model."""
-    mine = {id(p) for own in partition.parameters(model) for p in own}
+    mine = {id(p) for own in partition.own_parameters(model) for p in own}
     others = tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine)
     if others and model not in _told:
         _told.add(model)

@@ -235,12 +235,17 @@ class Partition:
     def parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
         """The parameters of every layer, one for each of its pieces; a ValueError if the model is another one."""
         check_type("model", model, nn.Module)
-        parameters, found = parameters_of(model), layers_of(model)
+        found = layers_of(model)
         for layer in self.layers:
             if layer.name not in found:
                 raise ValueError(f"The model has no layer {layer.name!r}; it is not the one captured.")
             if found[layer.name] != layer or not layer.pieces:
                 raise ValueError(f"The model's layer {layer.name!r} no longer is {layer}; capture it again.")
+        return self.own_parameters(model)
+
+    def own_parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
+        """As :meth:`parameters`, of the model that this partition is known to be of."""
+        parameters = parameters_of(model)
         return [[parameters[piece.parameter] for piece in layer.pieces] for layer in self.layers]
 
     def check(self, v: Tensor, *, vector: bool = False) -> None:
