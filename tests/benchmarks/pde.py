@@ -22,7 +22,7 @@ import kfac_viz as kv
 from kfac_viz.studies.descent import Method, training
 
 SEEDS, TUNING_SEED = range(5), 99
-DAMPINGS = (1e-2, 1e-4, 1e-6, 1e-8)
+DAMPINGS = (1.0, 1e-2, 1e-4, 1e-6, 1e-8)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SECONDS, TUNING = 4.0, 2.0
 MARKS = [0.1 * 2 ** (k / 2) for k in range(20)]  # seconds at which a run is looked at
