@@ -275,12 +275,16 @@ def test_damped_operator():
 
 
 def test_eigenvectors_are_shared_by_every_damping(monkeypatch):
-    A = captured("residual").damped(1.0)
-    A.solve(normal(A.shape[0]))
-    monkeypatch.setattr(torch.linalg, "eigh", None)
-    other = A.with_damping(0.1)
-    r = normal(A.shape[0])
-    assert_close(other @ other.solve(r), r, 1e-11)
+    many, few = captured("residual", n=40).damped(1.0), captured("residual").damped(1.0)
+    many.solve(normal(many.shape[0]))
+    few.effective_dimension()
+    for name in ("eigh", "eigvalsh", "cholesky_ex"):
+        monkeypatch.setattr(torch.linalg, name, None)
+    for A, space in ((many, "parameter space"), (few, "sample space")):
+        other, r = A.with_damping(0.1), normal(A.shape[0])
+        assert repr(A.operator.exact).startswith(space)
+        assert_close(other @ other.solve(r), r, 1e-11)
+    other = many.with_damping(0.1)
     assert_close((other.eigen.U * other.eigen.d) @ other.eigen.U.T, other.dense(), 1e-13)
 
 
