@@ -118,13 +118,15 @@ class SampleSpace:
     def norms(self) -> Tensor:
         """``‖F_lm‖`` in the Frobenius norm, (L, L): the root of ``⟨K_l, K_m⟩``, exact to half the digits of the dtype
         beside ``(‖F_ll‖ ‖F_mm‖)^½``."""
-        L, flat = len(self.F.a), self.size**2
+        L = len(self.F.a)
         total = self.F.a[0].new_zeros(L, L)
-        scale = self.matrix.abs().max().clamp_min(torch.finfo(total.dtype).tiny)  # so that no square overflows
-        if L * flat <= _CHUNK:
-            K = torch.stack([self.kernel(l).flatten() for l in range(L)]) / scale
-            total = K @ K.T
+        tiny = torch.finfo(total.dtype).tiny
+        if L * self.size**2 <= _CHUNK:
+            K = torch.stack([self.kernel(l).flatten() for l in range(L)])
+            scale = K.abs().max().clamp_min(tiny)  # so that no square overflows
+            total = (K / scale) @ (K / scale).T
         else:
+            scale = self.matrix.abs().max().clamp_min(tiny)
             for l in range(L):
                 mine = self.kernel(l).flatten() / scale
                 total[l, l] = mine @ mine
@@ -134,7 +136,7 @@ class SampleSpace:
 
     def claims(self, damping: float) -> float:
         """The largest eigenvalue of ``Σ_l K_l (K_l + λ)⁻¹``; see :meth:`kfac_viz.Damped.claims`."""
-        total = torch.zeros_like(self.matrix)
+        total = self._zeros()
         for l in range(len(self.F.a)):
             d, U = psd_eigen(self.kernel(l), f"The matrix of layer {l}")
             total.addmm_(U * (d / (d + damping)), U.T)

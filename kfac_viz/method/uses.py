@@ -394,25 +394,32 @@ def _broadcast(watch: Watch, func: Callable, one: Any, other: Any) -> Known:
         return _UNKNOWN
     first, second = (watch.parameter(x) is not None for x in (one, other))
     p, x = (one, other) if first else (other, one)
-    if first == second or p.numel() != max((*p.shape, 1)) or (func.__name__ == "add_" and first):
+    if first == second or not _is_vector(p) or (func.__name__ == "add_" and first):
         return _UNKNOWN
     x = x.detach().clone() if func.__name__ == "mul" else None
     out = func(one, other)
-    shape = (1,) * (out.ndim - p.ndim) + tuple(p.shape)
-    axis = next((k for k, n in enumerate(shape) if n > 1), None)
-    return out, _along(watch, p, x, out, axis) if out.requires_grad else [p]
+    return out, _along(watch, p, x, out, _axis(p, out)) if out.requires_grad else [p]
 
 
 def _copies(watch: Watch, func: Callable, p: Tensor, *sizes: Any) -> Known:
     """``p.expand(N, …)`` and ``p.repeat(N, …)`` for a vector p that every example gets."""
-    if watch.parameter(p) is None or p.numel() != max((*p.shape, 1)):
+    if watch.parameter(p) is None or not _is_vector(p):
         return _UNKNOWN
     out = func(p, *sizes).clone()  # no view of p any longer, so that what comes next is no use of it
-    shape = (1,) * (out.ndim - p.ndim) + tuple(p.shape)
-    axis = next((k for k, n in enumerate(shape) if n > 1), None)
-    if axis is not None and out.shape[axis] != shape[axis]:
+    axis = _axis(p, out)
+    if axis is not None and out.shape[axis] != p.numel():
         return out, []
     return out, _along(watch, p, None, out, axis)
+
+
+def _is_vector(p: Tensor) -> bool:
+    """Whether all numbers of p lie along one of its axes."""
+    return p.numel() == max((*p.shape, 1))
+
+
+def _axis(p: Tensor, out: Tensor) -> int | None:
+    """The axis of a result along which a vector p lies; None for a single number."""
+    return next((out.ndim - p.ndim + k for k, n in enumerate(p.shape) if n > 1), None)
 
 
 def _along(watch: Watch, p: Tensor, x: Tensor | None, out: Tensor, axis: int | None) -> list[Tensor]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .checks import warn
-from .layers import parameters_of
 from .record import Layout, Record, layouts
 
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[Layout]]] = weakref.WeakKeyDictionary()  # by model
@@ -39,8 +38,7 @@ def witnessed(model: nn.Module, record: Record, likelihood: str) -> Record:
     if N == 1 and known is None and model not in _told:
         _told.add(model)
         warn("One example alone cannot show whether rows belong to one example each; a larger batch is checked.")
-    parameters = parameters_of(model)
-    weights = [[parameters[piece.parameter] for piece in layer.pieces] for layer in record.partition.layers]
+    weights = record.partition.own_parameters(model)
     halves = [half.to(outputs.device) for half in _halves(N)]
     flat = [p for own in weights for p in own]
     grads = [_pulled(record, half, flat) for half in halves]
