@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +23,16 @@ DEVICES = [
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random", "optimal")
 CORRECTIONS = ("additive", "a-def1", "a-def2", "balanced")
+
+
+def benchmark(name: str) -> ModuleType:
+    """A module of tests/benchmarks, which import one another by their plain names."""
+    folder = str(Path(__file__).parent / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
 
 
 def error(found: Tensor, expected: Tensor) -> float:

@@ -1,18 +1,19 @@
 """The study of differential equations: its numbers, against the objects that it is made of and a table made before."""
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import benchmark
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kfac_viz as kv
+from kfac_viz.parameters import number
 from kfac_viz.studies.descent import Method, direction, exact_step, line_search, training
-from kfac_viz.studies.pde import Cell, PdePlot, cells, measured_curves, power, run_pde
+from kfac_viz.studies.pde import Cell, PdePlot, cells, measured_curves, run_pde
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(widths=(6, 5), points=24, steps=5, moment=4, per_layer=2)
@@ -23,11 +24,7 @@ def problem(seed=0):
 
 
 def test_the_small_table_is_made_again():
-    sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-    try:
-        from pde import small_runs
-    finally:
-        sys.path.pop(0)
+    small_runs = benchmark("pde").small_runs
     with (ROOT / "figures" / "benchmarks" / "pde_small.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     kept = {(row["equation"], row["method"], int(row["step"])): float(row["loss"]) for row in rows}
@@ -121,4 +118,4 @@ def test_the_measured_tables_say_what_the_picture_shows():
 
 
 def test_powers_of_ten_are_written_for_readers():
-    assert [power(x) for x in (0.0, 1.0, 40.4, 0.0399, 3.4e-9)] == ["0", "1", "40", "0.04", "3·10⁻⁹"]
+    assert [number(x, 1) for x in (0.0, 1.0, 40.4, 0.0399, 3.4e-9)] == ["0", "1", "40", "0.04", "3·10⁻⁹"]

@@ -1,11 +1,11 @@
 """The study of training: a small table made again, and what the measured one is made into."""
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import benchmark
 
 from kfac_viz.studies.training import CURVED, PROBLEMS, REGIMES, TrainingPlot, run_training
 
@@ -19,11 +19,7 @@ def rows_of(name):
 
 
 def test_the_small_table_is_made_again():
-    sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-    try:
-        from training import small_runs
-    finally:
-        sys.path.pop(0)
+    small_runs = benchmark("training").small_runs
     kept = {(row["method"], int(row["step"])): float(row["loss"]) for row in rows_of("training_small.csv")}
     found = {(method, 3 * i): loss for method, losses in small_runs() for i, loss in enumerate(losses, 1)}
     assert found.keys() == kept.keys() and len(kept) == 16

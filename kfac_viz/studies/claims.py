@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import BlockDiagonal, Dense
+from .. import BlockDiagonal, Dense, Partition
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..show import INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers
 from .curves import Curve, Study, by_key, curve, rounded, seeds
@@ -25,7 +25,7 @@ MOMENTS = ("untrained", "trained")
 @dataclass(frozen=True, eq=False)
 class ClaimsResult(Study):
     """Curves over λ for the two moments: ``claims``; of the step of exact layer blocks its ``length``, the best factor,
-     what it captures as it is (``captured``) and at that length (``at_best_length``); and ``inverse``,
+    what it captures as it is (``captured``) and at that length (``at_best_length``); and ``inverse``,
     ``1 / λ_max(M A)`` with M the exact blocks: no more than 1/claims, no less than 1/(1 + claims), and below the best
     factor, since ``vᵀA v ≤ λ_max(M A) gᵀv`` for v = M g.
 
@@ -109,18 +109,14 @@ def _measure(*networks: tuple) -> dict[tuple[str, str], NDArray]:
 @lru_cache(maxsize=64)
 def _pairs(s: Setting, damping: float) -> NDArray:
     """The largest eigenvalue of ``H_l + H_m``, (L, L); of ``H_l`` alone on the diagonal."""
-    A, slices = s.matrix.damped(damping), s.F.partition.slices
-    F, roots = s.dense, []
-    for l in range(len(slices)):
-        d, U = torch.linalg.eigh(A.block(l, l))
-        roots.append((U / d.sqrt()) @ U.T)
+    slices = s.F.partition.slices
     found = np.empty((len(slices), len(slices)))
     for l in range(len(slices)):
         for m in range(l + 1):
-            # H_l + H_m has the non-zero eigenvalues of this matrix, whose diagonal blocks are those of H_l and H_m
-            blocks = [roots[i] @ F[slices[i], slices[j]] @ roots[j] for i in (l, m) for j in (l, m)]
-            both = blocks[0] if l == m else torch.cat([torch.cat(blocks[:2], 1), torch.cat(blocks[2:], 1)])
-            found[l, m] = found[m, l] = float(torch.linalg.eigvalsh(both)[-1])
+            which = sorted({l, m})
+            kept = torch.cat([torch.arange(len(s.dense))[slices[i]] for i in which])
+            layers = Partition.from_sizes([slices[i].stop - slices[i].start for i in which])
+            found[l, m] = found[m, l] = Dense(s.dense[kept][:, kept], layers).damped(damping).claims()
     return rounded(found, 3)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import KFAC, Diagonal, Partition, TwoLevel, captured_decrease, coarse
+from .. import KFAC, Diagonal, Fisher, Partition, TwoLevel, captured_decrease, coarse
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Examples, Range, Seed, Widths, check, number
 from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, StepBars, limit_of, plain_numbers
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PerLayer = Annotated[int, Range(0, 16), "columns of the coarse space in each layer; a smaller layer gives what it has."]
 Space = Annotated[Literal["nicolaides", "spectral", "smooth", "krylov", "random", "optimal"], "which columns."]
 Correction = Annotated[Literal["additive", "a-def1", "a-def2", "balanced"], "how the two levels are combined."]
+Result = TypeVar("Result")
 Moments = Annotated[Literal[0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], "Adam steps before the picture is taken."]
 
 
@@ -64,13 +65,7 @@ class CoarseSpaceResult:
 
     @property
     def headline(self) -> str:
-        p = self.parameters
-        kfac, two = ([share(found[name]) for found in (self.at_best_length, self.captured)]
-                     for name in ("kfac", p["correction"]))  # fmt: skip
-        if not self.size:
-            return f"Without coarse space: K-FAC captures {kfac[0]} at its best length (unscaled {kfac[1]})"
-        space = f"{p['per_layer']} {SPACES[p['coarse']].label}, {p['correction']}"
-        return f"{space}, capture {two[0]} at best length (unscaled {two[1]}); K-FAC {kfac[0]} ({kfac[1]})"
+        return captured_by(self.parameters, self.size, self.at_best_length, self.captured)
 
     @property
     def where(self) -> str:
@@ -92,6 +87,17 @@ class CoarseSpaceResult:
         for item, values in self.spectra.items():
             rows += [("eigenvalue", item, str(i + 1), value) for i, value in enumerate(values.tolist())]
         return pandas.DataFrame(rows, columns=["quantity", "item", "position", "value"])
+
+
+def captured_by(
+    p: Mapping[str, Any], size: int, at_best_length: Mapping[str, float], captured: Mapping[str, float]
+) -> str:
+    """What one step of K-FAC captures, without and with the chosen coarse space of ``size`` columns."""
+    one, two = ([share(found[name]) for found in (at_best_length, captured)] for name in ("kfac", p["correction"]))
+    if not size:
+        return f"Without coarse space: K-FAC captures {one[0]} at its best length (unscaled {one[1]})"
+    space = f"{p['per_layer']} {SPACES[p['coarse']].label}, {p['correction']}"
+    return f"{space}, capture {two[0]} at best length (unscaled {two[1]}); K-FAC {one[0]} ({one[1]})"
 
 
 @one_thread()
@@ -119,8 +125,8 @@ def run_coarse_space(
     return coarse_space(setting(*chosen(p)), p)
 
 
-def run_on(network: Setting) -> Callable[..., CoarseSpaceResult]:
-    """The same experiment on a setting of the reader's own: what does not depend on the network stays to choose."""
+def run_on(network: Setting, compute: Callable[[Setting, dict[str, Any]], Result]) -> Callable[..., Result]:
+    """An experiment on a setting of the reader's own: what does not depend on the network stays to choose."""
 
     def run(
         *,
@@ -129,9 +135,9 @@ def run_on(network: Setting) -> Callable[..., CoarseSpaceResult]:
         coarse: Space = "spectral",
         correction: Correction = "balanced",
         rule: Rule = "eigen",
-    ) -> CoarseSpaceResult:
+    ) -> Result:
         choices = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
-        return coarse_space(network, choices | {"fisher": network.fisher})
+        return compute(network, choices | {"fisher": network.fisher})
 
     return run
 
@@ -226,10 +232,14 @@ def _levels(network: Setting, per_layer: int, coarse: str, rule: str, damping: f
 def _shares(network: Setting, T: TwoLevel) -> dict[str, Shares]:
     """What every direction captures."""
     A, g = network.F.damped(T.damping), network.g
-    directions = {"gradient": g, "diagonal": Diagonal(network.F, T.damping) @ g, "kfac": T.M @ g}
-    directions |= {name: T.with_correction(name) @ g for name in CORRECTIONS}
-    directions["exact"] = A.solve(g)
-    return {name: Shares(*rounded(shares(A, g, v)).tolist()) for name, v in directions.items()}
+    found = directions(network.F, T, g) | {"exact": A.solve(g)}
+    return {name: Shares(*rounded(shares(A, g, v)).tolist()) for name, v in found.items()}
+
+
+def directions(F: Fisher, T: TwoLevel, g: Tensor) -> dict[str, Tensor]:
+    """The directions that are compared, but for the exact one."""
+    found = {"gradient": g, "diagonal": Diagonal(F, T.damping) @ g, "kfac": T.M @ g}
+    return found | {name: T.with_correction(name) @ g for name in CORRECTIONS}
 
 
 @lru_cache(maxsize=8)
@@ -289,7 +299,7 @@ MATRICES = {  # name, left end in inches, title
     "missed": ("A⁻¹ − M", 5.52, "K-FAC misses $A^{-1} - M$"),
     "added": ("T − M", 7.72, "Added: $T - M$"),
 }
-ORDER = ("gradient", "diagonal", "kfac", "additive", "a-def1", "a-def2", "balanced", "exact")
+ORDER = ("gradient", "diagonal", "kfac", *CORRECTIONS, "exact")
 
 
 class CoarseSpacePlot(Plot):

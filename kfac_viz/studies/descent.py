@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import count
 from math import inf, isfinite
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from .. import KFAC, CoarseCorrection, CoarseSpace, Damped, Dense, Fisher, TwoLevel, coarse, exact_direction, pcg
 from ..method.sample_space import SampleSpace
+from ..train.optimizer import LENGTHS_TRIED
 from ..train.update import QuadraticModel, best_coefficients
 from .equations import Equation
-
-HALVINGS = 30  # of a step that goes up, before it is given up
+from .setting import space
 
 
 class Method(NamedTuple):
@@ -61,13 +60,10 @@ def direction(method: Method, F: Fisher, g: Tensor, residuals: Tensor, damping: 
 
 
 def columns(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int) -> CoarseSpace:
-    """The coarse space of this name, without those of its columns that depend on others."""
+    """As :func:`kfac_viz.studies.setting.space`; ``"spectral in all"`` puts as many where the eigenvalues are."""
     if name == "spectral in all":
         return coarse.spectral(M, total=per_layer * len(A.partition))
-    arguments = {"krylov": (A, M, g, per_layer), "random": (M, per_layer, seed)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(coarse, name)(*arguments.get(name, (M, per_layer)))
+    return space(name, A, M, g, per_layer, seed)
 
 
 def exact_step(F: Fisher, residuals: Tensor, damping: float) -> Tensor:
@@ -125,8 +121,8 @@ def line_search(at: Callable[[float], float], loss: float, rule: str) -> tuple[f
     ((0.5, 2), (0.25, 12))
     """
     if rule == "first":
-        lengths = (0.5**i for i in range(HALVINGS))
-        return next(((t, i) for i, t in enumerate(lengths, 1) if at(t) < loss), (0.0, HALVINGS))
+        tried = enumerate(LENGTHS_TRIED, 1)
+        return next(((t, i) for i, t in tried if at(t) < loss), (0.0, len(LENGTHS_TRIED)))
     values = {0.5**i: at(0.5**i) for i in range(12)}
     best = min(values, key=lambda t: values[t] if values[t] == values[t] else inf)
     return (best if values[best] < loss else 0.0), len(values)
@@ -157,16 +153,14 @@ def _pytorch(problem: Equation, kind: str, rate: float) -> Iterator[int]:
     def closure() -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        optimizer.zero_grad()
-        loss = problem.loss()
-        loss.backward()
-        return loss
+        return evaluate()
 
     if kind == "adam":
         optimizer = torch.optim.Adam(parameters, lr=rate)
     else:
         optimizer = torch.optim.LBFGS(parameters, max_iter=10, tolerance_grad=0, tolerance_change=0,
                                       line_search_fn="strong_wolfe")  # fmt: skip
+    evaluate = problem.closure(optimizer)
     while True:
         loss = float(optimizer.step(closure).detach())
         if not isfinite(loss):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import Partition
 from ..method.likelihood import output_vectors
-from .coarse_space import CoarseSpacePlot, run_on
-from .layer_map import LayerMapPlot, few_enough_scores, run_layers_of
+from .coarse_space import CoarseSpacePlot, coarse_space, run_on
+from .layer_map import LayerMapPlot, few_enough_scores, layer_map
 from .problems import Problem
 from .setting import LARGEST, Setting
 
@@ -65,7 +65,7 @@ def explore(
         problem = replace(problem, targets=drawn.argmax(-1) if likelihood == "categorical" else drawn)
     setting = Setting(problem, fisher)
     small = problem.partition.size <= LARGEST
-    run = run_on(setting) if small else run_layers_of(few_enough_scores(setting))
+    run = run_on(setting, coarse_space) if small else run_on(few_enough_scores(setting), layer_map)
     plot = CoarseSpacePlot if small else LayerMapPlot
 
     def capture_line(flavour: str) -> str:

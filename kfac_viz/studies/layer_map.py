@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import KFAC, Diagonal, Fisher, Partition, TwoLevel
+from .. import KFAC, Fisher, Partition, TwoLevel
 from ..method.columns import LocalSpace
 from ..method.fisher import ScoreImage
 from ..method.krylov import LARGEST as MOST_SCORES
-from ..method.two_level import CORRECTIONS
 from ..parameters import number
-from ..show import INK, METHODS, SPACES, Plot, StepBars, plain_numbers
+from ..show import INK, METHODS, Plot, StepBars, plain_numbers
 from ..show.parts import LayerMap
-from .coarse_space import Correction, PerLayer, Space, architecture
+from .coarse_space import ORDER, architecture, captured_by, directions
 from .curves import rounded, share
-from .setting import Damping, Rule, Setting, Shares, space
+from .setting import Setting, Shares, space
 
 if TYPE_CHECKING:
     import pandas
     from numpy.typing import NDArray
-
-ORDER = ("gradient", "diagonal", "kfac", *CORRECTIONS, "exact")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +53,11 @@ class LayerMapResult:
 
     @property
     def headline(self) -> str:
-        p = self.parameters
-        two, one = (self.shares[name] for name in (p["correction"], "kfac"))
-        kfac = f"{share(one.at_best_length)} ({share(one.captured)})"
-        if not self.size:
-            return f"Without coarse space: K-FAC captures {kfac} at its best length (as it is)"
-        space = f"{p['per_layer']} {SPACES[p['coarse']].label}, {p['correction']}"
-        mine = f"{share(two.at_best_length)} at best length (unscaled {share(two.captured)})"
-        return f"{space}, capture {mine}; K-FAC {kfac}"
+        return captured_by(self.parameters, self.size, self.by_length("at_best_length"), self.by_length("captured"))
+
+    def by_length(self, kind: str) -> dict[str, float]:
+        """One of the fields of :class:`Shares`, by direction."""
+        return {name: getattr(found, kind) for name, found in self.shares.items()}
 
     @property
     def where(self) -> str:
@@ -85,27 +78,18 @@ class LayerMapResult:
         return pandas.DataFrame(rows, columns=["quantity", "item", "position", "value"])
 
 
-@dataclass(frozen=True, eq=False)
-class _Network:
-    """What moves with no slider."""
+@lru_cache(maxsize=4)
+def _norms(network: Setting) -> dict[str, NDArray]:
+    norms = network.F.norms()
+    missed = norms.clone()
+    missed.diagonal().copy_(blocks_missed(network.F, norms.diagonal()))
+    return {"fisher": rounded(norms.cpu()), "missed": rounded(missed.cpu())}
 
-    setting: Setting
 
-    @cached_property
-    def norms(self) -> dict[str, NDArray]:
-        F = self.setting.F
-        norms = F.norms()
-        missed = norms.clone()
-        missed.diagonal().copy_(blocks_missed(F, norms.diagonal()))
-        return {"fisher": rounded(norms.cpu()), "missed": rounded(missed.cpu())}
-
-    @cached_property
-    def eigenvalues(self) -> NDArray:
-        d = self.setting.F.exact.eigenvalues.flip(0).cpu().numpy()
-        return rounded(d[d > 1e-12 * d[0]])
-
-    def preconditioner(self, damping: float, rule: str) -> KFAC:
-        return KFAC(self.setting.F, damping, rule)
+@lru_cache(maxsize=4)
+def _eigenvalues(network: Setting) -> NDArray:
+    d = network.F.exact.eigenvalues.flip(0).cpu().numpy()
+    return rounded(d[d > 1e-12 * d[0]])
 
 
 def blocks_missed(F: Fisher, norms: Tensor) -> Tensor:
@@ -113,13 +97,11 @@ def blocks_missed(F: Fisher, norms: Tensor) -> Tensor:
 
     ``⟨F_ll, G ⊗ A⟩ = (1/N) Σ_{s,n,t,t'} (g_tᵀ G g_t') (a_tᵀ A a_t')``.
     """
-    found = []
-    for A, G, a, g in zip(F.kronecker().A, F.kronecker().G, F.a, F.g, strict=True):
-        inputs, vectors = (a @ A) @ a.mT, (g @ G) @ g.mT
-        inner = (inputs * vectors).sum() / F.N
-        found.append(inner)
-    kept = torch.stack([G.norm() * A.norm() for A, G in zip(F.kronecker().A, F.kronecker().G, strict=True)])
-    return (norms.square() - 2 * torch.stack(found) + kept.square()).clamp_min(0).sqrt()
+    factors, found = F.kronecker(), []
+    for norm, A, G, a, g in zip(norms, factors.A, factors.G, F.a, F.g, strict=True):
+        inner = (((a @ A) @ a.mT) * ((g @ G) @ g.mT)).sum() / F.N
+        found.append(norm.square() - 2 * inner + (G.norm() * A.norm()).square())
+    return torch.stack(found).clamp_min(0).sqrt()
 
 
 def shares_of(F: Fisher, damping: float, g: Tensor, directions: dict[str, Tensor], exact: Tensor) -> dict[str, Shares]:
@@ -150,44 +132,23 @@ def shares_of(F: Fisher, damping: float, g: Tensor, directions: dict[str, Tensor
     return found
 
 
-def run_layers_of(setting: Setting) -> Callable[..., LayerMapResult]:
-    """The run of a panel on a network of the reader's own."""
-    network = _Network(setting)
-
-    def run(
-        *,
-        damping: Damping = 1e-2,
-        per_layer: PerLayer = 4,
-        coarse: Space = "spectral",
-        correction: Correction = "balanced",
-        rule: Rule = "eigen",
-    ) -> LayerMapResult:
-        p = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
-        return layer_map(network, p)
-
-    return run
-
-
-def layer_map(network: _Network, p: dict[str, Any]) -> LayerMapResult:
-    """Everything for the parameters p."""
-    s, damping = network.setting, p["damping"]
-    F, g, A = s.F, s.g, s.F.damped(damping)
-    M = network.preconditioner(damping, p["rule"])
-    T = TwoLevel(A, M, space(p["coarse"], A, M, g, p["per_layer"], s.seed), p["correction"])
-    network.eigenvalues  # noqa: B018  (its decomposition serves every λ)
+def layer_map(network: Setting, p: dict[str, Any]) -> LayerMapResult:
+    """Everything for the parameters p; what no slider moves is computed once."""
+    F, g, damping = network.F, network.g, p["damping"]
+    A, M = F.damped(damping), KFAC(F, damping, p["rule"])
+    T = TwoLevel(A, M, space(p["coarse"], A, M, g, p["per_layer"], network.seed), p["correction"])
+    eigenvalues = _eigenvalues(network)  # first: the decomposition serves A.solve at every λ
     exact = A.solve(g)
-    directions = {"gradient": g, "diagonal": Diagonal(F, damping) @ g, "kfac": M @ g}
-    directions |= {name: T.with_correction(name) @ g for name in CORRECTIONS}
     return LayerMapResult(
-        parameters=p | {"fisher": s.fisher},
+        parameters=p,
         partition=F.partition,
-        problem=s.problem.name,
+        problem=network.problem.name,
         size=T.Z.size,
-        norms=network.norms,
-        eigenvalues=network.eigenvalues,
+        norms=_norms(network),
+        eigenvalues=eigenvalues,
         dimension=float(rounded(A.effective_dimension())),
         claims=float(rounded(A.claims())),
-        shares=shares_of(F, damping, g, directions | {"exact": exact}, exact),
+        shares=shares_of(F, damping, g, directions(F, T, g) | {"exact": exact}, exact),
         how=repr(F.exact),
     )
 
@@ -240,8 +201,7 @@ class LayerMapPlot(Plot):
             view.update(result.norms[name], limit)
         self.level.set_ydata([result.parameters["damping"]] * 2)
         self.told.set_text(f"λ: effective dimension {number(result.dimension)}")
-        by_kind = [{name: found[i] for name, found in result.shares.items()} for i in range(3)]
-        self.steps.update(by_kind[1], by_kind[2], by_kind[0])
+        self.steps.update(*map(result.by_length, ("at_best_length", "at_layer_lengths", "captured")))
 
     def words(self, result: LayerMapResult) -> str:
         told = "; ".join(f"{METHODS[name].label} {share(result.shares[name].at_best_length)} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -58,7 +59,8 @@ class PdeResult(Study):
         dimension: effective dimension there, at this λ.
         claims: how many layers claim one direction there.
         sizes: parameters, points, and columns of the coarse space in all.
-        cells: of the map: points, parameters, loss of the first method, its name, and the losses of all.
+        cells: of the map.
+        box: the ends of each coordinate.
     """
 
     solution: NDArray
@@ -69,11 +71,12 @@ class PdeResult(Study):
     claims: float
     sizes: tuple[int, int, int]
     cells: tuple[Cell, ...]
+    box: Sequence[tuple[float, float]]
 
     @property
     def headline(self) -> str:
         p = self.parameters
-        losses = {name: power(c.y[p["moment"]]) for name, c in self.of("loss").items()}
+        losses = {name: number(c.y[p["moment"]], 1) for name, c in self.of("loss").items()}
         return (f"Loss after {p['moment']} steps: K-FAC {losses['kfac']}, {p['per_layer']} columns per layer alone "
                 f"{losses['coarse']}, both levels {losses['both']}")  # fmt: skip
 
@@ -81,7 +84,7 @@ class PdeResult(Study):
     def where(self) -> str:
         p, (P, N, k) = self.parameters, self.sizes
         name, widths = EQUATIONS[p["equation"]][0], "-".join(map(str, p["widths"]))
-        return (f"{name}, widths {widths}, {P} parameters, {N} points, λ = {power(p['damping'])}; {k} columns in "
+        return (f"{name}, widths {widths}, {P} parameters, {N} points, λ = {number(p['damping'], 1)}; {k} columns in "
                 f"all, effective dimension {number(self.dimension)}")  # fmt: skip
 
     def table(self) -> pandas.DataFrame:
@@ -89,8 +92,8 @@ class PdeResult(Study):
         import pandas
 
         curves = super().table()
-        rows = [("error", name, self.parameters["moment"], *[float(rounded(x))] * 3) for name, x in self.errors.items()]
         at = self.parameters["moment"]
+        rows = [("error", name, at, *[float(rounded(x))] * 3) for name, x in self.errors.items()]
         rows += [("effective dimension", "both", at, *[self.dimension] * 3), ("claims", "both", at, *[self.claims] * 3)]
         for name, found in self.worth.items():
             rows += [(kind, name, at, *[x] * 3) for kind, x in found._asdict().items()]
@@ -137,15 +140,14 @@ def run_pde(
     own = {name: (damping, *((p["coarse"], per_layer) if name in ("coarse", "both") else ("spectral", 0)))
            for name in LIVE}  # fmt: skip
     runs = {name: _trained(kind, name, *own[name], p["steps"], p["moment"]) for name in LIVE}
-    F, spectra, size, worth = _at(kind, *own["both"], p["steps"], p["moment"])
+    spectra, worth, dimension, claims, sizes = _at(kind, *own["both"], p["steps"], p["moment"])
     curves = {("loss", name): curve(np.arange(len(run.losses)), run.losses) for name, run in runs.items()}
     curves |= {("eigenvalues", name): curve(np.arange(1, len(d) + 1), d) for name, d in spectra.items()}
     problem = build(kind)
     return PdeResult(
         p, curves | measured_curves(), on_grid(problem, problem.model.solution),
         {name: run.field for name, run in runs.items()}, {name: run.error for name, run in runs.items()},
-        worth, float(rounded(F.damped(damping).effective_dimension())), float(rounded(F.damped(damping).claims())),
-        (F.partition.size, F.N, size), cells(),
+        worth, dimension, claims, sizes, cells(), problem.box,
     )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def build(kind: tuple) -> Equation:
 def _path(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, steps: int) -> tuple:
     """Parameters after 0, 1, … steps, (steps + 1, P), and the losses there; a run that ends stays where it is."""
     problem = build(kind)
-    method = Method({"coarse": "coarse", "both": "both"}.get(name, name), coarse, per_layer)
+    method = Method(name, coarse, per_layer)
     if name in ("coarse", "both") and not per_layer:
         method = Method("kfac") if name == "both" else None
     P = problem.partition
@@ -188,8 +190,8 @@ def _trained(kind: tuple, name: str, damping: float, coarse: str, per_layer: int
 
 @lru_cache(maxsize=64)
 def _at(kind: tuple, damping: float, coarse: str, per_layer: int, steps: int, moment: int) -> tuple:
-    """The Fisher where two levels have come to; descending eigenvalues of M A, Q A and T A there; the columns of Z in
-    all; and what the next step of each method captures."""
+    """Where two levels have come to: descending eigenvalues of M A, Q A and T A; what the next step of each method
+    captures; effective dimension and claims; and the sizes of all."""
     path, _ = _path(kind, "both", damping, coarse, per_layer, steps)
     problem = build(kind)
     _set(problem, path[moment])
@@ -207,12 +209,14 @@ def _at(kind: tuple, damping: float, coarse: str, per_layer: int, steps: int, mo
         other = columns("random", F.damped(damping), M, g, per_layer, kind[3] + moment)
         directions["random columns, balanced"] = TwoLevel(A, M, other) @ g
     worth = {name: Shares(*map(float, rounded(shares(F.damped(damping), g, v)))) for name, v in directions.items()}
-    L = torch.linalg.cholesky(A.dense())
+    L = torch.linalg.cholesky(A.dense())  # kv.spectrum refuses the least λ of the slider, for its smallest eigenvalues
     spectra = {}
     for name, T in operators.items():
         inner = L.T @ T.dense() @ L
         spectra[name] = np.linalg.eigvalsh(((inner + inner.T) / 2).cpu().numpy())[::-1].clip(1e-16)
-    return F, spectra, Z.size, worth
+    damped = F.damped(damping)
+    dimension, claims = float(rounded(damped.effective_dimension())), float(rounded(damped.claims()))
+    return spectra, worth, dimension, claims, (F.partition.size, F.N, Z.size)
 
 
 def _set(problem: Equation, x: torch.Tensor) -> None:
@@ -287,18 +291,6 @@ def cells() -> tuple[Cell, ...]:
     return tuple(Cell(parameters, points, losses) for (parameters, points), losses in found.items())
 
 
-def power(x: float) -> str:
-    """A loss for a reader: one digit and a power of ten.
-
-    >>> power(3.2e-8), power(0.041), power(7.0)
-    ('3·10⁻⁸', '0.04', '7')
-    """
-    if 1e-3 <= abs(x) < 1e4 or x == 0:
-        return f"{x:.1g}" if abs(x) < 10 else f"{x:.0f}"
-    digit, exponent = f"{x:.0e}".split("e")
-    return f"{digit}·10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-
-
 # ---- the picture --------------------------------------------------------------------------------------
 
 STYLES: dict[str, Style] = {
@@ -346,7 +338,7 @@ class PdePlot(Plot):
         self._build_map(self.figure.add_subplot(below[1]), result)
 
     def _build_fields(self, grid: Any, result: PdeResult) -> None:
-        box = build_box(result)
+        box = result.box
         titles = {"solution": "solution $u$", **{name: STYLES[name].label for name in LIVE}}
         self.images, self.texts = {}, {}
         for i, (name, title) in enumerate(titles.items()):
@@ -396,7 +388,7 @@ class PdePlot(Plot):
         gains += [(row, column, np.nan) for row, column in missing]
         view = MapView(
             ax, gains, "How many times less loss than K-FAC, and what is first", x="points", y="parameters",
-            limits=(1, 1e6), colour=np.log10, palette="Oranges", form=lambda x: "" if x != x else f"×{power(x)}",
+            limits=(1, 1e6), colour=np.log10, palette="Oranges", form=lambda x: "" if x != x else f"×{number(x, 1)}",
         )  # fmt: skip
         for text in ax.texts:
             x, y = text.get_position()
@@ -411,25 +403,19 @@ class PdePlot(Plot):
     def move(self, result: PdeResult) -> None:
         for name, image in self.images.items():
             image.set_data(np.log10(np.abs(result.fields[name]).clip(1e-16)))
-            self.texts[name].set_text(f"error {power(result.errors[name])}")
+            self.texts[name].set_text(f"error {number(result.errors[name], 1)}")
         self.loss.update(result.of("loss"), at=result.parameters["moment"])
         spectra = result.of("eigenvalues")
         absent = Curve(*[np.array([np.nan])] * 4)
         self.eigenvalues.update({name: spectra.get(name, absent) for name in self.eigenvalues.lines})
 
     def words(self, result: PdeResult) -> str:
-        told = ", ".join(f"{STYLES[name].label} {power(x)}" for name, x in result.errors.items())
+        told = ", ".join(f"{STYLES[name].label} {number(x, 1)}" for name, x in result.errors.items())
         first = "; ".join(f"{c.parameters} parameters, {c.points} points: {c.first}" for c in result.cells)
         return f"{super().words(result)} Relative errors at the moment: {told}. First in the map: {first}."
 
 
 AXES = {"poisson": ("$x$", "$y$"), "heat": ("time", "$x$"), "burgers": ("time", "$x$")}
-
-
-def build_box(result: PdeResult) -> tuple[tuple[float, float], ...]:
-    """Ends of the coordinates of the problem that a result is of."""
-    p = result.parameters
-    return build((p["equation"], (1,), 20, 0, "cpu")).box
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

@@ -108,24 +108,25 @@ def run_training(
     ends = {key[1:]: _last(by_seed) for key, by_seed in runs.items() if key[0] == "method"}
     grids = {
         (method, float(rows[-1]["lr"]), float(rows[-1]["damping"])): _loss(rows[-1])
-        for (_, where, what, method), by_setting in _runs("tuning").items()
+        for (_, where, what, method), by_setting in _runs(tuning=True).items()
         for rows in by_setting.values()
         if (where, what) == ("mini", problem) and method in CURVED
     }
+    varied = {what for cause, _, what, _ in runs if cause != "method"}
     causes = {
         (what, "tuned" if cause == "method" else cause, method): _last(by_seed)[0]
         for (cause, where, what, method), by_seed in runs.items()
-        if where == "mini" and method in CURVED and any(key[0] not in ("method",) and key[2] == what for key in runs)
+        if where == "mini" and method in CURVED and what in varied
     }
     return TrainingResult(parameters, curves, ends, grids, causes)
 
 
 @lru_cache(maxsize=2)
-def _runs(of: str = "") -> dict[tuple[str, str, str, str], dict[tuple[str, ...], list[dict[str, str]]]]:
+def _runs(tuning: bool = False) -> dict[tuple[str, str, str, str], dict[tuple[str, ...], list[dict[str, str]]]]:
     """Rows of every run, by (cause, regime, problem, method) and then seed and settings; tuning runs only if asked."""
     found: dict[tuple, dict] = {}
     for row in measured_rows("training.csv"):
-        if (row["cause"] == "tuning") == (of == "tuning"):
+        if (row["cause"] == "tuning") == tuning:
             key = tuple(row[name] for name in ("cause", "regime", "problem", "method"))
             setting = tuple(row[name] for name in ("seed", "lr", "damping"))
             found.setdefault(key, {}).setdefault(setting, []).append(row)
