@@ -39,7 +39,7 @@ def test_what_kfac_misses_of_each_block(data):
 
 def test_the_run_agrees_with_the_small_playground():
     s = setting("digits4", (5, 4), 30, 0, 0)
-    large, small = run_on(s, layer_map)(damping=0.03), kv.studies.run_coarse_space(widths=(5, 4), n=30, damping=0.03)
+    large, small = run_on([s], layer_map)(damping=0.03), kv.studies.run_coarse_space(widths=(5, 4), n=30, damping=0.03)
     for name, found in large.shares.items():
         for kind in ("captured", "at_best_length", "at_layer_lengths"):
             assert getattr(found, kind) == pytest.approx(getattr(small, kind)[name], rel=1e-3, abs=2e-4)

@@ -51,7 +51,7 @@ def test_every_control_has_a_name_and_a_hint(panel):
 
 def test_each_control_changes_picture_words_and_command(panel):
     moves = dict(damping=1e-3, per_layer=3, coarse="nicolaides", correction="additive", rule="factored",
-                 fisher="mc", data="planted", widths="[4,4]", n=30, steps=5)  # fmt: skip
+                 fisher="mc", data="planted", widths="[4,4]", n=20, steps=5)  # fmt: skip
     assert set(moves) == set(CONTROLS)
     for name, value in moves.items():
         before = picture(panel), panel._below.value
@@ -117,6 +117,76 @@ def test_an_error_of_any_kind_is_shown():
     assert "<script>" not in panel._alert.value
     panel.controls["mood"].value = "a"
     assert panel.error == "" and "RuntimeError" not in panel._alert.value
+
+
+def test_a_late_picture_is_dimmed_until_the_newest_values_have_theirs():
+    seen, waited = [], threading.Event()
+
+    def run_slow(*, damping: Annotated[float, Range(1, 10, steps=10)] = 1.0):
+        if damping > 1:
+            for _ in range(100):
+                seen.append(("kfac-late" in panel._picture._dom_classes, panel._alert.value))
+                if seen[-1][0] or waited.wait(0.05):
+                    break
+        return run_coarse_space(**SMALL)
+
+    panel = kv.panel(run_slow, CoarseSpacePlot)
+    panel.controls["damping"].index = 3
+    assert seen[0] == (False, panel._alert.value) and seen[-1][0]
+    assert "damping λ = 4: computing" in seen[-1][1]
+    assert "kfac-late" not in panel._picture._dom_classes and "computing" not in panel._alert.value
+
+
+def test_the_control_of_an_error_is_outlined():
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, **SMALL)
+    panel.controls["widths"].value = "[0]"
+    outlined = {name for name, control in panel.controls.items() if "kfac-wrong" in control._dom_classes}
+    assert outlined == {"widths"} and panel.children[3] is panel._alert  # between controls and picture
+    panel.controls["widths"].value = "[6]"
+    assert not any("kfac-wrong" in control._dom_classes for control in panel.controls.values())
+
+
+def test_two_large_controls_and_the_rest_folded_away(panel):
+    _, first, more, *_ = panel.children
+    assert [control.description for control in first.children] == ["damping λ", "columns per layer"]
+    assert more.selected_index is None and len(more.children[0].children) == len(CONTROLS) - 2
+    assert more.titles == ("more controls",)
+
+
+def test_a_slider_of_many_whole_numbers_is_logarithmic():
+    panel = kv.panel(kv.studies.run_kfac, kv.studies.kfac.KfacPlot, ["damping", "steps"], widths=(5,), n=40, steps=7)
+    values = [value for _, value in panel.controls["steps"]._options_full]
+    assert values[0] == 0 and values[-1] == 2000 and 7 in values and len(values) < 20
+    assert panel.controls["steps"].value == 7
+
+
+def test_the_objects_of_the_picture_are_at_hand(panel):
+    T, result = panel.result.T, panel.result
+    g = panel.result.gradient
+    assert kv.captured_decrease(T.A, g, T @ g) == pytest.approx(result.captured[T.correction], abs=1e-3)
+
+
+def test_moments_of_training_are_a_slider(tmp_path):
+    problem = kv.problems.digits((5,), 40, side=4)
+    states = [problem.trained(steps).model.state_dict() for steps in (0, 5, 10)]
+    before = {name: p.clone() for name, p in problem.model.state_dict().items()}
+    panel = kv.explore(problem.model, problem.inputs, problem.targets, likelihood="categorical", checkpoints=states)
+    assert panel.controls["checkpoint"].description == "moment of training"
+    heads = {panel.result.headline}
+    for i in (1, 2):
+        panel.controls["checkpoint"].value = i
+        heads.add(panel.result.headline)
+        single = kv.explore(problem.trained(5 * i).model, problem.inputs, problem.targets, likelihood="categorical")
+        assert panel.error == "" and panel.result.captured == single.result.captured
+        assert f"states[{i}]" in panel.command
+    assert len(heads) == 3
+    for name, p in problem.model.state_dict().items():
+        torch.testing.assert_close(p, before[name])
+    with pytest.raises(ValueError, match="checkpoints are state dictionaries"):
+        kv.explore(problem.model, problem.inputs, problem.targets, likelihood="categorical", checkpoints=[])
+    panel.controls["checkpoint"].value = 0
+    path = panel.save_page(tmp_path / "mine.html")
+    assert path.stat().st_size < 5e6 and "K-FAC" in path.read_text()
 
 
 def test_where_kfac_is_exact_nothing_is_missing():

@@ -23,12 +23,22 @@ from .live import Live
 from .plot import Plot
 
 FIRST = ("damping", "per_layer")  # where a run has them
+MANY = 200  # positions from which a slider of whole numbers is logarithmic
+LATE = 0.25  # seconds after which a picture that has not come is dimmed
+LABELS = {
+    "damping": "damping λ", "per_layer": "columns per layer", "coarse": "kind of columns",
+    "rule": "K-FAC's damping", "fisher": "Fisher", "data": "network and data", "widths": "hidden widths",
+    "n": "examples", "steps": "training steps", "damping_share": "damping, share of λ_max", "samples": "labels drawn",
+    "repeats": "seeds", "rtol": "tolerance", "moment": "steps taken", "checkpoint": "moment of training",
+}  # fmt: skip
 _CSS, _JS = (Path(__file__).with_name(f"panel.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 _PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
 class Panel(widgets.VBox):
-    """A run under sliders: controls, the picture, its words, a line for errors, and the command for the view.
+    """A run under sliders: two large controls, the others folded away, a line that says what is being computed or went
+    wrong, the picture, its words, and the command for the view. A picture that is late is dimmed until the newest
+    values have theirs.
 
     Args:
         run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result.
@@ -40,7 +50,7 @@ class Panel(widgets.VBox):
 
     Attributes:
         controls: the control of each parameter, by name; set their ``value`` to move the panel.
-        result: what the picture shows.
+        result: what the picture shows; its objects are at hand, such as ``panel.result.T``.
         error: the sentence in the error line, empty where all is well.
         command: the line that makes this figure again.
 
@@ -60,6 +70,7 @@ class Panel(widgets.VBox):
     ) -> None:
         self.run, self._plot_type, self._lock, self._busy = run, plot, threading.RLock(), True
         self._other_core, self._ahead = ThreadPoolExecutor(1), ((), Future())
+        self._telling, self._computing = threading.Lock(), False
         self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
         names = list(known if controls is None else controls)
@@ -79,12 +90,12 @@ class Panel(widgets.VBox):
         self._draw()
         self._tell("")
         W, H = (str(round(inches * self._live.plot.figure.dpi)) for inches in plot.size)
-        first = [self.controls[name] for name in names if name in FIRST]
-        others = [self.controls[name] for name in names if name not in FIRST]
-        row = widgets.Layout(flex_flow="row wrap", width="100%")
+        few = [name for name in names if name in FIRST] or names[:2]
         style = widgets.HTML(f"<style>{_CSS.replace('WIDTH', W).replace('HEIGHT', H)}</style>")
-        rows = [widgets.Box(first, layout=row), widgets.Box(others, layout=row)]
-        super().__init__([style, *rows, self._picture, self._below, self._alert])
+        rows = [_row([self.controls[name] for name in few])]
+        if others := [name for name in names if name not in few]:
+            rows.append(widgets.Accordion([_row([self.controls[name] for name in others])], titles=("more controls",)))
+        super().__init__([style, *rows, self._alert, self._picture, self._below])
         self.add_class("kfac-panel")
 
     def close(self) -> None:
@@ -107,14 +118,27 @@ class Panel(widgets.VBox):
         with self._lock:
             if not self._busy:
                 self._busy = True
+                late = threading.Timer(LATE, self._dim, [change["owner"]])
+                late.daemon = True
+                late.start()
                 try:
-                    self._update()
+                    self._update(change["owner"])
                     self._look_ahead(change)
                 finally:
                     self._busy = False
+                    late.cancel()
 
-    def _update(self) -> None:
+    def _dim(self, control: widgets.Widget) -> None:
+        """Say what is being computed, from a thread of its own, unless it has come to its end."""
+        with self._telling:
+            if self._computing:
+                self._picture.add_class("kfac-late")
+                now = html.escape(f"{control.description} = {_told(control.value)}: computing …")
+                self._alert.value = f'<div class="kfac-alert" role="status">{now}</div>'
+
+    def _update(self, moved: widgets.Widget) -> None:
         """Read the controls, run, draw; what goes wrong is said in the panel, and the last good picture stays."""
+        self._computing = True
         try:
             read = {name: _read(self._known[name], control.value) for name, control in self.controls.items()}
             values = self._values | read
@@ -127,9 +151,9 @@ class Panel(widgets.VBox):
             self._draw()
             self._tell("")
         except (ValueError, TypeError) as error:
-            self._tell(str(error))
+            self._tell(str(error), moved)
         except Exception as error:  # Jupyter would write it into a hidden log
-            self._tell(f"{type(error).__name__}: {error}")
+            self._tell(f"{type(error).__name__}: {error}", moved)
 
     def _look_ahead(self, change: dict[str, Any]) -> None:
         """While the browser draws, compute where the slider will be if it moves on in the same direction."""
@@ -166,10 +190,18 @@ class Panel(widgets.VBox):
     def _changed(self, values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value != self._known[name].default}
 
-    def _tell(self, words: str) -> None:
-        self.error = words
-        text = html.escape(words + " The picture shows the last values that worked.") if words else ""
-        self._alert.value = f'<div class="kfac-error" role="alert">{text}</div>'
+    def _tell(self, words: str, wrong: widgets.Widget | None = None) -> None:
+        """The sentence of an error, and the control that it came from outlined; or that all is well."""
+        with self._telling:
+            self._computing, self.error = False, words
+            self._picture.remove_class("kfac-late")
+            for control in self.controls.values():
+                if control is wrong:
+                    control.add_class("kfac-wrong")
+                else:
+                    control.remove_class("kfac-wrong")
+            text = html.escape(words + " The picture shows the last values that worked.") if words else ""
+            self._alert.value = f'<div class="kfac-alert kfac-error" role="alert">{text}</div>'
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
         """The live view, and beside it the picture for pages without a kernel."""
@@ -183,8 +215,9 @@ panel = Panel
 
 
 def _control(parameter: Parameter, value: Any) -> widgets.Widget:
-    """A slider or a list where it reaches every allowed value and no other, else a line of text."""
-    about = {"description": parameter.name, "tooltip": parameter.help or parameter.allowed,
+    """A slider or a list where it reaches no value that is not allowed, else a line of text."""
+    name = LABELS.get(parameter.name, parameter.name.replace("_", " "))
+    about = {"description": name, "tooltip": parameter.help or parameter.allowed,
              "style": {"description_width": "initial"}}  # fmt: skip
     span = parameter.range
     wide = {"width": "48%", "min_width": "20em"}
@@ -197,11 +230,22 @@ def _control(parameter: Parameter, value: Any) -> widgets.Widget:
     if plain and parameter.kind is float and span:
         steps = span if span.steps else Range(span.low, span.high, span.log, steps=61)
         options = [(f"{x:.3g}", x) for x in sorted({*steps.positions, value})]
-        about |= {"description": "damping λ"} if parameter.name == "damping" else {}
         return widgets.SelectionSlider(options=options, value=value, **about, layout=wide)
-    if plain and parameter.kind is int and span and span.high - span.low <= 2000:
+    if plain and parameter.kind is int and span and span.high - span.low <= MANY:
         return widgets.IntSlider(value, span.low, span.high, **about, layout=wide)
+    if plain and parameter.kind is int and span and span.high - span.low <= 2000:  # logarithmic: 1, 2, 5, 10, 20, …
+        marks = {digit * 10**k for digit in (1, 2, 5) for k in range(4)}
+        options = sorted({span.low, *(x for x in marks if span.low < x < span.high), span.high, value})
+        return widgets.SelectionSlider(options=options, value=value, **about, layout=wide)
     return widgets.Text(to_text(value), continuous_update=False, **about, layout={"width": "14em"})
+
+
+def _row(controls: list[widgets.Widget]) -> widgets.Box:
+    return widgets.Box(controls, layout=widgets.Layout(flex_flow="row wrap", width="100%"))
+
+
+def _told(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _read(parameter: Parameter, value: Any) -> Any:

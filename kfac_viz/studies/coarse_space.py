@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,6 +47,7 @@ class CoarseSpaceResult:
         errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ ("kfac") and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
             correction's name), in the Frobenius norm.
         norms: of every block of ``fisher``, ``blocks``, ``missed`` and ``added``, layer by layer.
+        T, gradient: the two-level preconditioner of the picture, and the gradient (P,) that it is applied to.
     """
 
     parameters: dict[str, Any]
@@ -62,6 +64,8 @@ class CoarseSpaceResult:
     at_layer_lengths: dict[str, float]
     errors: dict[str, float]
     norms: dict[str, list[list[float]]]
+    T: TwoLevel
+    gradient: Tensor
 
     @property
     def headline(self) -> str:
@@ -125,8 +129,8 @@ def run_coarse_space(
     return coarse_space(setting(*chosen(p)), p)
 
 
-def run_on(network: Setting, compute: Callable[[Setting, dict[str, Any]], Result]) -> Callable[..., Result]:
-    """An experiment on a setting of the reader's own: what does not depend on the network stays to choose."""
+def run_on(networks: Sequence[Setting], compute: Callable[[Setting, dict[str, Any]], Result]) -> Callable[..., Result]:
+    """An experiment on a network of the reader's own, at one or more moments: the rest stays to choose."""
 
     def run(
         *,
@@ -135,10 +139,18 @@ def run_on(network: Setting, compute: Callable[[Setting, dict[str, Any]], Result
         coarse: Space = "spectral",
         correction: Correction = "balanced",
         rule: Rule = "eigen",
+        checkpoint: int = 0,
     ) -> Result:
         choices = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
-        return compute(network, choices | {"fisher": network.fisher})
+        moment = {"checkpoint": checkpoint} if len(networks) > 1 else {}
+        return compute(networks[checkpoint], choices | moment | {"fisher": networks[checkpoint].fisher})
 
+    if len(networks) > 1:
+        run.__annotations__["checkpoint"] = Annotated[int, Range(0, len(networks) - 1), "which of the moments given."]
+    else:  # nothing to choose
+        signature = inspect.signature(run)
+        kept = [parameter for name, parameter in signature.parameters.items() if name != "checkpoint"]
+        run.__signature__ = signature.replace(parameters=kept)
     return run
 
 
@@ -168,6 +180,8 @@ def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
         **{kind: {name: getattr(shares, kind) for name, shares in found.items()} for kind in Shares._fields},
         errors={"blocks": error, "kfac": one.error, correction: left},
         norms=norms | {"missed": one.norms, "added": _norms(T.partition, added)},
+        T=T,
+        gradient=network.g,
     )
 
 

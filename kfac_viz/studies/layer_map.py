@@ -38,6 +38,7 @@ class LayerMapResult:
         claims: how many layers claim one direction.
         shares: what each direction captures.
         how: where the exact step was found, and its residual.
+        T, gradient: the two-level preconditioner of the picture, and the gradient (P,) that it is applied to.
     """
 
     parameters: dict[str, Any]
@@ -50,6 +51,8 @@ class LayerMapResult:
     claims: float
     shares: dict[str, Shares]
     how: str
+    T: TwoLevel
+    gradient: Tensor
 
     @property
     def headline(self) -> str:
@@ -150,6 +153,8 @@ def layer_map(network: Setting, p: dict[str, Any]) -> LayerMapResult:
         claims=float(rounded(A.claims())),
         shares=shares_of(F, damping, g, directions(F, T, g) | {"exact": exact}, exact),
         how=repr(F.exact),
+        T=T,
+        gradient=g,
     )
 
 
