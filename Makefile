@@ -1,9 +1,10 @@
 # Each target sets up what it needs: a virtual environment in .venv with the pinned versions, once.
 .DEFAULT_GOAL := help
-.PHONY: help figures test fuzz lab bench test-browser voila-class constraints clean
+.PHONY: help figures test fuzz lab bench test-browser voila-class site constraints clean
 
 PY      := .venv/bin/python
-EXTRAS  := test,class,browser
+EXTRAS  := test,class,browser,site,published
+POOL    := 3
 THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
@@ -35,11 +36,15 @@ test-browser: .venv/ready  ## test the notebooks in a real Chromium
 	$(THREADS) $(PY) -m pytest -m browser tests $(ARGS)
 
 voila-class: .venv/ready  ## serve the playground to a class
-	@$(THREADS) $(PY) -m voila notebooks/00_playground.ipynb --no-browser --token --preheat_kernel=True --pool_size=3 \
+	@$(THREADS) $(PY) -m voila notebooks/00_playground.ipynb --no-browser --token --preheat_kernel=True --pool_size=$(POOL) \
 	    --MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60 $(ARGS)
 
+site: .venv/ready  ## build the static site into site/: every notebook executed, some minutes the first time
+	@$(THREADS) $(PY) -m sphinx -b html -q $(ARGS) notebooks site
+	@echo "site/index.html"
+
 clean:  ## remove .venv, caches and executed notebooks; figures/ stays
-	rm -rf .venv figures/.made .pytest_cache .ruff_cache .hypothesis build kfac_viz.egg-info
+	rm -rf .venv site figures/.made .pytest_cache .ruff_cache .hypothesis build kfac_viz.egg-info
 	find kfac_viz tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- set-up ------------------------------------------------------------------------------------------

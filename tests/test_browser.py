@@ -297,6 +297,31 @@ def test_voila(chromium, voila, capsys):
     assert complaints == []
 
 
+def test_the_site_is_whole_and_needs_nothing_from_elsewhere(chromium, tmp_path):
+    """Built without executing anything: its pages, their formulas and pictures, and the links between them."""
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-D", "nb_execution_mode=off"]
+    subprocess.run([*command, str(ROOT / "notebooks"), str(tmp_path)], cwd=ROOT, check=True, timeout=300)
+    complaints: list[str] = []
+    stems = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    for name in ("index", "notation", *stems, "live/00_playground"):
+        with page_of(chromium, "about:blank", complaints) as page:
+            asked: list[str] = []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto((tmp_path / f"{name}.html").as_uri())
+            page.wait_for_load_state("networkidle")
+            assert page.evaluate("() => [...document.images].every(i => i.complete && i.naturalWidth && i.alt)"), name
+            assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
+            if page.locator(".math").count():
+                page.wait_for_selector("mjx-container")
+                assert not page.locator("mjx-merror").count(), name
+            links = page.evaluate("() => [...document.links].map(a => a.href)")
+            broken = [link for link in links if link.startswith("file:") and not Path(
+                urllib.request.url2pathname(link.removeprefix("file://").split("#")[0])).exists()]  # fmt: skip
+            assert broken == [], name
+            screenshot(page, f"site_{name.replace('/', '_')}")
+    assert complaints == []
+
+
 def test_page_without_kernel(chromium, tmp_path):
     """The HTML page: opened as a file, moved by keys, with pictures, words and numbers that follow."""
     from kfac_viz.parameters import read

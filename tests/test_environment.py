@@ -18,8 +18,8 @@ CONDA_NAMES = {
     "playwright-python": "playwright",
 }
 TOP_LEVEL = {
-    ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "constraints.txt", "environment.yml", "figures",
-    "kfac_viz", "notebooks", "pyproject.toml", "tests",
+    ".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "README.md",
+    "constraints.txt", "environment.yml", "figures", "kfac_viz", "notebooks", "pyproject.toml", "tests",
 }  # fmt: skip
 
 

@@ -117,6 +117,12 @@ def test_the_notation_is_linked_from_the_first_cell(stem):
     assert "(notation.md)" in read(stem).cells[0].source
 
 
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_the_published_figure_stands_in_the_first_cell(stem):
+    name = f"{stem}.webp" if stem == "00_playground" else f"{stem}.png"
+    assert f"](../figures/{name})" in read(stem).cells[0].source and (FOLDER.parent / "figures" / name).exists()
+
+
 def test_the_notation_names_what_there_is():
     """Every name of the package in the table exists, and every letter stands in one row of its table."""
     import re

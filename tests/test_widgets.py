@@ -339,6 +339,20 @@ def test_the_page_is_whole_small_and_needs_nothing(tmp_path):
     assert not published.exists() or published.stat().st_size < 3e6
 
 
+def test_the_moving_picture_is_small_and_moves(tmp_path):
+    from PIL import Image
+
+    path = kv.studies.save_moving(run_coarse_space, "moving", tmp_path, **SMALL)
+    with Image.open(path) as moving:
+        assert moving.n_frames == 6 and moving.size == (1000, 600)
+        frames = []
+        for i in (0, 5):
+            moving.seek(i)
+            frames.append(moving.convert("RGB").tobytes())
+    assert frames[0] != frames[1] and path.stat().st_size < 1.5e6
+    assert kv.studies.save_moving(run_coarse_space, "moving", "", **SMALL) is None
+
+
 def test_closing_frees_figure_result_widgets_and_thread():
     """Also of a reader's own network, whose matrices the caches of the experiment would keep."""
     panels, gone = [], []

@@ -14,7 +14,7 @@ from .fisher import FisherPlot, FisherResult, run_fisher
 from .kfac import KfacPlot, KfacResult, run_kfac
 from .origin import OriginPlot, OriginResult, run_origin
 from .pde import PdePlot, PdeResult, run_pde
-from .playground import save_page
+from .playground import save_moving, save_page
 from .speed import SpeedPlot, SpeedResult, run_speed
 from .training import TrainingPlot, TrainingResult, run_training
 

@@ -413,7 +413,7 @@ def _takes_the_same_step_twice() -> str:
     return next(name for name in CORRECTIONS if unscaled[name] < unscaled["kfac"])
 
 
-@exercise("00b", "Move per_layer upwards until the bar of the balanced correction reaches 0.9.")
+@exercise("00b", "Move columns per layer upwards until the bar of the balanced correction reaches 0.9.")
 def _columns_for_nine_tenths() -> int:
     return next(k for k in range(17) if run_coarse_space(per_layer=k).captured["balanced"] >= 0.9)
 

@@ -426,7 +426,7 @@ def _positions_of_a_point() -> int:
     return position
 
 
-@exercise("10b", "Move per_layer upwards until the orange curve ends a hundred times lower than the blue one.")
+@exercise("10b", "Move columns per layer upwards until the orange curve ends a hundred times lower than the blue one.")
 def _columns_for_a_hundredth() -> int:
     for k in range(33):
         losses = run_pde(per_layer=k).of("loss")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..parameters import number, read
 from ..show import METHODS, limit_of
+from ..show.live import Live
 from ..show.parts import frame
 from ..show.publish import put
-from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpaceResult, stretched
+from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpacePlot, CoarseSpaceResult, stretched
 
 SIZES = (0, 1, 2, 4, 8, 16)
+MOVING = (1000, 600)  # pixels of the moving picture
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -56,6 +60,29 @@ def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | P
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
     return put({f"{name}.html": page.encode()}, Path(out_dir))[0]
+
+
+def save_moving(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | Path, **choices: Any) -> Path | None:
+    """Write NAME.webp, a moving picture in which the coarse space grows from nothing to 16 columns per layer.
+
+    Args:
+        run: ``run_coarse_space``.
+        out_dir: folder, made if it is missing; empty to compute and write nothing.
+        choices: parameters of ``run``; that of ``per_layer`` is not used.
+    """
+    if not out_dir:
+        return None
+    choices.pop("per_layer", None)
+    results = [run(per_layer=size, **choices) for size in SIZES]
+    live = Live(CoarseSpacePlot(results[0]))
+    frames = []
+    for result in results:
+        live.plot.update(result)
+        frames.append(live.picture().resize(MOVING, Image.Resampling.LANCZOS))
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], loop=0, quality=80, method=4,
+                   duration=[1200] * (len(frames) - 1) + [3000])  # fmt: skip
+    return put({f"{name}.webp": buffer.getvalue()}, Path(out_dir))[0]
 
 
 def _view(result: CoarseSpaceResult, correction: str, ranks: np.ndarray) -> dict[str, Any]:
