@@ -23,7 +23,7 @@ from typing import Any
 
 from kfac_viz import parameters
 from kfac_viz.executor import run_notebooks
-from kfac_viz.show.publish import Output, only_run_in, publish, refuse_folders, sha256, write_index
+from kfac_viz.show.publish import Output, only_run_in, publish, refuse_folders, sha256, write_gallery, write_index
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("matplotlib", "numpy", "pandas", "pillow", "scikit-learn", "scipy", "seaborn", "torch")
@@ -220,6 +220,8 @@ def figures(arguments: argparse.Namespace) -> int:
         failures = make(todo, out, arguments.jobs)
         if any(job.folder != "." for job in jobs):
             write_index(out)
+        if todo and out == ROOT / "figures":
+            write_gallery(out)
     print(f"{len(todo) - len(failures)} made, {len(jobs) - len(todo)} up to date, {len(failures)} failed: {out}")
     print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
     if out == ROOT / "figures" and any(j.folder == "." and j.values != j.notebook.defaults for j in jobs):

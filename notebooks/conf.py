@@ -1,5 +1,6 @@
 """The static site, ``make site``: README, every executed notebook, and the pages that need no kernel."""
 
+import shutil
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -27,7 +28,7 @@ def setup(app: Sphinx) -> None:
 
 
 def copy_live_pages(app: Sphinx, error: Exception | None) -> None:
-    """The pages with sliders of their own, apart from the notebooks' pages of the same names."""
+    """The pages with sliders of their own, apart from the notebooks' pages of the same names, and thumbnails."""
     if error is None and app.builder.format == "html":
         live = Path(app.outdir) / "live"
         live.mkdir(exist_ok=True)
@@ -35,3 +36,7 @@ def copy_live_pages(app: Sphinx, error: Exception | None) -> None:
             back = '<a href="../index.html">What else there is to see</a>'
             text = page.read_text(encoding="utf-8").replace("<!-- back -->", back)
             (live / page.name).write_text(text, encoding="utf-8")
+        thumbnails = Path(app.outdir) / "figures"
+        thumbnails.mkdir(exist_ok=True)
+        for picture in (*FIGURES.glob("*.png"), *FIGURES.glob("*.webp"), *FIGURES.glob("*.html")):
+            shutil.copy(picture, thumbnails)

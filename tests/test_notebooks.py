@@ -20,6 +20,7 @@ SMALL = {  # everything else as published
     "03_damping": NETWORK | dict(repeats=1, steps=2),
     "04_where_it_comes_from": dict(local=8, subdomains=[2, 4], shown=3, clusters=[2, 5], n=60, repeats=1),
     "05_coarse_space": NETWORK | dict(per_layer=2),
+    "05_one_step": NETWORK | dict(per_layer=2),
     "05_coarse_space_sizes": NETWORK | dict(sizes=[0, 1, 2], repeats=1),
     "06_claims": dict(widths=[4, 4], n=40, steps=2, repeats=1),
     "06_depth": dict(layers=[2, 3], width=6, n=60, steps=2, repeats=1, networks=["planted"], measured=""),

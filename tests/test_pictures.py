@@ -23,6 +23,7 @@ PICTURES = {  # run, plot, parameters, and what a slider changes
         dict(local=8, subdomains=(2, 4), shown=3, clusters=(2, 5), n=60, repeats=2), dict(damping=0.1, sweeps=3),
     ),
     "coarse_space": (NETWORK, dict(damping=1.0, per_layer=1, correction="additive")),
+    "one_step": (NETWORK, dict(damping=1.0, per_layer=1, correction="additive", steps=5)),
     "coarse_sizes": (NETWORK | dict(sizes=(0, 1, 3), repeats=2), dict(damping=1.0)),
     "depth": (
         dict(layers=(2, 3), width=6, n=40, steps=2, repeats=2, networks=("planted",), damping_shares=(1e-3, 1e-2),

@@ -7,7 +7,7 @@ from verdicts import ROOT, data, is_there, numbers, verdict
 
 from kfac_viz.studies import NOTEBOOKS
 
-SHORT = ("05_coarse_space", "05_coarse_space_sizes", "06_claims", "06_depth", "07_training", "10_pde")
+SHORT = tuple(stem for stem in NOTEBOOKS if stem != "00_playground")  # whose verdict has no numbers
 
 
 RATIOS = ("09_speed",)  # whose verdict divides timings by each other
@@ -32,7 +32,7 @@ def test_a_verdict_is_short(stem):
 def findings() -> list[tuple[str, list[str]]]:
     """What README's table of findings says, and the files that it names for it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| [^|]*\? \| ([^|]*) \| (`[^|]*) \|$", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\| <img[^|]*> \| \[[^|]*\?\]\([^|]*\) \| ([^|]*) \| (`[^|]*) \|$", text, flags=re.MULTILINE)
     return [(finding, re.findall(r"`([\w/]+\.csv)`", files)) for finding, files in rows]
 
 
@@ -43,8 +43,36 @@ def test_every_number_of_a_finding_is_in_the_file_that_is_named(finding, files):
     assert [number for number in numbers(finding) if not is_there(number, values)] == []
 
 
-def test_readme_has_its_findings():
-    assert len(findings()) >= 6
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_has_a_finding_for_each_notebook_and_is_short():
+    assert len(findings()) == len(NOTEBOOKS) - 1  # the playground asks nothing
+    for stem in NOTEBOOKS:
+        assert f"(notebooks/{stem}.ipynb)" in readme() and f'<img src="figures/{stem}.' in readme()
+    prose = re.sub(r"```.*?```|<img[^>]*>|!\[[^]]*\]\([^)]*\)|\]\([^)]*\)", " ", readme(), flags=re.DOTALL)
+    assert len(re.findall(r"\w[\w'’.,·−-]*", re.sub(r"`[^`]*`", " x ", prose))) <= 1000
+
+
+def test_the_ten_lines_print_what_stands_under_them(capsys):
+    code, printed = re.search(r"```python\n(.*?)```\s*```text\n(.*?)```", readme(), flags=re.DOTALL).groups()
+    assert len(code.splitlines()) == 10
+    exec(code, {})
+    found, told = (re.findall(r"\d+\.?\d*(?:e-\d+)?|[A-Za-z]+", text) for text in (capsys.readouterr().out, printed))
+    assert len(found) == len(told)
+    for one, other in zip(found, told, strict=True):
+        assert one == other or abs(float(one) - float(other)) <= 0.2 * float(other)
+
+
+def test_the_gallery_has_every_figure_with_its_headline():
+    import json
+
+    text = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
+    for record in (ROOT / "figures").glob("*.json"):
+        alt = json.loads(record.read_text(encoding="utf-8"))["alt"]
+        assert f"## {alt.split('. ')[0]}" in text and f"]({record.stem}.png)" in text
+        assert all(f"({record.stem}.{kind})" in text for kind in ("svg", "csv", "json"))
 
 
 def test_what_is_no_number_of_a_verdict_is_left_out():

@@ -145,6 +145,18 @@ def refuse_folders(files: Iterable[Path]) -> None:
             raise ValueError(f"{file} is a folder, and a file of that name is to be written. Move it away.")
 
 
+def write_gallery(out: Path) -> None:
+    """README.md: every figure in ``out`` under its headline, with what it is of and links to its files."""
+    text = "# The figures\n\nEach is made by the notebook of its name: `make figures`.\n"
+    for record in sorted(out.glob("*.json")):
+        headline, _, rest = json.loads(record.read_text(encoding="utf-8"))["alt"].partition(". ")
+        stem, where = record.stem, rest.partition(". ")[0]
+        files = ", ".join(f"[{kind.upper()}]({stem}.{kind})" for kind in ("svg", "csv", "json"))
+        text += f"\n## {headline}\n\n{where}.\n\n![{headline}]({stem}.png)\n\n"
+        text += f"[The notebook](../notebooks/{stem}.ipynb); {files}.\n"
+    put({"README.md": text.encode()}, out)
+
+
 def write_index(out: Path) -> None:
     """A page of thumbnails over all grid folders in ``out``, and of links to their pages."""
     figures = ""

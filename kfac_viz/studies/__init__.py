@@ -12,6 +12,7 @@ from .damping import DampingPlot, DampingResult, run_damping
 from .depth import DepthPlot, DepthResult, run_depth
 from .fisher import FisherPlot, FisherResult, run_fisher
 from .kfac import KfacPlot, KfacResult, run_kfac
+from .one_step import OneStepPlot, OneStepResult, run_one_step
 from .origin import OriginPlot, OriginResult, run_origin
 from .pde import PdePlot, PdeResult, run_pde
 from .playground import save_moving, save_page
@@ -22,7 +23,7 @@ plot_claims = ClaimsPlot.draw
 plot_coarse_sizes, plot_coarse_space, plot_damping = CoarseSizesPlot.draw, CoarseSpacePlot.draw, DampingPlot.draw
 plot_depth, plot_fisher, plot_kfac = DepthPlot.draw, FisherPlot.draw, KfacPlot.draw
 plot_origin, plot_pde, plot_speed = OriginPlot.draw, PdePlot.draw, SpeedPlot.draw
-plot_training = TrainingPlot.draw
+plot_one_step, plot_training = OneStepPlot.draw, TrainingPlot.draw
 
 # The notebooks that can be regenerated, and the function whose signature states their parameters.
 NOTEBOOKS: dict[str, Callable] = {
@@ -32,6 +33,7 @@ NOTEBOOKS: dict[str, Callable] = {
     "03_damping": run_damping,
     "04_where_it_comes_from": run_origin,
     "05_coarse_space": run_coarse_space,
+    "05_one_step": run_one_step,
     "05_coarse_space_sizes": run_coarse_sizes,
     "06_claims": run_claims,
     "06_depth": run_depth,

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,6 +80,20 @@ def measured_rows(name: str) -> list[dict[str, str]]:
         raise ValueError(f"There are no timings in figures/benchmarks/{name}; measure them with make bench.")
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def loss_of(row: Mapping[str, str]) -> float:
+    """The loss of a measured row; inf where the run had blown up."""
+    return inf if row["loss"] == "nan" else float(row["loss"])
+
+
+def over_runs(quantity: str, runs: Sequence[Sequence[Mapping[str, str]]]) -> Curve:
+    """The loss over a column of measured rows, such as ``step``, or ``seconds`` as they were in the median; a run that
+    blew up is at the top."""
+    whole = max(runs, key=len)
+    losses = [[loss_of(row) for row in run] + [inf] * (len(whole) - len(run)) for run in runs]
+    x = [np.median([float(run[i][quantity]) for run in runs if i < len(run)]) for i in range(len(whole))]
+    return curve(x, np.minimum(losses, 1e6))
 
 
 def share(x: float) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..parameters import Device, Seed, number
 from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers
-from .curves import Curve, Study, curve, measured_rows, rounded
+from .curves import Curve, Study, loss_of, measured_rows, over_runs, rounded
 from .exercises import exercise
 
 if TYPE_CHECKING:
@@ -102,12 +102,12 @@ def run_training(
     for (cause, where, what, method), by_seed in runs.items():
         if (cause, where, what) == ("method", regime, problem):
             for quantity in ("step", "seconds"):
-                curves[quantity, method] = _over(quantity, list(by_seed.values()))
+                curves[quantity, method] = over_runs(quantity, list(by_seed.values()))
     for (what, method), points in _steps_to_target().items():
         curves[f"steps to target, {what}", method] = points
     ends = {key[1:]: _last(by_seed) for key, by_seed in runs.items() if key[0] == "method"}
     grids = {
-        (method, float(rows[-1]["lr"]), float(rows[-1]["damping"])): _loss(rows[-1])
+        (method, float(rows[-1]["lr"]), float(rows[-1]["damping"])): loss_of(rows[-1])
         for (_, where, what, method), by_setting in _runs(tuning=True).items()
         for rows in by_setting.values()
         if (where, what) == ("mini", problem) and method in CURVED
@@ -133,22 +133,10 @@ def _runs(tuning: bool = False) -> dict[tuple[str, str, str, str], dict[tuple[st
     return found
 
 
-def _loss(row: Mapping[str, str]) -> float:
-    return inf if row["loss"] == "nan" else float(row["loss"])
-
-
 def _last(by_seed: Mapping[Any, list[dict[str, str]]]) -> tuple[float, float, float, float]:
-    losses = [_loss(rows[-1]) for rows in by_seed.values()]
+    losses = [loss_of(rows[-1]) for rows in by_seed.values()]
     seconds = [float(rows[-1]["seconds"]) for rows in by_seed.values()]
     return tuple(map(float, rounded([np.median(losses), min(losses), max(losses), np.median(seconds)])))
-
-
-def _over(quantity: str, runs: list[list[dict[str, str]]]) -> Curve:
-    """The loss over steps, or over seconds as they were in the median; a run that blew up is at the top."""
-    whole = max(runs, key=len)
-    losses = [[_loss(row) for row in run] + [inf] * (len(whole) - len(run)) for run in runs]
-    x = [np.median([float(run[i][quantity]) for run in runs if i < len(run)]) for i in range(len(whole))]
-    return curve(x, np.minimum(losses, 1e6))
 
 
 @lru_cache(maxsize=1)

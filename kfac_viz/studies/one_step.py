@@ -1,0 +1,248 @@
+"""One step, seen: how far along the exact step, and how far astray, each method goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from .. import KFAC, TwoLevel, nll
+from ..method.capture import evaluation
+from ..parameters import Device, Examples, Seed, Widths, check, number
+from ..show import FAINT, INK, METHODS, MUTED, Plot
+from .coarse_space import ORDER, Correction, Moments, PerLayer, Space, architecture, directions
+from .curves import rounded, share
+from .exercises import exercise
+from .setting import Damping, Data, Rule, Setting, chosen, setting, space
+from .threads import one_thread
+
+if TYPE_CHECKING:
+    import pandas
+    from numpy.typing import NDArray
+
+    from .. import Partition
+
+ALONG, ASTRAY = np.linspace(-0.2, 2.0, 23), np.linspace(-1.1, 1.1, 23)  # where the loss is evaluated
+
+
+class Place(NamedTuple):
+    """A direction in the metric A, the exact one having length 1: how far it goes along that, and how far astray."""
+
+    along: float
+    astray: float
+
+    @property
+    def captured(self) -> float:
+        """Captured decrease: one less the squared distance from the exact step, ``1 − (1 − along)² − astray²``."""
+        return 1 - (1 - self.along) ** 2 - self.astray**2
+
+    @property
+    def at_best_length(self) -> float:
+        """The squared cosine of the angle between the two; 0 for no direction at all."""
+        length = self.along**2 + self.astray**2
+        return self.along**2 / length if length else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class OneStepResult:
+    """Where each direction leads, and the loss on a plane.
+
+    Attributes:
+        places: of every direction.
+        gain: what the loss really falls by, in units of the best that the model predicts, on the plane of the exact
+            step and of K-FAC's, (astray, along), astray to K-FAC's side upwards.
+    """
+
+    parameters: dict[str, Any]
+    partition: Partition
+    problem: str
+    places: Mapping[str, Place]
+    gain: NDArray
+
+    @property
+    def headline(self) -> str:
+        one, two = self.places["kfac"], self.places[self.parameters["correction"]]
+        return (f"K-FAC goes {number(one.along, 2)} of the way and {number(one.astray, 2)} astray, two levels "
+                f"{number(two.along, 2)} and {number(two.astray, 2)}")  # fmt: skip
+
+    @property
+    def where(self) -> str:
+        p = self.parameters
+        moment = f"after {p['steps']} Adam steps" if p["steps"] else "untrained"
+        return f"{self.problem}, {architecture(self.partition)}, {moment}, λ = {number(p['damping'])}"
+
+    def table(self) -> pandas.DataFrame:
+        """Tidy: ``quantity``, ``item``, ``along``, ``value``."""
+        import pandas
+
+        rows: list[tuple] = []
+        for name, place in self.places.items():
+            rows += [("along", name, "", place.along), ("astray", name, "", place.astray)]
+            rows += [("captured", name, "", place.captured), ("at_best_length", name, "", place.at_best_length)]
+        for y, line in zip(ASTRAY.tolist(), self.gain, strict=True):
+            rows += [("gain", f"{y:.1f}", round(x, 3), value) for x, value in zip(ALONG.tolist(), line, strict=True)]
+        return pandas.DataFrame(rows, columns=["quantity", "item", "along", "value"])
+
+
+@one_thread()
+def run_one_step(
+    *,
+    damping: Damping = 1e-2,
+    per_layer: PerLayer = 4,
+    coarse: Space = "spectral",
+    correction: Correction = "balanced",
+    rule: Rule = "eigen",
+    data: Data = "digits4",
+    widths: Widths = (12, 12, 12),
+    n: Examples = 500,
+    steps: Moments = 0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> OneStepResult:
+    """Where every method's step leads, beside the exact one.
+
+    Args:
+        seed: of data, weights and random columns.
+    """
+    p = check(run_one_step, locals())
+    network = setting(*chosen(p))
+    A, M, g = network.F.damped(damping), KFAC(network.F, damping, rule), network.g
+    T = TwoLevel(network.matrix.damped(damping), M, space(coarse, A, M, g, per_layer, seed), correction)
+    exact, _ = _plane(network, damping, rule)
+    found = {name: place(A @ v, v, exact, g) for name, v in directions(network.F, T, g).items()}
+    found["exact"] = Place(1.0, 0.0)
+    gain = _gain(network, damping, rule)
+    return OneStepResult(p, network.F.partition, network.problem.name, found, gain)
+
+
+def place(Av: Tensor, v: Tensor, exact: Tensor, g: Tensor) -> Place:
+    """Where v (P,) leads: since ``A e = g`` for the exact direction e, its part along e is ``gᵀv / gᵀe``."""
+    unit = float(g @ exact)
+    along = float(g @ v) / unit
+    astray = max(float(v @ Av) / unit - along**2, 0.0) ** 0.5
+    return Place(*map(float, rounded([along, astray])))
+
+
+@lru_cache(maxsize=8)
+def _plane(network: Setting, damping: float, rule: str) -> tuple[Tensor, Tensor]:
+    """The exact direction, and what of K-FAC's is A-orthogonal to it, with the same length in the metric A."""
+    A, g = network.F.damped(damping), network.g
+    exact = A.solve(g)
+    v = KFAC(network.F, damping, rule) @ g
+    unit = float(g @ exact)
+    off = v - float(g @ v) / unit * exact
+    length = float(off @ (A @ off))
+    return exact, off * (unit / length) ** 0.5 if length > 1e-12 * unit else torch.zeros_like(off)
+
+
+@lru_cache(maxsize=8)
+def _gain(network: Setting, damping: float, rule: str) -> NDArray:
+    """The real decrease of the loss on the plane, in units of ``½ gᵀe``."""
+    exact, off = _plane(network, damping, rule)
+    x, y = (torch.from_numpy(part.ravel()).to(exact) for part in np.meshgrid(ALONG, ASTRAY))
+    problem, partition = network.problem, network.F.partition
+    weights = dict(problem.model.named_parameters())
+    moved = {name: p.detach().expand(len(x), *p.shape).clone() for name, p in weights.items()}
+    for layer, U, V in zip(partition.layers, partition.matrices(exact), partition.matrices(off), strict=True):
+        for piece in layer.pieces:
+            view = torch.stack([piece.view(U).reshape(-1), piece.view(V).reshape(-1)])
+            target = moved[piece.parameter]
+            change = torch.stack([x, y], 1) @ view
+            for row, delta in zip(target, change, strict=True):
+                part = piece.of(row)
+                part -= delta.view(part.shape)
+    with evaluation(problem.model), torch.no_grad():
+        outputs = vmap(lambda w: functional_call(problem.model, w, problem.arguments))(moved)
+        losses = torch.stack([nll(f, problem.targets, problem.likelihood) for f in outputs])
+        before = problem.loss()
+    return rounded(((before - losses) / (0.5 * float(network.g @ exact))).view(len(ASTRAY), len(ALONG)).cpu())
+
+
+# ---- the picture --------------------------------------------------------------------------------------
+
+LEVELS = (0.0, 0.25, 0.5, 0.75, 0.9)
+SIDES = (-0.2, 2.0)  # of both pictures, along the exact step
+
+
+class OneStepPlot(Plot):
+    """Left the quadratic model, with every method's step; right the real loss on the plane of two of them."""
+
+    size = (10.0, 5.9)
+    layout = None
+
+    def build(self, result: OneStepResult) -> None:
+        (left, right), (down, up) = SIDES, (ASTRAY[0], ASTRAY[-1])
+        scale = 4.1 / (right - left)  # inches for a unit, the same on every axis: circles are round
+        model = self.axes(0.7, 1.0, 4.1, scale * (up + 0.05))
+        real = self.axes(5.3, 1.0, 4.1, scale * (up - down))
+        model.set(xlim=SIDES, ylim=(-0.05, up), xlabel="along the exact step", ylabel="astray",
+                  title="The quadratic model: share of the best decrease")  # fmt: skip
+        real.set(title="The real loss on the plane of the exact step and K-FAC's",
+                 xlabel="along the exact step; blue: lower, ±1: the best that the model predicts")  # fmt: skip
+        angle = np.linspace(0, np.pi, 200)
+        for level in LEVELS:  # captured = 1 − distance² from the exact step
+            radius = (1 - level) ** 0.5
+            model.plot(1 + radius * np.cos(angle), radius * np.sin(angle), color=FAINT, linewidth=1 + (level == 0))
+            model.text(1, radius - 0.02, f"{level:g}", color=MUTED, ha="center", va="top", size=9)
+        self.image = self.add(real.imshow(
+            np.zeros(result.gain.shape), cmap="RdBu", vmin=-1, vmax=1, origin="lower", aspect="auto",
+            interpolation="bilinear", extent=(ALONG[0], ALONG[-1], down, up),
+        ))  # fmt: skip
+        real.set(xlim=SIDES, ylim=(down, up), yticks=[-1, -0.5, 0, 0.5, 1])
+        bar = self.figure.colorbar(self.image, cax=self.axes(9.47, 1.0, 0.1, scale * (up - down)), ticks=[-1, 0, 1])
+        bar.set_ticklabels(["≤ −1", "0", "≥ 1"])
+        bar.outline.set_visible(False)
+        self.rays, self.dots, self.real = {}, {}, {}
+        for name, style in ((name, METHODS[name]) for name in ORDER):
+            marked = {"color": style.color, "marker": style.marker, "markersize": 8}
+            self.rays[name] = self.add(model.plot([], [], color=style.color, linewidth=1.2, linestyle=style.line)[0])
+            self.dots[name] = self.add(model.plot([], [], **marked, linestyle="none", label=style.label)[0])
+            if name in ("kfac", "exact"):
+                self.real[name] = self.add(real.plot([], [], **marked, markevery=[1])[0])
+        self.edges = [self.add(model.plot([], [], color=INK, marker=mark, linestyle="none", clip_on=False)[0])
+                      for mark in "^>"]  # a step that lies beyond
+        for ax in (model, real):
+            ax.axhline(0, color=INK, linewidth=0.6)
+            ax.plot([0], [0], color=INK, marker="+", markersize=9)
+        self.figure.legend(handles=list(self.dots.values()), loc="upper left", ncols=2,
+                           bbox_to_anchor=(0.06, 1 - 4.25 / self.size[1]))  # fmt: skip
+
+    def move(self, result: OneStepResult) -> None:
+        (_, right), up = SIDES, ASTRAY[-1]
+        for name in ORDER:
+            x, y = result.places[name]
+            best = x / (x**2 + y**2) if x or y else 0.0  # where its ray comes nearest to the exact step
+            self.rays[name].set_data([0, max(1.0, best) * x], [0, max(1.0, best) * y])
+            self.dots[name].set_data([x], [y])
+        places = [result.places[name] for name in ORDER]
+        high = [x for x, y in places if y > up]
+        far = [min(y, up) for x, y in places if x > right >= 0 and y <= up]
+        self.edges[0].set_data([min(x, right) for x in high], [up] * len(high))
+        self.edges[1].set_data([right] * len(far), far)
+        self.image.set_data(result.gain)
+        for name, line in self.real.items():
+            line.set_data([0, result.places[name].along], [0, result.places[name].astray])
+
+    def words(self, result: OneStepResult) -> str:
+        told = ", ".join(f"{METHODS[name].label} {number(p.along, 2)} along and {number(p.astray, 2)} astray (captured "
+                         f"{share(p.captured)}, at its best length {share(p.at_best_length)})"
+                         for name, p in result.places.items())  # fmt: skip
+        return f"{super().words(result)} {told}."
+
+
+# ---- the exercises ------------------------------------------------------------------------------------
+
+@exercise("05f", "Distance from the exact step: 1.5 too far along, nothing astray.")
+def _twice_and_a_half_as_far() -> float:
+    return Place(2.5, 0.0).captured
+
+
+@exercise("05g", "A quarter circle over the segment from standing still to the exact step: Thales.", 0.01)
+def _best_of_a_right_angle() -> float:
+    return Place(0.5, 0.5).at_best_length
