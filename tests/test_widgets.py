@@ -213,7 +213,7 @@ def test_words_under_the_picture_are_its_alternative_text(panel):
         assert share(found["kfac"]) in label
     assert re.search(r'data-alt="([^"]+)"', panel._below.value)[1].startswith(label[:20])
     titles = re.findall(r'title="([^"]+)"', panel._below.value)
-    assert len(titles) == 4 * len(panel.result.partition) ** 2
+    assert len(titles) == 5 * len(panel.result.partition) ** 2
     assert all("Frobenius norm" in title for title in titles)
 
 
@@ -344,7 +344,7 @@ def test_the_moving_picture_is_small_and_moves(tmp_path):
 
     path = kv.studies.save_moving(run_coarse_space, "moving", tmp_path, **SMALL)
     with Image.open(path) as moving:
-        assert moving.n_frames == 6 and moving.size == (1000, 600)
+        assert moving.n_frames == 6 and moving.size == (1000, 560)
         frames = []
         for i in (0, 5):
             moving.seek(i)

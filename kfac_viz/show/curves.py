@@ -66,6 +66,8 @@ class CurveView:
                                  linestyle=style.line, label=style.label)  # fmt: skip
         self.cursor = ax.axvline(np.nan, color=INK, linewidth=0.9, alpha=0.6, zorder=0.5)
         self.leaves = [ax.scatter([], [], s=40, marker=m, clip_on=False, zorder=4) for m in ("^", "v")]
+        self.rings = ax.scatter([], [], s=55, facecolors="white", linewidths=2, zorder=5)  # the values at the cursor
+        self.at: dict[str, float] = {}
         for axis, kind in zip((ax.xaxis, ax.yaxis), scale, strict=True):
             if kind == "log":
                 plain_numbers(axis)
@@ -74,16 +76,22 @@ class CurveView:
         """Title, and where each curve begins and ends."""
         ends = ((line.get_label(), line.get_ydata()) for line in self.lines.values())
         told = (f"{label} {number(y[0])} to {number(y[-1])}" for label, y in ends)
-        return f"{self.ax.get_title('left')}, over {self.ax.get_xlabel()}: {', '.join(told)}."
+        here = ", ".join(f"{self.styles[name].label} {number(y)}" for name, y in self.at.items())
+        here = f" At the line: {here}." if here else ""
+        return f"{self.ax.get_title('left')}, over {self.ax.get_xlabel()}: {', '.join(told)}.{here}"
 
     @property
     def artists(self) -> list[Artist]:
-        return [*self.bands.values(), *self.lines.values(), self.cursor, *self.leaves]
+        return [*self.bands.values(), *self.lines.values(), self.cursor, *self.leaves, self.rings]
 
     def update(self, curves: Mapping[str, Sequence[NDArray]], at: float | None = None) -> None:
-        """Move to these curves, of the same series, and the upright line to x = ``at``."""
+        """Move to these curves, of the same series, and the upright line to x = ``at``, with a ring on each curve."""
         self.cursor.set_xdata([np.nan if at is None else at] * 2)
         (left, right), (low_end, high_end) = self.ax.get_xlim(), self.ax.get_ylim()
+        self.at = {} if at is None else {name: self._value(curves[name], at) for name in self.lines}
+        rings = [(at, y, self.lines[name].get_color()) for name, y in self.at.items() if low_end <= y <= high_end]
+        self.rings.set_offsets(np.array([ring[:2] for ring in rings]).reshape(-1, 2))
+        self.rings.set_edgecolor([ring[2] for ring in rings])
         above, below = [], []
         for i, (name, line) in enumerate(self.lines.items()):
             x, y, low, high = curves[name]
@@ -98,6 +106,15 @@ class CurveView:
         for marks, points in zip(self.leaves, (above, below), strict=True):
             marks.set_offsets(np.array([point[:2] for point in points]).reshape(-1, 2))
             marks.set_facecolor([point[2] for point in points])
+
+
+    def _value(self, c: Sequence[NDArray], at: float) -> float:
+        """The curve at x = ``at``, between its points on the scales of the axes; NaN beyond its ends."""
+        log_x, log_y = (axis.get_scale() == "log" for axis in (self.ax.xaxis, self.ax.yaxis))
+        x, y = (np.log(part) if log else part for part, log in zip(c[:2], (log_x, log_y), strict=True))
+        with np.errstate(divide="ignore"):
+            found = float(np.interp(np.log(at) if log_x and at > 0 else at, x, y, left=np.nan, right=np.nan))
+        return float(np.exp(found)) if log_y else found
 
 
 def _leaving(outside: NDArray) -> NDArray:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .. import BlockDiagonal, Dense, Partition
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..show import INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers
-from .curves import Curve, Study, by_key, curve, rounded, seeds
+from .curves import Curve, Study, by_key, curve, rounded, seeds, value
 from .exercises import exercise
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, setting, shares
 from .threads import one_thread
@@ -47,11 +47,6 @@ class ClaimsResult(Study):
         before, after = (number(round(1 / x, 1)) for x in found["length"])
         return (f"{first} of {self.layers} layers claim one direction, {then} after training: exact blocks step "
                 f"{before} and {after} times too far")  # fmt: skip
-
-
-def value(c: Curve, x: float) -> float:
-    """The curve at x, between its points."""
-    return float(np.interp(np.log(x), np.log(c.x), c.y))
 
 
 @one_thread()

@@ -40,13 +40,14 @@ class CoarseSpaceResult:
 
     Attributes:
         fisher: the exact Fisher F; ``blocks``: what K-FAC keeps of it, ``G ⊗ A`` in each layer.
-        missed: ``A⁻¹ − M``, with ``A = F + λI`` and M = K-FAC; ``added``: ``T − M``, with T the two-level method.
+        missed: ``A⁻¹ − M``, with ``A = F + λI`` and M = K-FAC; ``added``: ``T − M``, with T the two-level method; and
+            ``left``, ``A⁻¹ − T``, what is missing still.
         spectra: ascending eigenvalues (P,) of M A ("kfac") and T A (the correction's name).
         captured: captured decrease of each direction as it is; ``at_best_length``: with one best length for all of it;
             ``at_layer_lengths``: with one for each layer's piece.
         errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ ("kfac") and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
             correction's name), in the Frobenius norm.
-        norms: of every block of ``fisher``, ``blocks``, ``missed`` and ``added``, layer by layer.
+        norms: of every block of these five, layer by layer.
         T, gradient: the two-level preconditioner of the picture, and the gradient (P,) that it is applied to.
     """
 
@@ -58,6 +59,7 @@ class CoarseSpaceResult:
     blocks: Tensor
     missed: Tensor
     added: Tensor
+    left: Tensor
     spectra: dict[str, Tensor]
     captured: dict[str, float]
     at_best_length: dict[str, float]
@@ -165,7 +167,7 @@ def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
         one = _one_level(network, p["rule"], damping)
         added = _without_noise(T.contribution(), one.scale)
         found = _shares(network, T)
-        left = _share((one.missed - added).norm(), one.missed.norm())
+        left = _without_noise(one.missed - added, one.scale)
         _, _, error, norms = _of_network(network)
     return CoarseSpaceResult(
         parameters=p,
@@ -176,10 +178,11 @@ def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
         blocks=network.blocks.cpu(),
         missed=one.missed.cpu(),
         added=added.cpu(),
+        left=left.cpu(),
         spectra={"kfac": one.spectrum, correction: spectrum.result()},
         **{kind: {name: getattr(shares, kind) for name, shares in found.items()} for kind in Shares._fields},
-        errors={"blocks": error, "kfac": one.error, correction: left},
-        norms=norms | {"missed": one.norms, "added": _norms(T.partition, added)},
+        errors={"blocks": error, "kfac": one.error, correction: _share(left.norm(), one.missed.norm())},
+        norms=norms | {"missed": one.norms, "added": _norms(T.partition, added), "left": _norms(T.partition, left)},
         T=T,
         gradient=network.g,
     )
@@ -309,33 +312,36 @@ def architecture(partition: Partition) -> str:
 
 MATRICES = {  # name, left end in inches, title
     "fisher": ("F", 0.87, "Exact Fisher $F$"),
-    "blocks": ("G ⊗ A", 3.07, "K-FAC keeps $G \\otimes A$"),
-    "missed": ("A⁻¹ − M", 5.52, "K-FAC misses $A^{-1} - M$"),
-    "added": ("T − M", 7.72, "Added: $T - M$"),
+    "blocks": ("G ⊗ A", 2.64, "K-FAC keeps $G \\otimes A$"),
+    "missed": ("A⁻¹ − M", 4.72, "It misses $A^{-1} - M$"),
+    "added": ("T − M", 6.49, "Added: $T - M$"),
+    "left": ("A⁻¹ − T", 8.26, "Still missing: $A^{-1} - T$"),
 }
+SIDE = 1.65  # inches, of a matrix
 ORDER = ("gradient", "diagonal", "kfac", *CORRECTIONS, "exact")
 
 
 class CoarseSpacePlot(Plot):
     """Four matrices above, spectra and captured decreases below."""
 
-    size = (10.0, 6.0)
+    size = (10.0, 5.6)
     layout = None
 
     def build(self, result: CoarseSpaceResult) -> None:
         self.views, self.notes = {}, {}
         for name, (letters, left, title) in MATRICES.items():
-            view = self.views[name] = self.add(MatrixView(self.axes(left, 1.1, 2.05, 2.05), result.partition, letters,
+            view = self.views[name] = self.add(MatrixView(self.axes(left, 1.1, SIDE, SIDE), result.partition, letters,
                                                           pixels=240))  # fmt: skip
             view.ax.set(title="", xlabel="", ylabel="")
             self.text(left, 0.83, title, weight="bold")
             self.notes[name] = self.add(self.text(left, 1.03, color=MUTED, size=9))
-            if name in ("blocks", "added"):
+            if name in ("blocks", "added", "left"):
                 view.ax.set_yticks([])
         self.views["fisher"].name_layers()
-        self.bars = [self.add(ColourBar(self.axes(left, 3.4, 4.25, 0.09))) for left in (0.87, 5.52)]
-        self._build_spectra(self.axes(0.87, 4.15, 4.25, 1.5), result)
-        self._build_captured(self.axes(6.95, 4.2, 1.95, 1.5))
+        self.bars = [self.add(ColourBar(self.axes(left, 3.0, right - left, 0.09)))
+                     for left, right in ((0.87, 4.29), (4.72, 9.91))]  # fmt: skip
+        self._build_spectra(self.axes(0.87, 3.75, 3.95, 1.5), result)
+        self._build_captured(self.axes(6.75, 3.8, 2.15, 1.5))
 
     def _build_spectra(self, ax: Axes, result: CoarseSpaceResult) -> None:
         P = result.partition.size
@@ -353,13 +359,13 @@ class CoarseSpacePlot(Plot):
         self.keys = [self.add(ax.text(0.03, y, "", transform=ax.transAxes, va="top", size=9)) for y in (0.99, 0.84)]
 
     def _build_captured(self, ax: Axes) -> None:
-        self.text(5.52, 3.94, "Captured decrease of one step", weight="bold")
-        self.text(5.52, 4.12, "bars with the best length,  ○  one per layer,  |  as it is", color=MUTED, size=9)
+        self.text(5.3, 3.54, "Captured decrease of one step", weight="bold")
+        self.text(5.3, 3.72, "bars with the best length,  ○  one per layer,  |  as it is", color=MUTED, size=9)
         self.steps = self.add(StepBars(ax, ORDER, share))
 
     def move(self, result: CoarseSpaceResult) -> None:
         p, errors = result.parameters, result.errors
-        for names, bar in zip((("fisher", "blocks"), ("missed", "added")), self.bars, strict=True):
+        for names, bar in zip((("fisher", "blocks"), ("missed", "added", "left")), self.bars, strict=True):
             shown = [getattr(result, name) for name in names if any(map(any, result.norms[name]))]
             limit = limit_of(shown[0] if shown else np.ones(1))
             bar.update(limit)
@@ -367,8 +373,9 @@ class CoarseSpacePlot(Plot):
                 self.views[name].update(getattr(result, name), limit)
         self.notes["fisher"].set_text(f"{p['fisher']}, {result.partition.size} × {result.partition.size}")
         self.notes["blocks"].set_text(f"error {percent(errors['blocks'])} of ‖F‖")
-        self.notes["missed"].set_text(f"{percent(errors['kfac'])} of ‖A⁻¹‖, A = F + λI")
-        self.notes["added"].set_text(f"leaves {percent(errors[p['correction']])} of that")
+        self.notes["missed"].set_text(f"{percent(errors['kfac'])} of ‖A⁻¹‖")
+        self.notes["added"].set_text(p["correction"])
+        self.notes["left"].set_text(f"{percent(errors[p['correction']])} of what it missed")
         for line, key, (name, values) in zip(self.lines, self.keys, result.spectra.items(), strict=True):
             low, high, style = values[0], values[-1], METHODS[name]
             line.set(data=(stretched(np.arange(1, len(values) + 1), len(values)), values.numpy()), color=style.color,

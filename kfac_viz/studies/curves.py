@@ -71,6 +71,11 @@ def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
     return np.reshape([float(f"{v:.{digits}g}") for v in values.ravel()], values.shape)
 
 
+def value(c: Curve, x: float) -> float:
+    """The curve at x, between its points on a logarithmic scale of x."""
+    return float(np.interp(np.log(x), np.log(c.x), c.y))
+
+
 def measured_rows(name: str) -> list[dict[str, str]]:
     """The rows of a table that ``make bench`` has written; a ValueError says which is missing."""
     import csv

@@ -19,7 +19,7 @@ from ..show.publish import put
 from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpacePlot, CoarseSpaceResult, stretched
 
 SIZES = (0, 1, 2, 4, 8, 16)
-MOVING = (1000, 600)  # pixels of the moving picture
+MOVING = (1000, 560)  # pixels of the moving picture
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
