@@ -151,7 +151,9 @@ def test_a_grid_makes_a_folder_each_and_a_failure_stops_nothing(shelf, tmp_path,
     assert str(copy) in said.err and "too much" in copy.read_text()
     assert visible(out) == {"index.html"} | {f"x={x}/{name}" for x in (0.5, 1.0) for name in FILES}
     page = (out / "index.html").read_text()
-    assert page.count("<figure>") == 2 and 'src="x=0.5/01_twice.png" alt="01_twice, x=0.5"' in page
+    assert page.count("<img ") == 2 and 'src="x=0.5/01_twice.png" alt="01_twice, x=0.5"' in page
+    assert page.index("<th scope=col>x=0.5") < page.index("<th scope=col>x=1.0")  # the grid, parameter by parameter
+    assert 'href="x=0.5/01_twice.csv">CSV' in page and 'href="x=1.0/01_twice.json">JSON' in page
     assert json.loads((out / "x=0.5/01_twice.json").read_text())["words"] == ["c"]
 
 

@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -148,9 +149,12 @@ def refuse_folders(files: Iterable[Path]) -> None:
 def write_gallery(out: Path) -> None:
     """README.md: every figure in ``out`` under its headline, with what it is of and links to its files."""
     text = "# The figures\n\nEach is made by the notebook of its name: `make figures`.\n"
-    for record in sorted(out.glob("*.json")):
-        headline, _, rest = json.loads(record.read_text(encoding="utf-8"))["alt"].partition(". ")
-        stem, where = record.stem, rest.partition(". ")[0]
+    told = {record.stem: json.loads(record.read_text(encoding="utf-8")).get("alt") for record in out.glob("*.json")}
+    if not any(told.values()):
+        return
+    for stem, words in sorted((stem, words) for stem, words in told.items() if words):
+        headline, _, rest = words.partition(". ")
+        where = rest.partition(". ")[0]
         files = ", ".join(f"[{kind.upper()}]({stem}.{kind})" for kind in ("svg", "csv", "json"))
         text += f"\n## {headline}\n\n{where}.\n\n![{headline}]({stem}.png)\n\n"
         text += f"[The notebook](../notebooks/{stem}.ipynb); {files}.\n"
@@ -158,16 +162,56 @@ def write_gallery(out: Path) -> None:
 
 
 def write_index(out: Path) -> None:
-    """A page of thumbnails over all grid folders in ``out``, and of links to their pages."""
-    figures = ""
-    for file in sorted(file for file in out.glob("*=*/*") if file.suffix in (".png", ".html")):
-        link = html.escape(file.relative_to(out).as_posix())
-        words = html.escape(f"{file.stem}, {file.parent.name}")
-        shown = f'<img src="{link}" alt="{words}">' if file.suffix == ".png" else "open the page"
-        figures += f'<figure><a href="{link}">{shown}</a><figcaption>{words}</figcaption></figure>\n'
+    """A page with a table for each notebook over all grid folders in ``out``: the last parameter to the right, the
+    others downwards, in each cell the picture and links to its files."""
+    grids: dict[str, dict[tuple[str, str], Path]] = {}
+    for file in sorted(out.glob("*=*/*"), key=lambda file: [_sortable(x) for pair in _point(file) for x in pair]):
+        if file.suffix in (".png", ".html"):
+            *others, last = ("=".join(pair) for pair in _point(file))
+            grids.setdefault(file.stem, {})[", ".join(others), last] = file
+    tables = ""
+    for stem, cells in grids.items():
+        rows, columns = (list(dict.fromkeys(key[k] for key in cells)) for k in (0, 1))
+        head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in columns)
+        body = ""
+        for row in rows:
+            line = "".join(f"<td>{_cell(cells.get((row, column)), out)}</td>" for column in columns)
+            body += f"<tr><th scope=row>{html.escape(row)}</th>{line}</tr>\n"
+        tables += f"<h2>{html.escape(stem)}</h2>\n<div><table>\n<tr><td></td>{head}</tr>\n{body}</table></div>\n"
     page = (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Figures over a grid of parameters</title>\n'
-        "<style>body { display: flex; flex-wrap: wrap; gap: 1rem; font: 14px sans-serif; }\n"
-        f"figure {{ margin: 0; width: 24rem; }} img {{ width: 100%; }}</style>\n{figures}</html>\n"
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n'
+        "<title>Figures over a grid of parameters</title>\n<style>:root { color-scheme: light dark; }\n"
+        "body { font: 15px system-ui, sans-serif; margin: 1rem; } div { overflow-x: auto; }\n"
+        "td { vertical-align: top; padding: .4rem; } th { font-weight: 600; text-align: left; white-space: nowrap; }\n"
+        f"img {{ width: min(24rem, 80vw); background: white; }}</style>\n{tables}</html>\n"
     )
     put({"index.html": page.encode()}, out)
+
+
+def _point(file: Path) -> list[tuple[str, str]]:
+    """Names and values of the parameters in a folder's name.
+
+    >>> _point(Path("damping=0.1,widths=12,12/05_coarse_space.png"))
+    [('damping', '0.1'), ('widths', '12,12')]
+    """
+    return re.findall(r"(\w+)=(.*?)(?=,\w+=|$)", file.parent.name)
+
+
+def _sortable(text: str) -> tuple[bool, float, str]:
+    """Numbers by their value, and before words."""
+    try:
+        return False, float(text), ""
+    except ValueError:
+        return True, 0.0, text
+
+
+def _cell(file: Path | None, out: Path) -> str:
+    """The picture of a point of the grid, or the word for a page, with links to the files beside it."""
+    if file is None:
+        return ""
+    beside = {kind: file.with_suffix(f".{kind}") for kind in ("svg", "csv", "json")}
+    links = {kind: html.escape(path.relative_to(out).as_posix()) for kind, path in beside.items() if path.exists()}
+    link, words = html.escape(file.relative_to(out).as_posix()), html.escape(f"{file.stem}, {file.parent.name}")
+    shown = f'<img src="{link}" alt="{words}">' if file.suffix == ".png" else "open the page"
+    told = " ".join(f'<a href="{path}">{kind.upper()}</a>' for kind, path in links.items())
+    return f'<a href="{link}">{shown}</a><br>{told}'
