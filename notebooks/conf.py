@@ -30,6 +30,7 @@ def setup(app: Sphinx) -> None:
 def copy_live_pages(app: Sphinx, error: Exception | None) -> None:
     """The pages with sliders of their own, apart from the notebooks' pages of the same names, and thumbnails."""
     if error is None and app.builder.format == "html":
+        shutil.rmtree(Path(app.outdir).parent / "jupyter_execute", ignore_errors=True)  # what myst-nb leaves behind
         live = Path(app.outdir) / "live"
         live.mkdir(exist_ok=True)
         for page in sorted(FIGURES.glob("*.html")):

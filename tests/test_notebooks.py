@@ -25,8 +25,10 @@ SMALL = {  # everything else as published
     "06_claims": dict(widths=[4, 4], n=40, steps=2, repeats=1),
     "06_depth": dict(layers=[2, 3], width=6, n=60, steps=2, repeats=1, networks=["planted"], measured=""),
     "07_training": {},
+    "08_published": {},
     "09_speed": {},
     "10_pde": dict(widths=[6, 5], points=20, steps=4, moment=3, per_layer=2),
+    "11_which_method": {},
 }
 
 

@@ -33,9 +33,11 @@ PICTURES = {  # run, plot, parameters, and what a slider changes
     "claims": (NETWORK | dict(repeats=2, steps=3), dict(damping=0.1, steps=5)),
     "pde": (dict(widths=(6, 5), points=24, steps=5, moment=4, per_layer=2), dict(damping=1e-3, moment=2)),
     "training": ({}, {}),
+    "published": ({}, {}),
+    "which": ({}, {}),
     "speed": ({}, {}),
 }
-MEASURED = ("speed", "training")  # whose pictures no slider moves
+MEASURED = ("speed", "training", "published", "which")  # whose pictures no slider moves
 SMALLEST = 11  # pixels, of type in a picture of 900: what a panel has in a window of 1366 × 768
 
 

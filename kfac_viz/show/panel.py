@@ -132,9 +132,9 @@ class Panel(widgets.VBox):
         """Say what is being computed, from a thread of its own, unless it has come to its end."""
         with self._telling:
             if self._computing:
-                self._picture.add_class("kfac-late")
                 now = html.escape(f"{control.description} = {_told(control.value)}: computing …")
                 self._alert.value = f'<div class="kfac-alert" role="status">{now}</div>'
+                self._picture.add_class("kfac-late")
 
     def _update(self, moved: widgets.Widget) -> None:
         """Read the controls, run, draw; what goes wrong is said in the panel, and the last good picture stays."""

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..parameters import number, read
 from ..show import METHODS, limit_of
-from ..show.live import Live
 from ..show.parts import frame
 from ..show.publish import put
 from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpacePlot, CoarseSpaceResult, stretched
@@ -72,13 +70,17 @@ def save_moving(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str |
     """
     if not out_dir:
         return None
+    from PIL.Image import Resampling
+
+    from ..show.live import Live
+
     choices.pop("per_layer", None)
     results = [run(per_layer=size, **choices) for size in SIZES]
     live = Live(CoarseSpacePlot(results[0]))
     frames = []
     for result in results:
         live.plot.update(result)
-        frames.append(live.picture().resize(MOVING, Image.Resampling.LANCZOS))
+        frames.append(live.picture().resize(MOVING, Resampling.LANCZOS))
     buffer = io.BytesIO()
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], loop=0, quality=80, method=4,
                    duration=[1200] * (len(frames) - 1) + [3000])  # fmt: skip

@@ -110,10 +110,14 @@ class Table:
     def add(self, rows: list[dict], **setting: object) -> None:
         """Append the rows of a run, and print the last."""
         rows = [{**setting, **row, **self.machine} for row in rows]
-        new = not self.path.exists()
+        columns = list(rows[0])
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                columns = next(csv.reader(file))  # whose order is kept
+        new = not self.path.exists()
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerows(rows)

@@ -1,0 +1,132 @@
+"""Which method for which network: every measured comparison of this project in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..parameters import Device, Seed, number
+from ..show import MapView, Plot
+from .curves import rounded
+from .exercises import exercise
+from .pde import measured_curves
+from .published import MENDED, run_published
+from .training import run_training
+
+if TYPE_CHECKING:
+    import pandas
+
+METHODS = ("SGD", "Adam", "L-BFGS", "K-FAC", "two levels", "coarse alone", "exact step")
+WORTH = 1.25  # times the lowest loss: what counts as nearly as good
+
+
+@dataclass(frozen=True, eq=False)
+class WhichResult:
+    """The last loss of each method in each situation, over the lowest there.
+
+    Attributes:
+        losses: median last losses by situation and method, where there is one.
+        budgets: what every method of a situation had: steps, or seconds.
+    """
+
+    parameters: dict[str, Any]
+    losses: Mapping[str, Mapping[str, float]]
+    budgets: Mapping[str, str]
+
+    def over_best(self, situation: str, method: str) -> float:
+        found = self.losses[situation]
+        return float(rounded(found[method] / min(found.values()), 3)) if method in found else np.nan
+
+    def first(self, method: str) -> int:
+        """In how many situations the method has the lowest loss, or nearly."""
+        return sum(self.over_best(situation, method) <= WORTH for situation in self.losses)
+
+    @property
+    def headline(self) -> str:
+        told = ", ".join(f"{name} {self.first(name)}" for name in ("Adam", "K-FAC", "two levels"))
+        return f"Lowest loss, or within {number(100 * (WORTH - 1))} % of it, in so many of {len(self.losses)}: {told}"
+
+    @property
+    def where(self) -> str:
+        return "last loss over the lowest of its row; each method tuned by one rule, medians of 3 to 10 seeds"
+
+    def table(self) -> pandas.DataFrame:
+        """Tidy: ``situation``, ``budget``, ``method``, ``loss``, ``over best``; and how often each method is first."""
+        import pandas
+
+        rows = [(situation, self.budgets[situation], method, loss, self.over_best(situation, method))
+                for situation, found in self.losses.items() for method, loss in found.items()]  # fmt: skip
+        rows += [("first or nearly", "", method, self.first(method), len(self.losses)) for method in METHODS]
+        return pandas.DataFrame(rows, columns=["situation", "budget", "method", "loss", "over best"])
+
+
+def run_which(*, seed: Seed = 0, device: Device = "cpu") -> WhichResult:
+    """Read the tables of the other studies.
+
+    Args:
+        seed: has no effect; everything is measured, and every notebook has this parameter.
+        device: has no effect either.
+
+    Raises:
+        ValueError: a table is missing.
+    """
+    losses = {situation: dict(methods) for (situation, _), methods in _measured().items()}
+    return WhichResult({"seed": seed, "device": device}, losses, dict(_measured().keys()))
+
+
+@lru_cache(maxsize=1)
+def _measured() -> dict[tuple[str, str], dict[str, float]]:
+    """Median last losses by (situation, budget) and method."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    names = {"two-level": "two levels"}
+    for (regime, problem, method), (median, *_) in run_training().ends.items():
+        batch, budget = ("mini-batches", "600 steps") if regime == "mini" else ("full batch", "100 steps")
+        rows.setdefault((f"{problem}, {batch}", budget), {})[names.get(method, method)] = median
+    for (regime, method), (median, *_) in run_published().large.items():
+        if method in ("SGD", "Adam", "K-FAC", MENDED):
+            name = "two levels" if method == MENDED else method
+            rows.setdefault((f"deep autoencoder, {regime}", "60 seconds"), {})[name] = median
+    curves = measured_curves()
+    equations = dict.fromkeys(name.removeprefix("columns, ") for name, _ in curves if name.startswith("columns, "))
+    for equation in equations:
+        mine = {key: c.y.min() for (name, key), c in curves.items() if name == f"columns, {equation}"}
+        told = {"lbfgs": "L-BFGS", "kfac": "K-FAC", "both": "two levels", "coarse": "coarse alone"}
+        told |= {"exact": "exact step"}
+        rows[f"{equation}, to the end", "4 seconds"] = {told[key]: float(y) for key, y in mine.items()}
+    return rows
+
+
+# ---- the picture --------------------------------------------------------------------------------------
+
+
+class WhichPlot(Plot):
+    """One map: situations downwards, methods to the right."""
+
+    size = (10.0, 6.6)
+    fixed = ()
+
+    def build(self, result: WhichResult) -> None:
+        points = [(f"{situation}  ({result.budgets[situation]})", method, result.over_best(situation, method))
+                  for situation in result.losses for method in METHODS]  # fmt: skip
+        MapView(
+            self.figure.add_subplot(), points, "Times the lowest loss of the row; 1 is the best", limits=(1, 1e3),
+            colour=np.log10, palette="Blues_r", form=lambda x: "" if x != x else number(x, 2),
+        )  # fmt: skip
+
+    def move(self, result: WhichResult) -> None:
+        """Measured tables do not move."""
+
+    def words(self, result: WhichResult) -> str:
+        best = (f"{situation}: {min(found, key=found.get)}" for situation, found in result.losses.items())
+        return f"First: {'; '.join(best)}."
+
+
+# ---- the exercises ------------------------------------------------------------------------------------
+
+@exercise("11a", "result.first(…), or count the darkest cells of a column and those that are nearly as dark.")
+def _where_adam_will_do() -> int:
+    return run_which().first("Adam")
