@@ -1,13 +1,9 @@
 """The study of costs reads committed measurements, and the counted limit is a count."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from helpers import benchmark
 
 import kfac_viz as kv
-
-BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
 def test_the_committed_measurements_are_read_and_drawn():
@@ -27,11 +23,8 @@ def test_what_was_not_measured_is_refused():
         kv.studies.run_speed(device="mps")
 
 
-def test_counted_products(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import speed
-
-    sys.modules.pop("speed"), sys.modules.pop("machine")
+def test_counted_products():
+    speed = benchmark("speed")
     needed = speed.counted((3, 5, 2), batch=7)
     P, first = 4 * 5 + 6 * 2, 4 * 5
     assert needed["gradient"] == 2 * 7 * (3 * P - first)
