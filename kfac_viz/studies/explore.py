@@ -67,7 +67,9 @@ def explore(
         problem = replace(problem, targets=drawn.argmax(-1) if likelihood == "categorical" else drawn)
     settings = [Setting(moment, fisher) for moment in _moments(problem, checkpoints)]
     small = problem.partition.size <= LARGEST
-    run = run_on(settings if small else [few_enough_scores(s) for s in settings], coarse_space if small else layer_map)
+    if not small:
+        few_enough_scores(settings[0])  # the others have as many
+    run = run_on(settings, coarse_space if small else layer_map)
     plot = CoarseSpacePlot if small else LayerMapPlot
 
     def capture_line(flavour: str) -> str:

@@ -149,14 +149,9 @@ def _gain(network: Setting, damping: float, rule: str) -> NDArray:
     problem, partition = network.problem, network.F.partition
     weights = dict(problem.model.named_parameters())
     moved = {name: p.detach().expand(len(x), *p.shape).clone() for name, p in weights.items()}
-    for layer, U, V in zip(partition.layers, partition.matrices(exact), partition.matrices(off), strict=True):
+    for layer, V in zip(partition.layers, partition.matrices(torch.outer(x, exact) + torch.outer(y, off)), strict=True):
         for piece in layer.pieces:
-            view = torch.stack([piece.view(U).reshape(-1), piece.view(V).reshape(-1)])
-            target = moved[piece.parameter]
-            change = torch.stack([x, y], 1) @ view
-            for row, delta in zip(target, change, strict=True):
-                part = piece.of(row)
-                part -= delta.view(part.shape)
+            vmap(lambda w, step, piece=piece: piece.of(w).sub_(step))(moved[piece.parameter], piece.view(V))
     with evaluation(problem.model), torch.no_grad():
         outputs = vmap(lambda w: functional_call(problem.model, w, problem.arguments))(moved)
         losses = torch.stack([nll(f, problem.targets, problem.likelihood) for f in outputs])

@@ -16,7 +16,7 @@ from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Range, Seed, check, number
 from ..show import INK, METHODS, CurveView, MapView, Plot, Style
 from . import equations
-from .curves import Curve, Study, curve, measured_rows, rounded
+from .curves import TUNING_SEED, Curve, Study, curve, loss_of, measured_rows, rounded
 from .descent import Method, columns, training
 from .equations import Equation
 from .exercises import exercise
@@ -233,7 +233,6 @@ def on_grid(problem: Equation, function: Any) -> NDArray:
 
 # ---- the measured tables ------------------------------------------------------------------------------
 
-TUNING_SEED = "99"  # of the runs that choose λ
 SHOWN = {  # in the measured curves
     "Adam, then L-BFGS": "adam", "L-BFGS": "lbfgs", "K-FAC": "kfac", "coarse alone, 64": "coarse",
     "two levels, 16": "both", "exact": "exact",
@@ -286,8 +285,7 @@ def cells() -> tuple[Cell, ...]:
     found: dict[tuple[str, int], dict[str, float]] = {}
     for row in measured_rows("pde_map.csv"):
         losses = found.setdefault((row["parameters"], int(row["points"])), {})
-        loss = float(row["loss"]) if row["loss"] != "nan" else np.inf
-        losses[row["method"]] = min(loss, losses.get(row["method"], np.inf))
+        losses[row["method"]] = min(loss_of(row), losses.get(row["method"], np.inf))
     return tuple(Cell(parameters, points, losses) for (parameters, points), losses in found.items())
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..method.checks import check_count, check_seed
 from ..parameters import Device, Seed, number
 from ..show import METHODS, SPACES, CurveView, MapView, Plot, Style, plain_numbers
-from .curves import Curve, Study, curve, loss_of, measured_rows, over_runs, rounded
+from .curves import TUNING_SEED, Curve, Study, curve, loss_of, measured_rows, over_runs, rounded
 from .exercises import exercise
 from .exhibits import FAULTS
 from .problem import ACTIVATIONS, Problem, multilayer_perceptron
@@ -23,7 +23,6 @@ from .problem import ACTIVATIONS, Problem, multilayer_perceptron
 if TYPE_CHECKING:
     import pandas
 
-TUNING_SEED = "99"
 REGIMES = ("tanh, growing batch", "ReLU, batches of 1,000")
 EPOCH = 60  # steps of 1,000 images, an epoch of the 60,000 of MNIST
 GOLDFARB = {1: 183.0, 5: 74.0, 10: 61.6, 20: 56.7, 50: 53.7}  # their loss of K-FAC after so many of these epochs

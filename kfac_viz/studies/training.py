@@ -12,7 +12,7 @@ import numpy as np
 
 from ..parameters import Device, Seed, number
 from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers
-from .curves import Curve, Study, loss_of, measured_rows, over_runs, rounded
+from .curves import TUNING_SEED, Curve, Study, loss_of, measured_rows, over_runs, rounded
 from .exercises import exercise
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _steps_to_target() -> dict[tuple[str, str], Curve]:
     """Median over seeds, by problem and method; sizes at which the target was not reached are left out."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in measured_rows("training_batches.csv"):
-        if row["seed"] != "99":
+        if row["seed"] != TUNING_SEED:
             steps = float(row["step"]) if row["reached"] == "1" else inf
             found.setdefault((row["problem"], row["method"]), {}).setdefault(int(row["batch"]), []).append(steps)
     curves = {}
