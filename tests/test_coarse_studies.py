@@ -227,7 +227,7 @@ def test_best_lengths_are_best(seed):
     X, g, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((9, 9), (9,), (9,)))
     v[3:5] = 0  # a layer that does not move
     partition = kv.Partition.from_sizes([3, 2, 4])
-    A = kv.Dense(X @ X.T + torch.eye(9), partition)
+    A = kv.Dense(X @ X.T, partition).damped(1.0)
     pieces = torch.zeros(9, 3, dtype=torch.float64)
     for l, s in enumerate(partition.slices):
         pieces[s, l] = v[s]

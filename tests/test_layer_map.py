@@ -12,9 +12,8 @@ from kfac_viz.studies.layer_map import (
     blocks_missed,
     few_enough_scores,
     layer_map,
-    shares_of,
 )
-from kfac_viz.studies.setting import Setting, kronecker_blocks, setting, shares
+from kfac_viz.studies.setting import Setting, all_shares, at_best_length, kronecker_blocks, setting
 
 
 @pytest.mark.parametrize("data", ["digits4", "attention", "planted"])
@@ -22,11 +21,19 @@ def test_what_directions_capture_is_what_whole_matrices_say(data):
     s = setting(data, (5, 4), 30, 0, 3)
     A = s.F.damped(0.01)
     directions = {"gradient": s.g, "kfac": kv.KFAC(s.F, 0.01) @ s.g, "exact": A.solve(s.g), "still": 0 * s.g}
-    del directions["still"]
-    found = shares_of(s.F, 0.01, s.g, directions, A.solve(s.g))
-    for name, v in directions.items():
-        np.testing.assert_allclose(found[name], shares(A, s.g, v), rtol=1e-3, atol=2e-4)
-    assert found["exact"].captured == pytest.approx(1.0, abs=1e-6)
+    for system in (A, s.matrix.damped(0.01)):  # through the captured vectors, and from the matrix
+        found = all_shares(system, s.g, directions)
+        assert found.pop("still") == (0.0, 0.0, 0.0)
+        for name, worth in found.items():
+            v = directions[name]
+            assert worth.captured == pytest.approx(kv.captured_decrease(A, s.g, v), rel=1e-9)
+            assert worth.at_best_length == pytest.approx(kv.captured_decrease(A, s.g, at_best_length(A, s.g, v)))
+            pieces = torch.block_diag(*(piece.reshape(-1, 1) for piece in A.partition.split(v)))
+            c = torch.linalg.solve(pieces.T @ A.dense() @ pieces, pieces.T @ s.g)
+            assert worth.at_layer_lengths == pytest.approx(kv.captured_decrease(A, s.g, pieces @ c), rel=1e-9)
+        assert found["exact"] == pytest.approx((1.0, 1.0, 1.0), abs=1e-12)
+    with pytest.raises(ValueError, match="gradient is zero"):
+        all_shares(A, 0 * s.g, directions)
 
 
 @pytest.mark.parametrize("data", ["digits4", "attention", "planted"])

@@ -20,7 +20,7 @@ from ..parameters import Device, Examples, Range, Seed, Widths, check, number
 from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, StepBars, limit_of, plain_numbers
 from .curves import rounded, share
 from .exercises import exercise
-from .setting import Damping, Data, Flavour, Rule, Setting, Shares, chosen, first_network, setting, shares, space
+from .setting import Damping, Data, Flavour, Rule, Setting, Shares, all_shares, chosen, first_network, setting, space
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -248,9 +248,11 @@ def _levels(network: Setting, per_layer: int, coarse: str, rule: str, damping: f
 
 def _shares(network: Setting, T: TwoLevel) -> dict[str, Shares]:
     """What every direction captures."""
-    A, g = network.F.damped(T.damping), network.g
-    found = directions(network.F, T, g) | {"exact": A.solve(g)}
-    return {name: Shares(*rounded(shares(A, g, v)).tolist()) for name, v in found.items()}
+    g = network.g
+    exact = network.F.damped(T.damping).solve(g)
+    found = directions(network.F, T, g) | {"exact": exact}
+    worth = all_shares(network.matrix.damped(T.damping), g, found, exact)
+    return {name: x.rounded() for name, x in worth.items()}
 
 
 def directions(F: Fisher, T: TwoLevel, g: Tensor) -> dict[str, Tensor]:

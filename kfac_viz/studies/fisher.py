@@ -16,7 +16,7 @@ from ..show import FAINT, INK, METHODS, CurveView, MatrixView, Plot, Style, empt
 from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
 from .problems import Problem
-from .setting import DAMPINGS, OVER_DAMPINGS, at_best_length, chosen, first_network, setting, shares
+from .setting import DAMPINGS, OVER_DAMPINGS, all_shares, at_best_length, chosen, first_network, setting, shares
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _plane(damping, samples, point, likelihood, seed, device) -> Plane:
         *_landscape(likelihood, seed),
         {name: fisher.damped(damping).dense().cpu().numpy() for name, fisher in F.items()},
         {name: rounded(at_best_length(A, g, v).cpu()) for name, v in directions.items()},
-        {name: float(rounded(shares(A, g, v).at_best_length)) for name, v in directions.items()},
+        {name: float(rounded(x.at_best_length)) for name, x in all_shares(A, g, directions).items()},
     )
 
 

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import KFAC, Fisher, Partition, TwoLevel
-from ..method.columns import LocalSpace
-from ..method.fisher import ScoreImage
 from ..method.krylov import LARGEST as MOST_SCORES
 from ..parameters import number
 from ..show import INK, METHODS, Plot, StepBars, plain_numbers
 from ..show.parts import LayerMap
 from .coarse_space import ORDER, architecture, captured_by, directions
 from .curves import rounded, share
-from .setting import Setting, Shares, space
+from .setting import Setting, Shares, all_shares, space
 
 if TYPE_CHECKING:
     import pandas
@@ -107,34 +105,6 @@ def blocks_missed(F: Fisher, norms: Tensor) -> Tensor:
     return torch.stack(found).clamp_min(0).sqrt()
 
 
-def shares_of(F: Fisher, damping: float, g: Tensor, directions: dict[str, Tensor], exact: Tensor) -> dict[str, Shares]:
-    """What directions capture, all of them from one pass over the scores: no product with F for each.
-
-    Args:
-        exact: ``(F + λI)⁻¹ g``.
-    """
-    rows = torch.stack(list(directions.values()))
-    sizes = [torch.linalg.vector_norm(rows[:, s], dim=1).clamp_min(1e-300) for s in F.partition.slices]
-    blocks = [(rows[:, s] / size[:, None]).mT for s, size in zip(F.partition.slices, sizes, strict=True)]
-    Z = LocalSpace(F.partition, blocks, name="pieces")
-    L, D = len(blocks), len(rows)
-    lengths = torch.stack(sizes, 1).double()  # (D, L)
-    U = ScoreImage(F, Z).U.double().view(L, D, -1)
-    slopes = Z.restrict(g).double().view(L, D)
-    best = float(g.double() @ exact.double())
-    found = {}
-    for i, name in enumerate(directions):
-        E = U[:, i] @ U[:, i].T / F.N
-        E.diagonal().add_(damping * (lengths[i] > 1e-200))
-        c, b = lengths[i], slopes[:, i]
-        slope, curvature = float(c @ b), float(c @ E @ c)
-        each = torch.linalg.lstsq(E.cpu(), b[:, None].cpu(), driver="gelsd").solution[:, 0].to(b)
-        found[name] = Shares(*rounded([
-            (2 * slope - curvature) / best, slope**2 / curvature / best, float(b @ each) / best,
-        ]).tolist())  # fmt: skip
-    return found
-
-
 def layer_map(network: Setting, p: dict[str, Any]) -> LayerMapResult:
     """Everything for the parameters p; what no slider moves is computed once."""
     F, g, damping = network.F, network.g, p["damping"]
@@ -142,6 +112,7 @@ def layer_map(network: Setting, p: dict[str, Any]) -> LayerMapResult:
     T = TwoLevel(A, M, space(p["coarse"], A, M, g, p["per_layer"], network.seed), p["correction"])
     eigenvalues = _eigenvalues(network)  # first: the decomposition serves A.solve at every λ
     exact = A.solve(g)
+    worth = all_shares(A, g, directions(F, T, g) | {"exact": exact}, exact)
     return LayerMapResult(
         parameters=p,
         partition=F.partition,
@@ -151,7 +122,7 @@ def layer_map(network: Setting, p: dict[str, Any]) -> LayerMapResult:
         eigenvalues=eigenvalues,
         dimension=float(rounded(A.effective_dimension())),
         claims=float(rounded(A.claims())),
-        shares=shares_of(F, damping, g, directions(F, T, g) | {"exact": exact}, exact),
+        shares={name: x.rounded() for name, x in worth.items()},
         how=repr(F.exact),
         T=T,
         gradient=g,

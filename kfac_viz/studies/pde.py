@@ -20,7 +20,7 @@ from .curves import TUNING_SEED, Curve, Study, curve, loss_of, measured_rows, ro
 from .descent import Method, columns, training
 from .equations import Equation
 from .exercises import exercise
-from .setting import Shares, shares
+from .setting import Shares, all_shares
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _at(kind: tuple, damping: float, coarse: str, per_layer: int, steps: int, mo
         directions |= {name: operators["both"].with_correction(name) @ g for name in CORRECTIONS}
         other = columns("random", F.damped(damping), M, g, per_layer, kind[3] + moment)
         directions["random columns, balanced"] = TwoLevel(A, M, other) @ g
-    worth = {name: Shares(*map(float, rounded(shares(F.damped(damping), g, v)))) for name, v in directions.items()}
+    worth = {name: x.rounded() for name, x in all_shares(F.damped(damping), g, directions).items()}
     L = torch.linalg.cholesky(A.dense())  # kv.spectrum refuses the least λ of the slider, for its smallest eigenvalues
     spectra = {}
     for name, T in operators.items():

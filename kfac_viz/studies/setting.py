@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import KFAC, CoarseCorrection, CoarseSpace, Damped, Dense, Fisher, Operator, captured_decrease, coarse, pcg
+from .. import KFAC, CoarseSpace, Damped, Dense, Fisher, Operator, coarse, exact_direction, pcg
 from ..method.columns import LocalSpace
 from ..method.kfac import shifted
 from ..parameters import Range
 from . import problems
+from .curves import rounded
 from .problems import Problem
 
 Data = Annotated[
@@ -122,26 +123,53 @@ class Shares(NamedTuple):
     at_best_length: float  # with one best length for all of it
     at_layer_lengths: float  # with the best length for each layer's piece, all chosen together
 
+    def rounded(self) -> Shares:
+        """The three as they are drawn."""
+        return Shares(*rounded(self).tolist())
 
-def shares(A: Operator, g: Tensor, v: Tensor) -> Shares:
-    """Captured decrease of the direction v (P,) as it is and at its best lengths.
 
-    With one length it is the squared cosine, in the metric A, of the angle between v and the exact direction; with one
-    for each layer, that of the angle between the exact direction and the space of the pieces of v.
+def all_shares(
+    A: Damped, g: Tensor, directions: Mapping[str, Tensor], exact: Tensor | None = None
+) -> dict[str, Shares]:
+    """Captured decrease of each direction v (P,), as it is and at its best lengths.
+
+    All three are formulas in the pieces of v, one for each layer: with the pieces, of length 1, as columns of Z,
+    ``E = ZᵀAZ``, ``b = Zᵀg`` and their lengths c, they are ``2 bᵀc − cᵀEc``, ``(bᵀc)² / cᵀEc`` and ``bᵀE⁻¹b``, over
+    ``gᵀA⁻¹g``. With one length it is the squared cosine, in the metric A, of the angle between v and the exact
+    direction; with one for each layer, that between the exact direction and the space of the pieces. All directions
+    share one pass over A.
+
+    Args:
+        exact: ``A⁻¹ g``, where it is known.
+
+    Raises:
+        ValueError: the gradient is zero.
     """
-    lengths = (v, at_best_length(A, g, v), at_layer_lengths(A, g, v))
-    return Shares(*(captured_decrease(A, g, x) for x in lengths))
+    best = float(g @ (exact_direction(A, g) if exact is None else exact))
+    if not best > 0:
+        raise ValueError("The gradient is zero: there is no decrease to capture.")
+    slices, V = A.partition.slices, torch.stack(list(directions.values()))
+    lengths = torch.stack([V[:, s].norm(dim=1) for s in slices], 1)  # (directions, layers)
+    units = (V[:, s].mT / c.clamp_min(1e-300) for s, c in zip(slices, lengths.unbind(1), strict=True))
+    Z = LocalSpace(A.partition, list(units), name="pieces")
+    E = A.operator.image(Z).galerkin().unflatten(0, lengths.mT.shape).unflatten(2, lengths.mT.shape)
+    E = E.diagonal(dim1=1, dim2=3).movedim(2, 0) + A.damping * torch.diag_embed((lengths > 0).to(g.dtype))
+    b = Z.restrict(g).view(lengths.mT.shape).mT
+    slope, curvature = (b * lengths).sum(1), torch.einsum("il,ilm,im->i", lengths, E, lengths)
+    at_best = torch.where(curvature > 0, slope.square() / curvature, 0.0)  # of length zero it captures nothing
+    at_layers = torch.einsum("il,ilm,im->i", b, torch.linalg.pinv(E, hermitian=True), b)
+    worth = torch.stack([2 * slope - curvature, at_best, at_layers], 1) / best
+    return {name: Shares(*values) for name, values in zip(directions, worth.tolist(), strict=True)}
+
+
+def shares(A: Damped, g: Tensor, v: Tensor) -> Shares:
+    """:func:`all_shares` of one direction."""
+    return all_shares(A, g, {"": v})[""]
 
 
 def at_best_length(A: Operator, g: Tensor, v: Tensor) -> Tensor:
     """The direction v with the length that captures most, ``gᵀv / vᵀAv`` times its own."""
     return float(g @ v) / float(v @ (A @ v)) * v
-
-
-def at_layer_lengths(A: Operator, g: Tensor, v: Tensor) -> Tensor:
-    """The pieces of v, one for each layer, with the lengths that capture most: ``Z (ZᵀAZ)⁻¹ Zᵀg``, Z the pieces."""
-    pieces = [v[s] / size if (size := float(v[s].norm())) else v[s][:, None][:, :0] for s in A.partition.slices]
-    return CoarseCorrection(A, LocalSpace(A.partition, [x.view(len(x), -1) for x in pieces], name="pieces")) @ g
 
 
 def space(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int) -> CoarseSpace:
