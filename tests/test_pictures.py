@@ -87,6 +87,16 @@ def test_every_artist_that_moves_is_animated(name):
     assert name in MEASURED or (abs(moved - start).max(axis=2) > 60).mean() > 1e-4
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_matrices_are_drawn_as_matplotlib_draws_them(name, monkeypatch):
+    """To the last bit: a live panel writes their pixels by itself."""
+    Plot, result = drawn(name)
+    live = Live(Plot(result))
+    quick = np.asarray(live.picture())
+    monkeypatch.setattr(live, "_draw", lambda artist: artist.draw(live.canvas.get_renderer()))
+    np.testing.assert_array_equal(quick, np.asarray(live.picture()))
+
+
 def test_one_colour_for_one_thing():
     assert METHODS["kfac"].color == METHODS["block-diagonal"].color == kv.studies.origin.BLOCKS.color
     corrections = {METHODS[name].color for name in ("additive", "a-def1", "a-def2", "balanced")}

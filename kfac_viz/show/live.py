@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import threading
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.font_manager import findfont
+from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+
     from .plot import Plot
+
+_ONE_AT_A_TIME = threading.RLock()  # matplotlib draws in one thread only
 
 # Where matplotlib and Pillow anchor a text.
 _ACROSS = {"left": "l", "center": "m", "right": "r"}
@@ -21,7 +27,7 @@ _DOWN = {"top": "a", "center": "m", "center_baseline": "m", "baseline": "s", "bo
 
 
 class Live:
-    """Renders a :class:`Plot` after each of its updates; one thread at a time.
+    """Renders a :class:`Plot` of results, one after the other.
 
     Plain texts are set by Pillow, since matplotlib spends more time on their glyphs than on all the rest.
     """
@@ -39,7 +45,7 @@ class Live:
         """What the figure looks like now."""
         self.canvas.restore_region(self._background)
         for artist in self.others:
-            artist.draw(self.canvas.get_renderer())
+            self._draw(artist)
         image = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
         pen, dpi = ImageDraw.Draw(image), self.plot.figure.dpi
         for text in self.texts:
@@ -50,11 +56,35 @@ class Live:
                 pen.text((x, image.height - y), text.get_text(), to_hex(text.get_color()), font, anchor)
         return image
 
-    def jpeg(self) -> bytes:
-        return _encoded(self.picture(), "JPEG", quality=90, subsampling=0)
+    def _draw(self, artist: Artist) -> None:
+        """As matplotlib does; but of a matrix write the entry below the middle of each pixel, in a tenth of the time."""
+        if isinstance(artist, AxesImage) and artist.get_interpolation() == "nearest" and artist.get_array().ndim == 2:
+            values, canvas = artist.get_array(), np.asarray(self.canvas.buffer_rgba())
+            (x, y), (X, Y) = np.rint(artist.axes.bbox.get_points()).astype(int)
+            (left, down), (right, up) = artist.axes.transData.inverted().transform([(x, y), (X, Y)])
+            west, east, south, north = artist.get_extent()
+            i = (np.linspace(up, down, 2 * (Y - y) + 1)[1::2] - north) / (south - north) * len(values)
+            j = (np.linspace(left, right, 2 * (X - x) + 1)[1::2] - west) / (east - west) * len(values.T)
+            if min(*i, *j) >= 0 and max(i) < len(values) and max(j) < len(values.T):  # it fills its axes
+                shown = values[np.ix_(i.astype(int), j.astype(int))]
+                canvas[len(canvas) - Y : len(canvas) - y, x:X] = artist.to_rgba(shown, bytes=True)
+                return
+        artist.draw(self.canvas.get_renderer())
+
+    @classmethod
+    def of(cls, plot: type[Plot], result: Any, last: Live | None) -> tuple[Live, bytes]:
+        """The picture of ``result`` as JPEG, drawn by ``last`` where it can be shown there; from any thread."""
+        with _ONE_AT_A_TIME:
+            if last is not None and last.plot.fits(result):
+                last.plot.update(result)
+            else:
+                last = cls(plot(result))
+            return last, _encoded(last.picture(), "JPEG", quality=80, subsampling=0)
 
     def png(self) -> bytes:
-        return _encoded(self.picture(), "PNG")
+        """What the figure looks like now, without loss."""
+        with _ONE_AT_A_TIME:
+            return _encoded(self.picture(), "PNG")
 
 
 @lru_cache(maxsize=64)

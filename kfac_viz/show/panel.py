@@ -1,15 +1,18 @@
 """Live panels: any run with its plot under sliders, in JupyterLab, Notebook 7 and Voila.
 
 A panel calls the same two functions as a regenerated figure. Its picture is one image widget, encoded in the
-kernel; comm callbacks may run in a thread beside a busy cell, so there is no pyplot here, and a lock.
+kernel; comm callbacks may run in a thread beside a busy cell, so there is no pyplot here, and a lock. Two figures take
+turns: while one is on the screen, the other draws what probably comes next.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +28,7 @@ from .plot import Plot
 FIRST = ("damping", "per_layer")  # where a run has them
 MANY = 200  # positions from which a slider of whole numbers is logarithmic
 LATE = 0.25  # seconds after which a picture that has not come is dimmed
+PAUSE = 0.06  # seconds in which the browser shows a picture, before the next one is computed ahead
 LABELS = {
     "damping": "damping λ", "per_layer": "columns per layer", "coarse": "kind of columns",
     "rule": "K-FAC's damping", "fisher": "Fisher", "data": "network and data", "widths": "hidden widths",
@@ -70,6 +74,7 @@ class Panel(widgets.VBox):
     ) -> None:
         self.run, self._plot_type, self._lock, self._busy = run, plot, threading.RLock(), True
         self._other_core, self._ahead = ThreadPoolExecutor(1), ((), Future())
+        self._spare: Live | None = None  # draws ahead, while the other one is on the screen
         self._telling, self._computing = threading.Lock(), False
         self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
@@ -80,14 +85,14 @@ class Panel(widgets.VBox):
         notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
         self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
         self.result = run(**self._values)
-        self._live = Live(plot(self.result))
+        self._live, picture = Live.of(plot, self.result, None)
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._picture = widgets.Image(format="jpeg")
         self._below, self._alert = widgets.HTML(), widgets.HTML()
         for control in self.controls.values():
             control.observe(self._moved, "value")
         self._busy = False
-        self._draw()
+        self._draw(picture)
         self._tell("")
         W, H = (str(round(inches * self._live.plot.figure.dpi)) for inches in plot.size)
         few = [name for name in names if name in FIRST] or names[:2]
@@ -105,13 +110,14 @@ class Panel(widgets.VBox):
         with self._lock:
             self._busy = True  # for a move that is on its way
             self._ahead[1].cancel()
-            self._other_core.submit(_forget)  # once what is being computed there has come to its end
+            with contextlib.suppress(RuntimeError):  # the interpreter is ending
+                self._other_core.submit(_forget)  # once what is being computed there has come to its end
             self._other_core.shutdown(wait=False)
             self._ahead = (), Future()
             for widget in _parts(self):
                 widget.unobserve_all()
                 (super() if widget is self else widget).close()
-            self.run, self._reproduce, self.result, self._live = None, None, None, None
+            self.run, self._reproduce, self.result, self._live, self._spare = None, None, None, None, None
         _forget()
 
     def _moved(self, change: dict[str, Any]) -> None:
@@ -143,12 +149,14 @@ class Panel(widgets.VBox):
             read = {name: _read(self._known[name], control.value) for name, control in self.controls.items()}
             values = self._values | read
             key, ahead = self._ahead
-            result = ahead.result() if key == tuple(values.items()) else self.run(**values)
-            if not self._live.plot.fits(result):
-                self._live = Live(self._plot_type(result))
-            self._live.plot.update(result)
-            self._values, self.result = values, result
-            self._draw()
+            if key == tuple(values.items()):
+                self.result, live, picture = ahead.result()
+                self._live, self._spare = live, self._live
+            else:
+                self.result = self.run(**values)
+                self._live, picture = Live.of(self._plot_type, self.result, self._live)
+            self._values = values
+            self._draw(picture)
             self._tell("")
         except (ValueError, TypeError) as error:
             self._tell(str(error), moved)
@@ -156,7 +164,7 @@ class Panel(widgets.VBox):
             self._tell(f"{type(error).__name__}: {error}", moved)
 
     def _look_ahead(self, change: dict[str, Any]) -> None:
-        """While the browser draws, compute where the slider will be if it moves on in the same direction."""
+        """Draw the picture for where the slider will be if it moves on in the same direction, while nobody waits."""
         slider = change["owner"]
         name = next(name for name, control in self.controls.items() if control is slider)
         if self.error or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
@@ -168,9 +176,15 @@ class Panel(widgets.VBox):
         if abs(here - before) == 1 and 0 <= there < len(positions):  # a single step: a drag jumps
             values = self._values | {name: positions[there]}
             self._ahead[1].cancel()
-            self._ahead = tuple(values.items()), self._other_core.submit(self.run, **values)
+            self._ahead = tuple(values.items()), self._other_core.submit(self._drawn, values)
 
-    def _draw(self) -> None:
+    def _drawn(self, values: dict[str, Any]) -> tuple[Any, Live, bytes]:
+        time.sleep(PAUSE)
+        result = self.run(**values)
+        self._spare, picture = Live.of(self._plot_type, result, self._spare)
+        return result, self._spare, picture
+
+    def _draw(self, picture: bytes) -> None:
         plot = self._live.plot
         self.command = self._reproduce(self._values)
         alt = html.escape(plot.figure.get_label())
@@ -179,7 +193,7 @@ class Panel(widgets.VBox):
             f'title="{html.escape(words)}"></span>'
             for x, y, w, h, words in plot.regions(self.result)
         )
-        self._picture.value = self._live.jpeg()
+        self._picture.value = picture
         self._below.value = (
             f'<div class="kfac-regions"><div>{"".join(spans)}</div></div>'
             f'<div class="kfac-words" role="status">{alt}</div>'
