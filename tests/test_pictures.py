@@ -5,13 +5,15 @@ from itertools import pairwise
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import kfac_viz as kv
 from kfac_viz.show import METHODS, SPACES, CurveView, MapView, Style
 from kfac_viz.show.live import Live
-from kfac_viz.show.style import rc
+from kfac_viz.show.style import luminance, rc
 from kfac_viz.studies.curves import curve
 
 NETWORK = dict(n=40, widths=(5, 4))
@@ -70,6 +72,26 @@ def test_type_can_be_read(name):
     for text in figure.findobj(Text):
         if text.get_visible() and text.get_text().strip():
             assert text.get_fontsize() * figure.dpi / 72 * share >= SMALLEST - 1e-6, text.get_text()
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_words_stand_out_from_their_ground(name):
+    """A contrast of 4.5 : 1, on white and in the cells of maps."""
+    Plot, result = drawn(name)
+    figure = Plot(result).figure
+    grounds = {}
+    for ax in figure.axes:
+        for mesh in (x for x in ax.collections if isinstance(x, QuadMesh)):
+            colours = mesh.cmap(mesh.norm(mesh.get_array()))
+            colours = colours.reshape(-1, int(ax.get_xlim()[1]), 4)
+            for text in ax.texts:
+                column, row = map(int, text.get_position())
+                grounds[id(text)] = colours[row, column, :3]
+    for text in figure.findobj(Text):
+        on_image = text.axes is not None and text.axes.images and text in text.axes.texts
+        if text.get_visible() and text.get_text().strip() and not on_image:
+            both = luminance(to_rgb(text.get_color())), luminance(grounds.get(id(text), (1, 1, 1)))
+            assert (max(both) + 0.05) / (min(both) + 0.05) >= 4.5, text
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -36,6 +36,11 @@ def nll(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
     check_targets(outputs, targets, likelihood)
     if targets.is_inference() and outputs.requires_grad:
         targets = targets.clone()  # autograd keeps it, and must be able to
+    return checked_nll(outputs, targets, likelihood)
+
+
+def checked_nll(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
+    """:func:`nll` of what has been checked: without a look at the numbers, so that ``torch.func`` can map it."""
     if likelihood == "categorical":
         total = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten().long(), reduction="sum")
     elif likelihood == "bernoulli":

@@ -57,7 +57,7 @@ class Live:
         return image
 
     def _draw(self, artist: Artist) -> None:
-        """As matplotlib does; but of a matrix write the entry below the middle of each pixel, in a tenth of the time."""
+        """As matplotlib does; but of a matrix write the entry at the middle of each pixel, in a tenth of the time."""
         if isinstance(artist, AxesImage) and artist.get_interpolation() == "nearest" and artist.get_array().ndim == 2:
             values, canvas = artist.get_array(), np.asarray(self.canvas.buffer_rgba())
             (x, y), (X, Y) = np.rint(artist.axes.bbox.get_points()).astype(int)

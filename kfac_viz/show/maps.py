@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .style import INK
+from .style import words_on
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.text import Text
+    from numpy.typing import NDArray
 
 
 class MapView:
@@ -60,6 +63,7 @@ class MapView:
         ax.set_xticklabels(ax.get_xticklabels(), rotation=tilt, **side)
         (self.mesh,) = ax.collections
         self.texts = list(ax.texts)
+        self.update(points)
 
     @property
     def artists(self) -> list[Artist]:
@@ -77,9 +81,13 @@ class MapView:
         """Show other values at the same rows and columns."""
         at = {(row, column): value for row, column, value in points}
         values = np.array([[at[row, column] for column in self.columns] for row in self.rows])
-        shades = np.asarray(self.colour(values))
-        self.mesh.set_array(shades)
-        colours = self.mesh.cmap(self.mesh.norm(shades.ravel()))
-        for text, value, (r, g, b, _) in zip(self.texts, values.ravel(), colours, strict=True):
-            dark = 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.45
-            text.set(text=self.form(value), color="white" if dark else INK)
+        self.mesh.set_array(np.asarray(self.colour(values)))
+        write(self.mesh, self.texts, values, self.form)
+
+
+def write(mesh: QuadMesh, texts: Sequence[Text], values: NDArray, form: Callable[[float], str]) -> None:
+    """Put each number into its cell of a heatmap, in black or white, whichever can be read there."""
+    colours = mesh.cmap(mesh.norm(mesh.get_array())).reshape(*values.shape, 4)
+    for text in texts:  # cells without a number have none
+        column, row = map(int, text.get_position())
+        text.set(text=form(values[row, column]), color=words_on(colours[row, column, :3]))

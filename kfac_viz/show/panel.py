@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+from IPython.display import HTML, display
 
 from .. import parameters
 from ..parameters import Parameter, Range, to_text
@@ -36,6 +37,13 @@ LABELS = {
     "repeats": "seeds", "rtol": "tolerance", "moment": "steps taken", "checkpoint": "moment of training",
 }  # fmt: skip
 _CSS, _JS = (Path(__file__).with_name(f"panel.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+# Where JupyterLab says "model not found" (then the output itself has that class) the picture is shown in its place.
+_ALONE = ".jp-OutputArea:has(.kfac-asleep):has(.jp-OutputArea-output.jupyter-widgets):not(:has(.kfac-panel))"
+_ASLEEP = (
+    ".jp-OutputArea-child:has(.kfac-asleep), .kfac-asleep, "
+    f"{_ALONE} .jp-OutputArea-child:not(:has(.kfac-asleep)) {{ display: none; }} "
+    f"{_ALONE} .jp-OutputArea-child:has(.kfac-asleep) {{ display: flex; }} {_ALONE} .kfac-asleep {{ display: block; }}"
+)
 _PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
@@ -100,7 +108,8 @@ class Panel(widgets.VBox):
         rows = [_row([self.controls[name] for name in few])]
         if others := [name for name in names if name not in few]:
             rows.append(widgets.Accordion([_row([self.controls[name] for name in others])], titles=("more controls",)))
-        super().__init__([style, *rows, self._alert, self._picture, self._below])
+        frame = widgets.Box([self._picture]).add_class("kfac-frame")
+        super().__init__([style, *rows, self._alert, frame, self._below])
         self.add_class("kfac-panel")
 
     def close(self) -> None:
@@ -216,6 +225,17 @@ class Panel(widgets.VBox):
                     control.remove_class("kfac-wrong")
             text = html.escape(words + " The picture shows the last values that worked.") if words else ""
             self._alert.value = f'<div class="kfac-alert kfac-error" role="alert">{text}</div>'
+
+    def _ipython_display_(self) -> None:
+        """The live view, after a picture that JupyterLab shows in its place where its kernel is gone."""
+        data, metadata = self._repr_mimebundle_()
+        alt = html.escape(data["text/plain"])
+        picture = base64.b64encode(self._picture.value).decode()
+        display(HTML(
+            f"<style>{_ASLEEP}</style><div class='kfac-asleep'><p>Run this cell to move it: the kernel that drew this "
+            f"picture has ended.</p><img src='data:image/jpeg;base64,{picture}' alt='{alt}'></div>"
+        ))  # fmt: skip
+        display(data, metadata=metadata, raw=True)
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
         """The live view, and beside it the picture for pages without a kernel."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..parameters import number
+from .maps import write
 from .style import INK, SIGNED
 
 if TYPE_CHECKING:
@@ -127,13 +128,14 @@ class PairView:
         )  # fmt: skip
         ax.set(title=title, xlabel="layer", ylabel="layer")
         ax.tick_params(length=0)
-        (self.mesh,), self.form, self.limit = ax.collections, form, limit
-        self.artists = [self.mesh, *ax.texts]
+        (self.mesh,), self.form = ax.collections, f"{{:{form}}}".format
+        self.texts = list(ax.texts)
+        self.artists = [self.mesh, *self.texts]
+        self.update(values)
 
     def update(self, values: NDArray) -> None:
         self.mesh.set_array(values)
-        for text, value in zip(self.artists[1:], values.flat, strict=False):
-            text.set(text=format(value, self.form), color="white" if value > 0.6 * self.limit else INK)
+        write(self.mesh, self.texts, values, self.form)
 
 
 class LayerMap:

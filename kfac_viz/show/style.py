@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -12,6 +13,27 @@ class Style(NamedTuple):
     color: str
     marker: str = "o"
     line: str = "-"
+
+    @property
+    def ink(self) -> str:
+        """The colour, dark enough for words on white: a contrast of at least 4.5 : 1 (WCAG 2.2, 1.4.3)."""
+        channels = [int(self.color[i : i + 2], 16) for i in (1, 3, 5)]
+        for shade in range(100, 0, -1):
+            darker = [round(channel * shade / 100) for channel in channels]
+            if 1.05 / (luminance([x / 255 for x in darker]) + 0.05) >= 4.5:
+                break
+        return "#" + "".join(f"{x:02X}" for x in darker)
+
+
+def luminance(rgb: Sequence[float]) -> float:
+    """Relative luminance of a colour whose channels are in [0, 1] (WCAG 2.2)."""
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def words_on(rgb: Sequence[float]) -> str:
+    """Black or white, whichever stands out from this colour: by 4.5 : 1 at least."""
+    return "black" if luminance(rgb) > 0.179 else "white"
 
 
 # Told apart under the common colour vision deficiencies: methods in colours of Okabe and Ito, what corrects them in

@@ -18,6 +18,7 @@ from .origin import OriginPlot, OriginResult, run_origin
 from .pde import PdePlot, PdeResult, run_pde
 from .playground import save_moving, save_page
 from .published import PublishedPlot, PublishedResult, run_published, toy
+from .race import save_race
 from .speed import SpeedPlot, SpeedResult, run_speed
 from .training import TrainingPlot, TrainingResult, run_training
 from .which import WhichPlot, WhichResult, run_which

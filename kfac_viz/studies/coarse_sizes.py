@@ -18,12 +18,13 @@ from .setting import (
     Flavour,
     Rule,
     Setting,
+    Shares,
+    all_shares,
     chosen,
     first_network,
     iterations,
     largest_eigenvalue,
     setting,
-    shares,
     space,
 )
 from .threads import one_thread
@@ -86,17 +87,20 @@ def _rows(
     system = Dense(A.dense(), F.partition)
     L = cholesky(A.dense(), "The damped Fisher")
     M = KFAC(F, damping, rule)
-    rows = defaultdict(list)
-    rows["iterations", "none"] = [iterations(system, g, None, rtol)] * len(sizes)
+    rows = defaultdict(list, {("iterations", "none"): [iterations(system, g, None, rtol)] * len(sizes)})
+    directions = {}
     for name in coarse.SPACES:
-        for Z in nested(name, A, M, s, sizes):
+        for size, Z in enumerate(nested(name, A, M, s, sizes)):
             T = TwoLevel(A, M, Z)
             for correction in CORRECTIONS:
                 method, series = Dense(T.with_correction(correction).dense(), F.partition), f"{name}, {correction}"
-                for quantity, value in shares(A, g, method @ g)._asdict().items():
-                    rows[quantity, series].append(value)
+                directions[series, size] = method @ g
+                rows |= {(kind, series): [] for kind in Shares._fields if not size}  # which the table has first
                 rows["largest", series].append(largest_eigenvalue(method.dense(), L))
                 rows["iterations", series].append(iterations(system, g, method, rtol))
+    for (series, _), worth in all_shares(A, g, directions).items():
+        for quantity, value in worth._asdict().items():
+            rows[quantity, series].append(value)
     return rows
 
 

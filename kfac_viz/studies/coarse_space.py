@@ -383,7 +383,7 @@ class CoarseSpacePlot(Plot):
             line.set(data=(stretched(np.arange(1, len(values) + 1), len(values)), values.numpy()), color=style.color,
                      linestyle=style.line)  # fmt: skip
             key.set(text=f"{style.label}: {number(low, 2)} to {number(high, 2)}, κ = {number(high / low)}",
-                    color=style.color)  # fmt: skip
+                    color=style.ink)  # fmt: skip
         highest, lowest = (max(float(d[-1]) for d in result.spectra.values()),
                            min(float(d[0]) for d in result.spectra.values()))
         for marks, end, beyond in zip(self.ends, (CEILING, FLOOR), (highest > CEILING, lowest < FLOOR), strict=True):

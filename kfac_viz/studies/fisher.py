@@ -229,7 +229,7 @@ class FisherPlot(Plot):
             for name, style in STEPS.items()
         }
         self.shares = {
-            name: self.add(top[1].text(0.03, 0.4 - 0.095 * i, "", transform=top[1].transAxes, color=s.color, size=9))
+            name: self.add(top[1].text(0.03, 0.4 - 0.095 * i, "", transform=top[1].transAxes, color=s.ink, size=9))
             for i, (name, s) in enumerate(STEPS.items())
         }
         self.points = [self.add(ax.plot([], [], "o", color=INK, zorder=5)[0]) for ax in top[:2]]

@@ -165,7 +165,7 @@ class LayerMapPlot(Plot):
         ax.set_ylim(min(d[-1], 1e-3) / 3, 2 * d[0])
         plain_numbers(ax.xaxis)
         self.level = self.add(ax.axhline(1.0, color=METHODS["balanced"].color, linewidth=1))
-        self.told = self.add(ax.text(0.03, 0.06, "", transform=ax.transAxes, color=METHODS["balanced"].color))
+        self.told = self.add(ax.text(0.03, 0.06, "", transform=ax.transAxes, color=METHODS["balanced"].ink))
 
     def _build_shares(self, ax) -> None:
         ax.set_title("Captured: bars best length, ○ one per layer, | as it is", x=-0.7)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from .. import KFAC, TwoLevel, nll
+from .. import KFAC, TwoLevel
 from ..method.capture import evaluation
+from ..method.likelihood import checked_nll
 from ..parameters import Device, Examples, Seed, Widths, check, number
 from ..show import FAINT, INK, METHODS, MUTED, Plot
 from .coarse_space import ORDER, Correction, Moments, PerLayer, Space, architecture, directions
@@ -152,11 +155,21 @@ def _gain(network: Setting, damping: float, rule: str) -> NDArray:
     for layer, V in zip(partition.layers, partition.matrices(torch.outer(x, exact) + torch.outer(y, off)), strict=True):
         for piece in layer.pieces:
             vmap(lambda w, step, piece=piece: piece.of(w).sub_(step))(moved[piece.parameter], piece.view(V))
-    with evaluation(problem.model), torch.no_grad():
-        outputs = vmap(lambda w: functional_call(problem.model, w, problem.arguments))(moved)
-        losses = torch.stack([nll(f, problem.targets, problem.likelihood) for f in outputs])
-        before = problem.loss()
-    return rounded(((before - losses) / (0.5 * float(network.g @ exact))).view(len(ASTRAY), len(ALONG)).cpu())
+
+    def losses(points: slice) -> Tensor:
+        """At some of the points; on a copy, since another core moves the weights of its own."""
+        model = copy.deepcopy(problem.model)
+
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            return checked_nll(functional_call(model, weights, problem.arguments), problem.targets, problem.likelihood)
+
+        with evaluation(model), torch.no_grad():
+            return vmap(loss)({name: w[points] for name, w in moved.items()})
+
+    with torch.no_grad(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as cores:
+        halves = cores.map(losses, (slice(len(x) // 2), slice(len(x) // 2, None)))
+        before, after = problem.loss(), torch.cat(list(halves))
+    return rounded(((before - after) / (0.5 * float(network.g @ exact))).view(len(ASTRAY), len(ALONG)).cpu())
 
 
 # ---- the picture --------------------------------------------------------------------------------------

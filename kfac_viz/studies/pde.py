@@ -136,23 +136,27 @@ def run_pde(
     """
     p = check(run_pde, locals())
     p["moment"] = min(p["moment"], p["steps"])
-    kind = (p["equation"], tuple(p["widths"]), p["points"], p["seed"], p["device"])
-    own = {name: (damping, *((p["coarse"], per_layer) if name in ("coarse", "both") else ("spectral", 0)))
-           for name in LIVE}  # fmt: skip
-    runs = {name: _trained(kind, name, *own[name], p["steps"], p["moment"]) for name in LIVE}
-    spectra, worth, dimension, claims, sizes = _at(kind, *own["both"], p["steps"], p["moment"])
+    kind = kind_of(p)
+    runs = {name: run_of(p, name, per_layer, [p["moment"]]) for name in LIVE}
+    at = (damping, p["coarse"], per_layer, p["steps"], p["moment"])
+    spectra, worth, dimension, claims, sizes = _at(kind, *at)
     curves = {("loss", name): curve(np.arange(len(run.losses)), run.losses) for name, run in runs.items()}
     curves |= {("eigenvalues", name): curve(np.arange(1, len(d) + 1), d) for name, d in spectra.items()}
     problem = build(kind)
     return PdeResult(
         p, curves | measured_curves(), on_grid(problem, problem.model.solution),
-        {name: run.field for name, run in runs.items()}, {name: run.error for name, run in runs.items()},
+        {name: run.fields[0] for name, run in runs.items()}, {name: run.errors[0] for name, run in runs.items()},
         worth, dimension, claims, sizes, cells(), problem.box,
     )  # fmt: skip
 
 
+def kind_of(p: dict[str, Any]) -> tuple:
+    """Equation, widths, points, seed, device: what problem the parameters name."""
+    return p["equation"], tuple(p["widths"]), p["points"], p["seed"], p["device"]
+
+
 def build(kind: tuple) -> Equation:
-    """The problem of a kind: equation, widths, points, seed, device."""
+    """The problem of a kind."""
     equation, widths, points, seed, device = kind
     return EQUATIONS[equation][1](widths, points, seed=seed, device=device)
 
@@ -186,6 +190,22 @@ def _trained(kind: tuple, name: str, damping: float, coarse: str, per_layer: int
     _set(problem, path[moment])
     field = on_grid(problem, problem.values) - on_grid(problem, problem.model.solution)
     return Trained(losses, field, problem.error())
+
+
+class Race(NamedTuple):
+    """A run of one method with its pictures: losses after every step, fields and relative errors at some moments."""
+
+    losses: NDArray
+    fields: list[NDArray]
+    errors: list[float]
+
+
+def run_of(p: dict[str, Any], method: str, per_layer: int, moments: Sequence[int]) -> Race:
+    """The run of one of LIVE with so many columns, where it has any; the parameters p say the rest."""
+    kind = kind_of(p)
+    which = p["damping"], *((p["coarse"], per_layer) if method in ("coarse", "both") else ("spectral", 0)), p["steps"]
+    found = [_trained(kind, method, *which, moment) for moment in moments]
+    return Race(found[0].losses, [x.field for x in found], [x.error for x in found])
 
 
 @lru_cache(maxsize=64)
@@ -341,7 +361,7 @@ class PdePlot(Plot):
         self.images, self.texts = {}, {}
         for i, (name, title) in enumerate(titles.items()):
             ax = self.figure.add_subplot(grid[i])
-            ax.set_title(title, color=INK if name == "solution" else STYLES[name].color)
+            ax.set_title(title, color=INK if name == "solution" else STYLES[name].ink)
             how = dict(extent=(*box[0], *box[1]), aspect="auto", interpolation="nearest")
             if name == "solution":
                 ax.imshow(result.solution, cmap="viridis", **how)

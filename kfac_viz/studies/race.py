@@ -1,0 +1,72 @@
+"""Four methods solve one differential equation, as one HTML file: sliders over runs that were trained beforehand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..parameters import number
+from ..show.publish import put
+from .pde import AXES, EQUATIONS, LIVE, STYLES, PdeResult, run_of
+
+SIZES = (0, 1, 2, 4, 8, 16, 32)
+EVERY = 4  # steps between two pictures
+DECADES = 7  # of the errors that have a colour
+TEMPLATE = Path(__file__).with_name("race.html")
+
+
+def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **choices: Any) -> Path | None:
+    """Write NAME.html, a page that a browser opens without Python: sliders for the columns and for the steps taken.
+
+    Args:
+        run: ``run_pde``.
+        out_dir: folder, made if it is missing; empty to compute and write nothing.
+        choices: parameters of ``run``; ``per_layer`` and ``moment`` say where the sliders start.
+    """
+    if not out_dir:
+        return None
+    first = run(**choices)
+    p, box = first.parameters, first.box
+    moments = list(range(0, p["steps"] + 1, EVERY))
+    runs = {(method, size): run_of(p, method, size, moments) for method in LIVE
+            for size in (SIZES if method in ("coarse", "both") else (0,))}  # fmt: skip
+    data = {
+        "where": f"{EQUATIONS[p['equation']][0]}: {first.sizes[0]} parameters, {first.sizes[1]} points, "
+                 f"damping λ = {number(p['damping'], 1)}",
+        "sizes": SIZES,
+        "moments": moments,
+        "start": [int(np.argmin(np.abs(np.array(ends) - start)))
+                  for ends, start in ((SIZES, p["per_layer"]), (moments, p["moment"]))],
+        "methods": [[key, STYLES[key].label, STYLES[key].color] for key in LIVE],
+        "axes": [name.strip("$") for name in AXES[p["equation"]]],
+        "box": [list(ends) for ends in box],
+        "solution": _picture(first.solution, first.solution.min(), first.solution.max(), "viridis"),
+        "losses": {f"{method} {size}": [float(f"{x:.3g}") for x in found.losses]
+                   for (method, size), found in runs.items()},
+        "errors": {f"{method} {size}": [float(f"{x:.2g}") for x in found.errors]
+                   for (method, size), found in runs.items()},
+        "fields": {f"{method} {size}": [_picture(np.log10(np.abs(field).clip(1e-16)), -DECADES, 0, "magma")
+                                        for field in found.fields] for (method, size), found in runs.items()},
+    }  # fmt: skip
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
+    return put({f"{name}.html": page.encode()}, Path(out_dir))[0]
+
+
+def _picture(values: NDArray, low: float, high: float, palette: str, levels: int = 28) -> str:
+    """A field as a small picture in a data address, in so many shades."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    shade = np.round(((values - low) / (high - low)).clip(0, 1) * levels) / levels
+    buffer = io.BytesIO()
+    picture = Image.fromarray(colormaps[palette](shade, bytes=True)[..., :3])
+    picture.save(buffer, "WEBP", lossless=True, quality=60, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
