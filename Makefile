@@ -36,7 +36,7 @@ test-browser: .venv/ready  ## test the notebooks in a real Chromium
 	$(THREADS) $(PY) -m pytest -m browser tests $(ARGS)
 
 voila-class: .venv/ready  ## serve the playground to a class
-	@$(THREADS) $(PY) -m voila notebooks/00_playground.ipynb --no-browser --token --preheat_kernel=True --pool_size=$(POOL) \
+	@$(THREADS) $(PY) -m voila notebooks/class/playground.ipynb --no-browser --token --preheat_kernel=True --pool_size=$(POOL) \
 	    --MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60 $(ARGS)
 
 site: .venv/ready  ## build the static site into site/: every notebook executed, some minutes the first time

@@ -10,7 +10,7 @@ FIGURES = HERE.parent / "figures"
 
 project, author, copyright = "kfac_viz", "the authors of kfac_viz", "the authors of kfac_viz, MIT licence"
 extensions = ["myst_nb", "sphinx-mathjax-offline"]
-exclude_patterns = ["**/.ipynb_checkpoints"]
+exclude_patterns = ["**/.ipynb_checkpoints", "class"]
 html_theme, html_title, html_show_sourcelink, html_show_sphinx = "furo", "kfac_viz", False, False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

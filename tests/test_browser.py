@@ -260,12 +260,12 @@ def voila(tmp_path_factory):
     asked = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     words = shlex.split(asked.replace("\\\n", " ").strip().splitlines()[-1])
     command = words[words.index("-m") + 1 :]
-    (home / "notebooks").mkdir()  # a copy, to see that its kernels write nothing beside it
-    shutil.copy(ROOT / "notebooks" / "00_playground.ipynb", home / "notebooks")
+    shutil.copytree(ROOT / "notebooks" / "class", home / "notebooks" / "class")  # to see that nothing is written there
     url = f"http://127.0.0.1:{port}"
     with server(command, home, f"{url}/nothing"):
         yield url
-        assert not list(home.rglob("00_playground.[!i]*")), "a visitor has written figures"
+        files = [path.name for path in (home / "notebooks").rglob("*") if path.is_file()]
+        assert files == ["playground.ipynb"], "a visitor has written something"
 
 
 def test_jupyterlab(chromium, lab, capsys):

@@ -40,6 +40,18 @@ def test_every_notebook_is_on_the_shelf():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(NOTEBOOKS)
 
 
+def test_below_the_panel_of_the_class_nothing_needs_a_kernel():
+    nb = nbformat.read(FOLDER / "class" / "playground.ipynb", as_version=nbformat.NO_CONVERT)
+    nbformat.validate(nb)
+    assert [cell.cell_type for cell in nb.cells] == ["markdown", "code", "markdown"]
+    assert nb.cells[1].outputs == [] and nb.cells[1].execution_count is None
+    names: dict = {}
+    *lines, panel = ast.parse(nb.cells[1].source).body
+    exec(compile(ast.Module(lines, []), "class", "exec"), names)
+    assert eval(compile(ast.Expression(panel.value), "class", "eval"), names).error == ""
+    assert "../" not in "".join(cell.source for cell in nb.cells)  # Voila shows nothing from other folders
+
+
 @pytest.mark.parametrize("stem", NOTEBOOKS)
 def test_a_committed_notebook_is_clean(stem):
     nb = read(stem)

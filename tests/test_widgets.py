@@ -7,6 +7,7 @@ import re
 import shlex
 import threading
 import time
+import traceback
 import weakref
 from pathlib import Path
 from typing import Annotated, Literal
@@ -304,6 +305,16 @@ class TestExplore:
         with pytest.raises(error) as caught:
             kv.explore(self.model(), inputs, targets, **{"likelihood": "gaussian"} | options)
         assert words in str(caught.value)
+        assert len(traceback.extract_tb(caught.tb)) == 2  # this line, and the door
+
+    def test_what_the_model_itself_raises_keeps_its_way(self):
+        class Broken(torch.nn.Linear):
+            def forward(self, x):
+                raise ValueError("of the model")
+
+        with pytest.raises(ValueError, match="of the model") as caught:
+            kv.explore(Broken(3, 2), torch.randn(5, 3), likelihood="gaussian")
+        assert traceback.extract_tb(caught.tb)[-1].name == "forward"
 
     def test_small_layers_give_what_they_have(self):
         panel = kv.explore(torch.nn.Linear(1, 1), torch.randn(9, 1), likelihood="gaussian")

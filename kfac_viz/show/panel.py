@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import html
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +49,22 @@ _ASLEEP = (
 _PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
+def refused_outside(function: Callable) -> Callable:
+    """What this package refuses inside of the call is raised where the caller called, without the way to it."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if not frame.f_globals.get("__name__", "").startswith("kfac_viz."):
+                raise  # a model's own error needs its way
+            raise error.with_traceback(None) from None
+
+    return called
+
+
 class Panel(widgets.VBox):
     """A run under sliders: two large controls, the others folded away, a line that says what is being computed or went
     wrong, the picture, its words, and the command for the view. A picture that is late is dimmed until the newest
@@ -70,6 +88,7 @@ class Panel(widgets.VBox):
         ValueError, TypeError: an unknown name, or a value out of its range.
     """
 
+    @refused_outside
     def __init__(
         self,
         run: Callable,

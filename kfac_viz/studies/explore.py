@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import Partition
 from ..method.likelihood import output_vectors
-from ..show.panel import Panel
+from ..show.panel import Panel, refused_outside
 from .coarse_space import CoarseSpacePlot, coarse_space, run_on
 from .layer_map import LayerMapPlot, few_enough_scores, layer_map
 from .playground import save_page
@@ -21,6 +21,7 @@ from .problems import Problem
 from .setting import LARGEST, Setting
 
 
+@refused_outside
 def explore(
     model: nn.Module,
     inputs: Tensor | tuple[Tensor, ...],
