@@ -1,5 +1,6 @@
 """Every number of a verdict stands in the data beside its figure, and a verdict is short."""
 
+import json
 import re
 
 import pytest
@@ -43,6 +44,22 @@ def test_every_number_of_a_finding_is_in_the_file_that_is_named(finding, files):
     assert [number for number in numbers(finding) if not is_there(number, values)] == []
 
 
+def test_every_number_of_the_two_questions_is_in_the_data_of_the_notebooks_that_they_name():
+    cells = json.loads((ROOT / "notebooks" / "05_coarse_space_sizes.ipynb").read_text(encoding="utf-8"))["cells"]
+    (text,) = (s for s in ("".join(cell["source"]) for cell in cells) if s.startswith("## Two questions"))
+    named = [*re.findall(r"\]\((\w+)\.ipynb\)", text), "05_coarse_space_sizes"]
+    values = data(ROOT / "figures" / f"{stem}.csv" for stem in named)
+    said = numbers(re.sub(r"\[[^]]*\]\([^)]*\)", "", text))
+    assert len(said) >= 12 and [number for number in said if not is_there(number, values)] == []
+
+
+def test_what_a_seat_costs_is_in_the_file_that_is_named():
+    said = re.search(r"A seat takes .*?\(`benchmarks/classroom\.csv`\)", readme(), flags=re.DOTALL)[0]
+    values = data([ROOT / "figures" / "benchmarks" / "classroom.csv"])
+    found = numbers(said.replace("`benchmarks/classroom.csv`", ""))
+    assert len(found) == 4 and all(is_there(number, values) for number in found)
+
+
 def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -66,8 +83,6 @@ def test_the_ten_lines_print_what_stands_under_them(capsys):
 
 
 def test_the_gallery_has_every_figure_with_its_headline():
-    import json
-
     text = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
     for record in (ROOT / "figures").glob("*.json"):
         alt = json.loads(record.read_text(encoding="utf-8"))["alt"]
