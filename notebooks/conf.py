@@ -1,12 +1,16 @@
 """The static site, ``make site``: README, every executed notebook, and the pages that need no kernel."""
 
+import html
+import re
 import shutil
 from pathlib import Path
 
+from PIL import Image
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
-FIGURES = HERE.parent / "figures"
+ROOT = HERE.parent
+FIGURES = ROOT / "figures"
 
 project, author, copyright = "kfac_viz", "the authors of kfac_viz", "the authors of kfac_viz, MIT licence"
 extensions = ["myst_nb", "sphinx-mathjax-offline"]
@@ -25,6 +29,39 @@ nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 
 def setup(app: Sphinx) -> None:
     app.connect("build-finished", copy_live_pages)
+    app.connect("build-finished", mend_pages)
+
+
+def mend_pages(app: Sphinx, error: Exception | None) -> None:
+    """Let the links of README and gallery, which are those of the repository, lead to their places on the site, and
+    give each picture the words that it carries."""
+    if error is not None or app.builder.format != "html":
+        return
+    site = Path(app.outdir)
+
+    def link(target: re.Match) -> str:
+        path = Path(target[1])
+        if path.suffix == ".ipynb" or path.name == "notation.md":
+            return f'href="{path.stem}.html"'
+        if path.name == "README.md":
+            return 'href="gallery.html"'
+        if path.suffix == ".html":
+            return f'href="live/{path.name}"'
+        source = ROOT / path if path.parent.name else FIGURES / path
+        source = source if source.exists() else ROOT / path
+        there = site / source.relative_to(ROOT)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, there)
+        return f'href="{source.relative_to(ROOT).as_posix()}"'
+
+    def words(image: re.Match) -> str:
+        with Image.open(site / image[1]) as picture:
+            return f'alt="{html.escape(getattr(picture, "text", {}).get("Description", ""))}" src="{image[1]}"'
+
+    for page in site.glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r'href="#([\w/.]*\.(?:ipynb|md|html|svg|csv|json|py|cff))"', link, text)
+        page.write_text(re.sub(r'alt="_images/[^"]*" src="(_images/[^"]*\.png)"', words, text), encoding="utf-8")
 
 
 def copy_live_pages(app: Sphinx, error: Exception | None) -> None:

@@ -383,7 +383,7 @@ def test_the_site_is_whole_and_needs_nothing_from_elsewhere(chromium, tmp_path):
     subprocess.run([*command, str(ROOT / "notebooks"), str(tmp_path)], cwd=ROOT, check=True, timeout=300)
     complaints: list[str] = []
     stems = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    for name in ("index", "notation", *stems, "live/00_playground", "live/10_pde"):
+    for name in ("index", "notation", "gallery", "changes", *stems, "live/00_playground", "live/10_pde"):
         with page_of(chromium, "about:blank", complaints) as page:
             asked: list[str] = []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
@@ -398,6 +398,10 @@ def test_the_site_is_whole_and_needs_nothing_from_elsewhere(chromium, tmp_path):
             broken = [link for link in links if link.startswith("file:") and not Path(
                 urllib.request.url2pathname(link.removeprefix("file://").split("#")[0])).exists()]  # fmt: skip
             assert broken == [], name
+            fragments = page.evaluate("() => [...document.links].filter(a => a.pathname === location.pathname && "
+                                      "a.hash && !document.getElementById(decodeURIComponent(a.hash.slice(1))))"
+                                      ".map(a => a.hash)")  # fmt: skip
+            assert fragments == [], name
             screenshot(page, f"site_{name.replace('/', '_')}")
     assert complaints == []
 

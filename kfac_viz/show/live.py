@@ -13,6 +13,7 @@ from matplotlib.font_manager import findfont
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -82,9 +83,11 @@ class Live:
             return last, _encoded(last.picture(), "JPEG", quality=80, subsampling=0)
 
     def png(self) -> bytes:
-        """What the figure looks like now, without loss."""
+        """What the figure looks like now, without loss, and in words."""
+        words = PngInfo()
+        words.add_itxt("Description", self.plot.figure.get_label())
         with _ONE_AT_A_TIME:
-            return _encoded(self.picture(), "PNG")
+            return _encoded(self.picture(), "PNG", pnginfo=words)
 
 
 @lru_cache(maxsize=64)

@@ -42,7 +42,7 @@ _CSS, _JS = (Path(__file__).with_name(f"panel.{kind}").read_text(encoding="utf-8
 # Where JupyterLab says "model not found" (then the output itself has that class) the picture is shown in its place.
 _ALONE = ".jp-OutputArea:has(.kfac-asleep):has(.jp-OutputArea-output.jupyter-widgets):not(:has(.kfac-panel))"
 _ASLEEP = (
-    ".jp-OutputArea-child:has(.kfac-asleep), .kfac-asleep, "
+    ".jp-OutputArea .kfac-still, .jp-OutputArea-child:has(.kfac-asleep), .kfac-asleep, "
     f"{_ALONE} .jp-OutputArea-child:not(:has(.kfac-asleep)) {{ display: none; }} "
     f"{_ALONE} .jp-OutputArea-child:has(.kfac-asleep) {{ display: flex; }} {_ALONE} .kfac-asleep {{ display: block; }}"
 )
@@ -251,7 +251,8 @@ class Panel(widgets.VBox):
         alt = html.escape(data["text/plain"])
         picture = base64.b64encode(self._picture.value).decode()
         display(HTML(
-            f"<style>{_ASLEEP}</style><div class='kfac-asleep'><p>Run this cell to move it: the kernel that drew this "
+            f"<style>{_ASLEEP}</style><p class='kfac-still'>In JupyterLab this picture has sliders.</p>"
+            f"<div class='kfac-asleep'><p>Run this cell to move it: the kernel that drew this "
             f"picture has ended.</p><img src='data:image/jpeg;base64,{picture}' alt='{alt}'></div>"
         ))  # fmt: skip
         display(data, metadata=metadata, raw=True)
