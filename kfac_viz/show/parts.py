@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -12,6 +10,7 @@ import numpy as np
 
 from ..parameters import number
 from .maps import write
+from .page import address
 from .style import INK, SIGNED
 
 if TYPE_CHECKING:
@@ -218,17 +217,11 @@ def pooled(matrix: ArrayLike, group: int) -> NDArray:
 
 def frame(matrix: ArrayLike, limit: float, pixels: int = 170, levels: int = 16) -> str:
     """A matrix as a small picture in a data address, with some levels of red and of blue; empty where it is zero."""
-    from matplotlib import colormaps
-    from PIL import Image
-
     if not np.asarray(matrix).any():
         return ""
     values = pooled(matrix, -(-len(matrix) // pixels))
     share = np.round(compressed(np.clip(values / limit, -1, 1)) * levels) / levels
-    picture = Image.fromarray(colormaps[SIGNED]((share + 1) / 2, bytes=True)[..., :3])
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=True, quality=60, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return address((share + 1) / 2, SIGNED)
 
 
 def limit_of(matrix: ArrayLike) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from ..parameters import number, read
 from ..show import METHODS, limit_of
+from ..show.page import write_page
 from ..show.parts import frame
 from ..show.publish import put
 from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpacePlot, CoarseSpaceResult, stretched
@@ -55,9 +55,7 @@ def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | P
         "limits": [number(limit_of(column[0].missed), 2) for column in columns],
         "views": [[_view(result, correction, ranks) for result in column] for column in columns],
     }  # fmt: skip
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
-    return put({f"{name}.html": page.encode()}, Path(out_dir))[0]
+    return write_page(TEMPLATE, data, name, out_dir)
 
 
 def save_moving(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | Path, **choices: Any) -> Path | None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..parameters import number
-from ..show.publish import put
+from ..show.page import address, write_page
 from .pde import AXES, EQUATIONS, LIVE, STYLES, PdeResult, run_of
 
 SIZES = (0, 1, 2, 4, 8, 16, 32)
@@ -55,18 +52,9 @@ def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **c
         "fields": {f"{method} {size}": [_picture(np.log10(np.abs(field).clip(1e-16)), -DECADES, 0, "magma")
                                         for field in found.fields] for (method, size), found in runs.items()},
     }  # fmt: skip
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
-    return put({f"{name}.html": page.encode()}, Path(out_dir))[0]
+    return write_page(TEMPLATE, data, name, out_dir)
 
 
 def _picture(values: NDArray, low: float, high: float, palette: str, levels: int = 28) -> str:
     """A field as a small picture in a data address, in so many shades."""
-    from matplotlib import colormaps
-    from PIL import Image
-
-    shade = np.round(((values - low) / (high - low)).clip(0, 1) * levels) / levels
-    buffer = io.BytesIO()
-    picture = Image.fromarray(colormaps[palette](shade, bytes=True)[..., :3])
-    picture.save(buffer, "WEBP", lossless=True, quality=60, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return address(np.round(((values - low) / (high - low)).clip(0, 1) * levels) / levels, palette)

@@ -1,0 +1,40 @@
+"""Pages that a browser opens without Python: a template, the look and the tools of all such pages, and the data."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .publish import put
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+HERE = Path(__file__).parent
+
+
+def write_page(template: Path, data: dict[str, Any], name: str, out_dir: str | Path) -> Path:
+    """Write NAME.html: ``template`` with the shared style and script, and ``data`` as JSON, in their places."""
+    parts = {
+        "style": (HERE / "page.css").read_text(encoding="utf-8"),
+        "script": (HERE / "page.js").read_text(encoding="utf-8"),
+        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")),
+    }
+    page = template.read_text(encoding="utf-8")
+    for part, text in parts.items():
+        page = page.replace("{{" + part + "}}", text)
+    return put({f"{name}.html": page.encode()}, Path(out_dir))[0]
+
+
+def address(shares: NDArray, palette: str) -> str:
+    """A picture as a data address, from numbers in [0, 1] and a palette of matplotlib's."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    picture = Image.fromarray(colormaps[palette](shares, bytes=True)[..., :3])
+    picture.save(buffer, "WEBP", lossless=True, quality=60, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
