@@ -60,14 +60,14 @@ def inputs(notebook: Notebook, values: dict[str, Any]) -> dict[str, Any]:
         "notebook": notebook.code,
         "parameters": values,
         "data": {name: sha256((here / name).read_bytes()) for name in data},
-        "kfac_viz": _source(),
+        "kfac_viz": source_hash(),
         "versions": {name: version(name).split("+")[0] for name in LIBRARIES},
     }
     return json.loads(json.dumps(depends))
 
 
 @cache
-def _source(here: Path = Path(__file__).parent) -> str:
+def source_hash(here: Path = Path(__file__).parent) -> str:
     """Hash of the package's source, the same whatever the line endings."""
     files = [file for file in here.rglob("*") if file.suffix in (".py", ".html", ".css", ".js")]
     files.sort(key=lambda file: file.relative_to(here).as_posix())

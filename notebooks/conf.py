@@ -8,6 +8,8 @@ from pathlib import Path
 from PIL import Image
 from sphinx.application import Sphinx
 
+from kfac_viz.__main__ import source_hash
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 FIGURES = ROOT / "figures"
@@ -16,12 +18,14 @@ project, author, copyright = "kfac_viz", "the authors of kfac_viz", "the authors
 extensions = ["myst_nb", "sphinx-mathjax-offline"]
 exclude_patterns = ["**/.ipynb_checkpoints", "class"]
 html_theme, html_title, html_show_sourcelink, html_show_sphinx = "furo", "kfac_viz", False, False
+html_static_path, html_css_files = ["site.css"], ["site.css"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.xref_missing", "myst.header"]  # README's links into the repository
 
 nb_execution_mode, nb_execution_timeout, nb_execution_raise_on_error = "cache", 600, True
-nb_execution_cache_path = str(HERE.parent / "figures" / ".made" / "site")
+# What was executed is kept for as long as the package stays as it is.
+nb_execution_cache_path = str(FIGURES / ".made" / "site" / source_hash()[:12])
 # Of a live panel the picture that it carries for pages without a kernel; nothing is loaded from elsewhere.
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}

@@ -119,7 +119,7 @@ def test_makes_what_is_missing_or_changed_and_nothing_else(shelf, monkeypatch, c
     assert why() == "notebook changed"
     notebook.write_text(saved)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_source", lambda: "another source")
+        patch.setattr(cli, "source_hash", lambda: "another source")
         assert why() == "kfac_viz changed"
     with monkeypatch.context() as patch:
         patch.setattr(cli, "version", lambda name: "1.0")
@@ -256,7 +256,7 @@ def test_source_counts_but_not_its_line_endings(tmp_path):
     for name, text in {"unix": b"a = 1\nb = 2\n", "windows": b"a = 1\r\nb = 2\r\n", "other": b"a = 1\nb = 3\n"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "module.py").write_bytes(text)
-    unix, windows, other = (cli._source(tmp_path / name) for name in ("unix", "windows", "other"))
+    unix, windows, other = (cli.source_hash(tmp_path / name) for name in ("unix", "windows", "other"))
     assert unix == windows != other
 
 

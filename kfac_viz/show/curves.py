@@ -107,7 +107,6 @@ class CurveView:
             marks.set_offsets(np.array([point[:2] for point in points]).reshape(-1, 2))
             marks.set_facecolor([point[2] for point in points])
 
-
     def _value(self, c: Sequence[NDArray], at: float) -> float:
         """The curve at x = ``at``, between its points on the scales of the axes; NaN beyond its ends."""
         log_x, log_y = (axis.get_scale() == "log" for axis in (self.ax.xaxis, self.ax.yaxis))
