@@ -211,6 +211,18 @@ def test_looking_ahead_gives_what_computing_gives():
     assert picture(panel) == next_picture and panel._live.plot.title.get_text() == result.headline
 
 
+def test_what_was_drawn_ahead_is_used_once():
+    """At the end of a slider nothing comes next; away from there and back, the words are those of the end."""
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["per_layer", "correction"], **SMALL | dict(per_layer=14))
+    for size in (15, 16):
+        panel.controls["per_layer"].value = size
+    end = panel._below.value, panel._live.plot.title.get_text()
+    panel.controls["correction"].value = "additive"
+    assert panel._live.plot.title.get_text() != end[1] and panel._live is not panel._spare
+    panel.controls["correction"].value = "balanced"
+    assert (panel._below.value, panel._live.plot.title.get_text()) == end and panel._live is not panel._spare
+
+
 def test_words_under_the_picture_are_its_alternative_text(panel):
     label = panel._live.plot.figure.get_label()
     for found in (panel.result.at_best_length, panel.result.captured):

@@ -178,12 +178,13 @@ class Panel(widgets.VBox):
             values = self._values | read
             key, ahead = self._ahead
             if key == tuple(values.items()):
-                self.result, live, picture = ahead.result()
-                self._live, self._spare = live, self._live
+                self._ahead = (), Future()  # its figure shows something else from the next move on
+                result, live, picture = ahead.result()
+                self._spare = self._live
             else:
-                self.result = self.run(**values)
-                self._live, picture = Live.of(self._plot_type, self.result, self._live)
-            self._values = values
+                result = self.run(**values)
+                live, picture = Live.of(self._plot_type, result, self._live)
+            self._values, self.result, self._live = values, result, live
             self._draw(picture)
             self._tell("")
         except (ValueError, TypeError) as error:
