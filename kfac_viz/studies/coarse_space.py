@@ -416,10 +416,10 @@ def percent(x: float) -> str:
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
-@exercise("00a", "Compare the bars of the four corrections with that of K-FAC.")
-def _takes_the_same_step_twice() -> str:
-    unscaled = run_coarse_space().captured
-    return next(name for name in CORRECTIONS if unscaled[name] < unscaled["kfac"])
+@exercise("00a", "Choose nicolaides as the kind of columns, and compare the numbers in brackets.")
+def _best_with_constants() -> str:
+    unscaled = run_coarse_space(coarse="nicolaides").captured
+    return max(CORRECTIONS, key=unscaled.__getitem__)
 
 
 @exercise("00b", "Move columns per layer upwards until the bar of the balanced correction reaches 0.9.")

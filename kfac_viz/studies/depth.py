@@ -397,11 +397,11 @@ def shown(result: DepthResult, quantity: str) -> Any:
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
-@exercise("06a", "Take v whose pieces v_l all have v_lᵀ A_ll v_l = 1, and Cauchy–Schwarz for the cross terms.")
-def _most_block_jacobi_can_overshoot() -> int:
-    layers = 17  # the worst case: every layer sees the same direction
-    A = Dense(torch.ones(layers, layers, dtype=torch.float64), Partition.from_sizes([1] * layers)).damped(1e-9)
-    return round(float(spectrum(A, BlockDiagonal(A, 1e-9))[-1]))
+@exercise("06a", "The trace of M A is a sum over layers. What is it in each, and what is the mean eigenvalue?", 1e-6)
+def _least_that_the_largest_eigenvalue_can_be() -> float:
+    layers = 17
+    A = Dense(torch.eye(layers, dtype=torch.float64), Partition.from_sizes([1] * layers))  # no coupling
+    return float(spectrum(A, BlockDiagonal(A, 0.0))[-1])
 
 
 @exercise("06b", "Call run_depth for one size after the other and watch the share at the best length.")
