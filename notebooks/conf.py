@@ -3,6 +3,7 @@
 import html
 import re
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
@@ -24,8 +25,13 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.xref_missing", "myst.header"]  # README's links into the repository
 
 nb_execution_mode, nb_execution_timeout, nb_execution_raise_on_error = "cache", 600, True
-# What was executed is kept for as long as the package stays as it is.
-nb_execution_cache_path = str(FIGURES / ".made" / "site" / source_hash()[:12])
+# What was executed is kept for as long as the package and the measured tables stay as they are.
+tables = sha256(b"".join(table.read_bytes() for table in sorted(FIGURES.glob("benchmarks/*.csv"))))
+kept = FIGURES / ".made" / "site" / sha256((source_hash() + tables.hexdigest()).encode()).hexdigest()[:12]
+for older in kept.parent.glob("*"):
+    if older != kept:
+        shutil.rmtree(older, ignore_errors=True)
+nb_execution_cache_path = str(kept)
 # Of a live panel the picture that it carries for pages without a kernel; nothing is loaded from elsewhere.
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}

@@ -430,10 +430,13 @@ def test_page_without_kernel(chromium, tmp_path):
     assert complaints == []
 
 
-def test_the_race_without_kernel(chromium):
-    """The published page of four methods: every picture, the sentence and the curves follow both sliders."""
+def test_the_race_without_kernel(chromium, tmp_path):
+    """The page of four methods: every picture, the sentence and the curves follow both sliders."""
+    from kfac_viz.studies import run_pde, save_race
+
+    path = save_race(run_pde, "race", tmp_path, widths=(6, 5), points=24, steps=6, moment=6, per_layer=4)
     complaints: list[str] = []
-    with page_of(chromium, (ROOT / "figures" / "10_pde.html").as_uri(), complaints) as page:
+    with page_of(chromium, path.as_uri(), complaints) as page:
         for control, moving in (("size", ("coarse", "both")), ("moment", ("kfac", "coarse", "both", "exact"))):
 
             def seen(moving=moving):

@@ -205,7 +205,7 @@ def test_looking_ahead_gives_what_computing_gives():
         assert panel.result.parameters == fresh.parameters
     key, ahead = panel._ahead
     assert dict(key)["damping"] == panel.controls["damping"].options[10][1]
-    result, _, next_picture = ahead.result()
+    result, next_picture = ahead.result()
     assert result.parameters["damping"] == dict(key)["damping"] and next_picture != picture(panel)
     panel.controls["damping"].index = 10  # taken from there
     assert picture(panel) == next_picture and panel._live.plot.title.get_text() == result.headline

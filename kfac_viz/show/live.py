@@ -59,7 +59,8 @@ class Live:
 
     def _draw(self, artist: Artist) -> None:
         """As matplotlib does; but of a matrix write the entry at the middle of each pixel, in a tenth of the time."""
-        if isinstance(artist, AxesImage) and artist.get_interpolation() == "nearest" and artist.get_array().ndim == 2:
+        plain = isinstance(artist, AxesImage) and artist.get_interpolation() == "nearest" and artist.origin == "upper"
+        if plain and artist.get_visible() and artist.get_array().ndim == 2:
             values, canvas = artist.get_array(), np.asarray(self.canvas.buffer_rgba())
             (x, y), (X, Y) = np.rint(artist.axes.bbox.get_points()).astype(int)
             (left, down), (right, up) = artist.axes.transData.inverted().transform([(x, y), (X, Y)])

@@ -21,7 +21,7 @@ def write_page(template: Path, data: dict[str, Any], name: str, out_dir: str | P
     parts = {
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "script": (HERE / "page.js").read_text(encoding="utf-8"),
-        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")),
+        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     }
     page = template.read_text(encoding="utf-8")
     for part, text in parts.items():

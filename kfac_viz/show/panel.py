@@ -13,7 +13,6 @@ import functools
 import html
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +29,7 @@ from .plot import Plot
 
 FIRST = ("damping", "per_layer")  # where a run has them
 MANY = 200  # positions from which a slider of whole numbers is logarithmic
+PACKAGE = Path(__file__).parents[1]
 LATE = 0.25  # seconds after which a picture that has not come is dimmed
 PAUSE = 0.06  # seconds in which the browser shows a picture, before the next one is computed ahead
 LABELS = {
@@ -39,28 +39,29 @@ LABELS = {
     "repeats": "seeds", "rtol": "tolerance", "moment": "steps taken", "checkpoint": "moment of training",
 }  # fmt: skip
 _CSS, _JS = (Path(__file__).with_name(f"panel.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-# Where JupyterLab says "model not found" (then the output itself has that class) the picture is shown in its place.
-_ALONE = ".jp-OutputArea:has(.kfac-asleep):has(.jp-OutputArea-output.jupyter-widgets):not(:has(.kfac-panel))"
+# Where JupyterLab says "model not found" (the output itself has that class then) the picture stands in its place.
+_MINE = ".jp-OutputArea-child:has(> .jp-OutputArea-output > .kfac-asleep)"
+_LOST = ".jp-OutputArea-child:has(> .jp-OutputArea-output.jupyter-widgets)"
+_ALONE = f".jp-OutputArea:has(> {_MINE}):has(> {_LOST}):not(:has(.kfac-panel))"
 _ASLEEP = (
-    ".jp-OutputArea .kfac-still, .jp-OutputArea-child:has(.kfac-asleep), .kfac-asleep, "
-    f"{_ALONE} .jp-OutputArea-child:not(:has(.kfac-asleep)) {{ display: none; }} "
-    f"{_ALONE} .jp-OutputArea-child:has(.kfac-asleep) {{ display: flex; }} {_ALONE} .kfac-asleep {{ display: block; }}"
+    f"{_MINE}, .kfac-asleep, .jp-OutputArea .kfac-still, {_ALONE} > {_LOST} {{ display: none; }} "
+    f"{_ALONE} > {_MINE} {{ display: flex; }} {_ALONE} > {_MINE} .kfac-asleep {{ display: block; }}"
 )
 _PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
 def refused_outside(function: Callable) -> Callable:
-    """What this package refuses inside of the call is raised where the caller called, without the way to it."""
+    """What this package refuses inside of the call is raised where the caller called, without the way to it; other
+    errors keep theirs."""
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except (ValueError, TypeError) as error:
-            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-            if not frame.f_globals.get("__name__", "").startswith("kfac_viz."):
-                raise  # a model's own error needs its way
-            raise error.with_traceback(None) from None
+            *_, last = traceback.extract_tb(error.__traceback__)
+            refused = Path(last.filename).is_relative_to(PACKAGE) and last.line.startswith("raise ")
+            raise error.with_traceback(None if refused else error.__traceback__)  # noqa: B904
 
     return called
 
@@ -101,8 +102,9 @@ class Panel(widgets.VBox):
     ) -> None:
         self.run, self._plot_type, self._lock, self._busy = run, plot, threading.RLock(), True
         self._other_core, self._ahead = ThreadPoolExecutor(1), ((), Future())
-        self._spare: Live | None = None  # draws ahead, while the other one is on the screen
+        self._spare, self._hurry = None, threading.Event()  # a second figure, to draw ahead; and: somebody waits
         self._telling, self._computing = threading.Lock(), False
+        self._steady = True  # the last move kept its figure
         self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
         names = list(known if controls is None else controls)
@@ -177,13 +179,15 @@ class Panel(widgets.VBox):
             read = {name: _read(self._known[name], control.value) for name, control in self.controls.items()}
             values = self._values | read
             key, ahead = self._ahead
-            if key == tuple(values.items()):
-                self._ahead = (), Future()  # its figure shows something else from the next move on
-                result, live, picture = ahead.result()
-                self._spare = self._live
-            else:
-                result = self.run(**values)
+            if expected := key == tuple(values.items()):
+                self._hurry.set()
+            self._ahead = (), Future()  # used once: its figure shows something else from the next move on
+            result, picture = ahead.result() if expected else (self.run(**values), None)
+            if picture is None:
                 live, picture = Live.of(self._plot_type, result, self._live)
+                self._steady = live is self._live
+            else:
+                live, self._spare = self._spare, self._live
             self._values, self.result, self._live = values, result, live
             self._draw(picture)
             self._tell("")
@@ -196,7 +200,7 @@ class Panel(widgets.VBox):
         """Draw the picture for where the slider will be if it moves on in the same direction, while nobody waits."""
         slider = change["owner"]
         name = next(name for name, control in self.controls.items() if control is slider)
-        if self.error or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
+        if self.error or not self._steady or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
             return
         whole = isinstance(slider, widgets.IntSlider)
         positions = range(slider.min, slider.max + 1) if whole else [value for _, value in slider._options_full]
@@ -204,14 +208,20 @@ class Panel(widgets.VBox):
         there = 2 * here - before
         if abs(here - before) == 1 and 0 <= there < len(positions):  # a single step: a drag jumps
             values = self._values | {name: positions[there]}
-            self._ahead[1].cancel()
-            self._ahead = tuple(values.items()), self._other_core.submit(self._drawn, values)
+            if self._spare is None or not self._spare.plot.fits(self.result):
+                self._spare = Live(self._plot_type(self.result))  # here: styles are of the process, not of a thread
+            self._hurry = threading.Event()
+            ahead = self._other_core.submit(self._drawn, values, self._hurry)
+            self._ahead = tuple(values.items()), ahead
 
-    def _drawn(self, values: dict[str, Any]) -> tuple[Any, Live, bytes]:
-        time.sleep(PAUSE)
-        result = self.run(**values)
-        self._spare, picture = Live.of(self._plot_type, result, self._spare)
-        return result, self._spare, picture
+    def _drawn(self, values: dict[str, Any], hurry: threading.Event) -> tuple[Any, bytes | None] | None:
+        """A result, and its picture on the spare figure if it fits there; None for what is not wanted any more."""
+        if not hurry.wait(PAUSE) and self._ahead[0] != tuple(values.items()) and not hurry.is_set():
+            return None
+        result, spare = self.run(**values), self._spare
+        if spare is None or not spare.plot.fits(result):
+            return result, None
+        return result, Live.of(self._plot_type, result, spare)[1]
 
     def _draw(self, picture: bytes) -> None:
         plot = self._live.plot

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..parameters import number
 from ..show.page import address, write_page
 from .pde import AXES, EQUATIONS, LIVE, STYLES, PdeResult, run_of
+from .threads import one_thread
 
 SIZES = (0, 1, 2, 4, 8, 16, 32)
 EVERY = 4  # steps between two pictures
@@ -19,6 +20,7 @@ DECADES = 7  # of the errors that have a colour
 TEMPLATE = Path(__file__).with_name("race.html")
 
 
+@one_thread()
 def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **choices: Any) -> Path | None:
     """Write NAME.html, a page that a browser opens without Python: sliders for the columns and for the steps taken.
 
@@ -31,7 +33,7 @@ def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **c
         return None
     first = run(**choices)
     p, box = first.parameters, first.box
-    moments = list(range(0, p["steps"] + 1, EVERY))
+    moments = [*range(0, p["steps"], EVERY), p["steps"]]
     runs = {(method, size): run_of(p, method, size, moments) for method in LIVE
             for size in (SIZES if method in ("coarse", "both") else (0,))}  # fmt: skip
     data = {
