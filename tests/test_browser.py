@@ -33,7 +33,14 @@ ipywidgets.VBox([slider, line])
 """
 SMALL = """
 import kfac_viz as kv
+print("beside it")
 kv.panel(kv.studies.run_coarse_space, kv.studies.CoarseSpacePlot, widths=(5,), n=40)
+"""
+NESTED = """
+import ipywidgets, kfac_viz as kv
+with (out := ipywidgets.Output()):
+    display(kv.panel(kv.studies.run_coarse_space, kv.studies.CoarseSpacePlot, widths=(5,), n=40))
+out
 """
 # From the key to the frame in which the new picture (or the new line of the bare slider) is on the screen.
 WATCH = """
@@ -105,7 +112,7 @@ def lab(tmp_path_factory):
     home, port = tmp_path_factory.mktemp("lab"), free_port()
     for folder in ("notebooks", "figures"):
         shutil.copytree(ROOT / folder, home / folder)
-    for name, code in (("bare", BARE), ("small", SMALL)):
+    for name, code in (("bare", BARE), ("small", SMALL), ("nested", NESTED)):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
         notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, home / "notebooks" / f"{name}.ipynb")
@@ -303,7 +310,7 @@ def test_every_control_of_every_panel_at_both_sizes_and_in_both_themes(chromium,
         run_all(page)
         show(page, ".kfac-panel")
         page.wait_for_selector(PICTURE, timeout=60_000)
-        sliders = page.locator(".kfac-panel .noUi-handle").count()
+        sliders = page.locator(".kfac-panel .noUi-handle:visible").count()  # the others are folded away
         times = [median(latencies(page, PICTURE, keys=8, slider=i)) for i in range(min(2, sliders))]
         if page.locator(".kfac-panel .jupyter-widget-Collapse-header").count():
             page.locator(".kfac-panel .jupyter-widget-Collapse-header").first.click()
@@ -454,6 +461,15 @@ def test_the_race_without_kernel(chromium, tmp_path):
     assert complaints == []
 
 
+def test_a_panel_in_an_output_widget_is_seen(chromium, lab):
+    complaints: list[str] = []
+    with page_of(chromium, f"{lab}/doc/tree/notebooks/nested.ipynb?token={TOKEN}&reset", complaints) as page:
+        run_all(page)
+        page.wait_for_selector(PICTURE, timeout=60_000)
+        assert page.locator(".kfac-panel").is_visible() and not page.locator(".kfac-asleep").is_visible()
+    assert complaints == []
+
+
 def test_a_notebook_whose_kernel_is_gone_shows_the_picture(chromium, lab):
     """And says what to do; beside its kernel, and once run again, the panel is there."""
     complaints: list[str] = []
@@ -471,7 +487,7 @@ def test_a_notebook_whose_kernel_is_gone_shows_the_picture(chromium, lab):
     with page_of(chromium, address, []) as page:  # JupyterLab writes that it does not find the model
         page.wait_for_selector(".kfac-asleep img", timeout=60_000)
         assert "Run this cell" in page.locator(".kfac-asleep").inner_text()
-        assert not page.get_by_text("model not found").is_visible()
+        assert not page.get_by_text("model not found").is_visible() and page.get_by_text("beside it").last.is_visible()
         screenshot(page, "asleep")
         run_all(page)
         page.wait_for_selector(PICTURE, timeout=60_000)

@@ -27,7 +27,7 @@ from ..parameters import Parameter, Range, to_text
 from .live import Live
 from .plot import Plot
 
-FIRST = ("damping", "per_layer")  # where a run has them
+FIRST = ("damping", "damping_share", "per_layer")  # where a run has them
 MANY = 200  # positions from which a slider of whole numbers is logarithmic
 PACKAGE = Path(__file__).parents[1]
 LATE = 0.25  # seconds after which a picture that has not come is dimmed
@@ -42,7 +42,10 @@ _CSS, _JS = (Path(__file__).with_name(f"panel.{kind}").read_text(encoding="utf-8
 # Where JupyterLab says "model not found" (the output itself has that class then) the picture stands in its place.
 _MINE = ".jp-OutputArea-child:has(> .jp-OutputArea-output > .kfac-asleep)"
 _LOST = ".jp-OutputArea-child:has(> .jp-OutputArea-output.jupyter-widgets)"
-_ALONE = f".jp-OutputArea:has(> {_MINE}):has(> {_LOST}):not(:has(.kfac-panel))"
+_ALONE = (  # one :has() cannot stand within another
+    ".jp-OutputArea:has(> .jp-OutputArea-child > .jp-OutputArea-output > .kfac-asleep)"
+    ":has(> .jp-OutputArea-child > .jp-OutputArea-output.jupyter-widgets):not(:has(.kfac-panel))"
+)
 _ASLEEP = (
     f"{_MINE}, .kfac-asleep, .jp-OutputArea .kfac-still, {_ALONE} > {_LOST} {{ display: none; }} "
     f"{_ALONE} > {_MINE} {{ display: flex; }} {_ALONE} > {_MINE} .kfac-asleep {{ display: block; }}"
