@@ -35,7 +35,7 @@ PAUSE = 0.06  # seconds in which the browser shows a picture, before the next on
 LABELS = {
     "damping": "damping λ", "per_layer": "columns per layer", "coarse": "kind of columns",
     "rule": "K-FAC's damping", "fisher": "Fisher", "data": "network and data", "widths": "hidden widths",
-    "n": "examples", "steps": "training steps", "damping_share": "damping, share of λ_max", "samples": "labels drawn",
+    "n": "examples", "steps": "training steps", "damping_share": "λ / λ_max", "samples": "labels drawn",
     "repeats": "seeds", "rtol": "tolerance", "moment": "steps taken", "checkpoint": "moment of training",
 }  # fmt: skip
 _CSS, _JS = (Path(__file__).with_name(f"panel.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
