@@ -3,13 +3,13 @@
 import html
 import re
 import shutil
-from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
 from sphinx.application import Sphinx
 
 from kfac_viz.__main__ import source_hash
+from kfac_viz.show.publish import sha256
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -26,8 +26,8 @@ suppress_warnings = ["myst.xref_missing", "myst.header"]  # README's links into 
 
 nb_execution_mode, nb_execution_timeout, nb_execution_raise_on_error = "cache", 600, True
 # What was executed is kept for as long as the package and the measured tables stay as they are.
-tables = sha256(b"".join(table.read_bytes() for table in sorted(FIGURES.glob("benchmarks/*.csv"))))
-kept = FIGURES / ".made" / "site" / sha256((source_hash() + tables.hexdigest()).encode()).hexdigest()[:12]
+tables = b"".join(table.read_bytes() for table in sorted(FIGURES.glob("benchmarks/*.csv")))
+kept = FIGURES / ".made" / "site" / sha256(source_hash().encode() + tables)[:12]
 for older in kept.parent.glob("*"):
     if older != kept:
         shutil.rmtree(older, ignore_errors=True)
@@ -86,5 +86,5 @@ def copy_live_pages(app: Sphinx, error: Exception | None) -> None:
             (live / page.name).write_text(text, encoding="utf-8")
         thumbnails = Path(app.outdir) / "figures"
         thumbnails.mkdir(exist_ok=True)
-        for picture in (*FIGURES.glob("*.png"), *FIGURES.glob("*.webp"), *FIGURES.glob("*.html")):
+        for picture in (*FIGURES.glob("*.png"), *FIGURES.glob("*.webp")):
             shutil.copy(picture, thumbnails)

@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .publish import put
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 HERE = Path(__file__).parent
 
@@ -27,6 +29,11 @@ def write_page(template: Path, data: dict[str, Any], name: str, out_dir: str | P
     for part, text in parts.items():
         page = page.replace("{{" + part + "}}", text)
     return put({f"{name}.html": page.encode()}, Path(out_dir))[0]
+
+
+def nearest(values: ArrayLike, x: float) -> int:
+    """The position of the value that is nearest to x: where a slider starts."""
+    return int(np.abs(np.asarray(values) - x).argmin())
 
 
 def address(shares: NDArray, palette: str) -> str:

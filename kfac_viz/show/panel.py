@@ -212,7 +212,8 @@ class Panel(widgets.VBox):
         if abs(here - before) == 1 and 0 <= there < len(positions):  # a single step: a drag jumps
             values = self._values | {name: positions[there]}
             if self._spare is None or not self._spare.plot.fits(self.result):
-                self._spare = Live(self._plot_type(self.result))  # here: styles are of the process, not of a thread
+                # Here, since styles are those of the process and not of a thread; and not while the other thread draws.
+                self._spare, _ = Live.of(self._plot_type, self.result, None)
             self._hurry = threading.Event()
             ahead = self._other_core.submit(self._drawn, values, self._hurry)
             self._ahead = tuple(values.items()), ahead

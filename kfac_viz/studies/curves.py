@@ -77,6 +77,12 @@ def value(c: Curve, x: float) -> float:
     return float(np.interp(np.log(x), np.log(c.x), c.y))
 
 
+def last_losses(by_seed: Mapping[Any, list[dict[str, str]]]) -> tuple[float, float, float]:
+    """Median, least and largest of the last losses of measured runs, from the rows of each."""
+    losses = [loss_of(rows[-1]) for rows in by_seed.values()]
+    return tuple(map(float, rounded([np.median(losses), min(losses), max(losses)])))
+
+
 def measured_rows(name: str) -> list[dict[str, str]]:
     """The rows of a table that ``make bench`` has written; a ValueError says which is missing."""
     import csv

@@ -115,8 +115,8 @@ def run_one_step(
     """
     p = check(run_one_step, locals())
     network = setting(*chosen(p))
-    A, M, g = network.F.damped(damping), KFAC(network.F, damping, rule), network.g
-    T = TwoLevel(network.matrix.damped(damping), M, space(coarse, A, M, g, per_layer, seed), correction)
+    A, M, g = network.matrix.damped(damping), KFAC(network.F, damping, rule), network.g
+    T = TwoLevel(A, M, space(coarse, A, M, g, per_layer, seed), correction)
     exact, _ = _plane(network, damping, rule)
     found = {name: place(A @ v, v, exact, g) for name, v in directions(network.F, T, g).items()}
     found["exact"] = Place(1.0, 0.0)

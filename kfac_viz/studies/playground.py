@@ -11,7 +11,7 @@ import numpy as np
 
 from ..parameters import number, read
 from ..show import METHODS, limit_of
-from ..show.page import write_page
+from ..show.page import nearest, write_page
 from ..show.parts import frame
 from ..show.publish import put
 from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpacePlot, CoarseSpaceResult, stretched
@@ -40,8 +40,7 @@ def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | P
     data = {
         "dampings": dampings,
         "sizes": SIZES,
-        "start": [int(np.argmin(np.abs(np.log(dampings) - np.log(damping)))),
-                  int(np.argmin(np.abs(np.array(SIZES) - per_layer)))],
+        "start": [nearest(np.log(dampings), np.log(damping)), nearest(SIZES, per_layer)],
         "edges": [edge / P for edge in first.partition.offsets],
         "layers": [str(layer) for layer in first.partition.layers],
         "methods": [[METHODS[key].label, METHODS[key].color] for key in ORDER],

@@ -15,7 +15,7 @@ from torch import nn
 from ..method.checks import check_count, check_seed
 from ..parameters import Device, Seed, number
 from ..show import METHODS, SPACES, CurveView, MapView, Plot, Style, plain_numbers
-from .curves import TUNING_SEED, Curve, Study, curve, loss_of, measured_rows, over_runs, rounded
+from .curves import TUNING_SEED, Curve, Study, curve, last_losses, loss_of, measured_rows, over_runs, rounded
 from .exercises import exercise
 from .exhibits import FAULTS
 from .problem import ACTIVATIONS, Problem, multilayer_perceptron
@@ -110,10 +110,10 @@ def run_published(
                 curves["coarse", method] = curve(steps, np.maximum(shares, 1e-12))
     for (regime, method), by_seed in large.items():
         curves[regime, method] = over_runs("seconds", list(by_seed.values()))
-    ends = {(what, int(depth), method): _last(by_seed) for (what, depth, method), by_seed in toys.items()}
+    ends = {(what, int(depth), method): last_losses(by_seed) for (what, depth, method), by_seed in toys.items()}
     lower, runs = _lower(toys)
     return PublishedResult(
-        parameters, curves, ends, lower, runs, {key: _last(by_seed) for key, by_seed in large.items()},
+        parameters, curves, ends, lower, runs, {key: last_losses(by_seed) for key, by_seed in large.items()},
         _after_an_epoch({method: by_seed for (regime, method), by_seed in large.items() if regime == REGIMES[1]}),
     )  # fmt: skip
 
@@ -130,11 +130,6 @@ def _runs(table: str) -> dict[tuple[str, ...], Runs]:
             key = tuple(row[name] for name in ("problem", "layers", "method") if name in row)
             found.setdefault(key, {}).setdefault(row["seed"], []).append(row)
     return found
-
-
-def _last(by_seed: Runs) -> tuple[float, float, float]:
-    losses = [loss_of(rows[-1]) for rows in by_seed.values()]
-    return tuple(map(float, rounded([np.median(losses), min(losses), max(losses)])))
 
 
 def _lower(toys: Mapping[tuple[str, ...], Runs]) -> tuple[dict[str, tuple[int, float]], int]:

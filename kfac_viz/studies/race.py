@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..parameters import number
-from ..show.page import address, write_page
+from ..show.page import address, nearest, write_page
 from .pde import AXES, EQUATIONS, LIVE, STYLES, PdeResult, run_of
 from .threads import one_thread
 
@@ -32,7 +32,7 @@ def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **c
     if not out_dir:
         return None
     first = run(**choices)
-    p, box = first.parameters, first.box
+    p = first.parameters
     moments = [*range(0, p["steps"], EVERY), p["steps"]]
     runs = {(method, size): run_of(p, method, size, moments) for method in LIVE
             for size in (SIZES if method in ("coarse", "both") else (0,))}  # fmt: skip
@@ -41,11 +41,9 @@ def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **c
                  f"damping λ = {number(p['damping'], 1)}",
         "sizes": SIZES,
         "moments": moments,
-        "start": [int(np.argmin(np.abs(np.array(ends) - start)))
-                  for ends, start in ((SIZES, p["per_layer"]), (moments, p["moment"]))],
+        "start": [nearest(SIZES, p["per_layer"]), nearest(moments, p["moment"])],
         "methods": [[key, STYLES[key].label, STYLES[key].color] for key in LIVE],
         "axes": [name.strip("$") for name in AXES[p["equation"]]],
-        "box": [list(ends) for ends in box],
         "solution": _picture(first.solution, first.solution.min(), first.solution.max(), "viridis"),
         "losses": {f"{method} {size}": [float(f"{x:.3g}") for x in found.losses]
                    for (method, size), found in runs.items()},

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..parameters import Device, Seed, number
 from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers
-from .curves import TUNING_SEED, Curve, Study, loss_of, measured_rows, over_runs, rounded
+from .curves import TUNING_SEED, Curve, Study, last_losses, loss_of, measured_rows, over_runs, rounded
 from .exercises import exercise
 
 if TYPE_CHECKING:
@@ -134,9 +134,8 @@ def _runs(tuning: bool = False) -> dict[tuple[str, str, str, str], dict[tuple[st
 
 
 def _last(by_seed: Mapping[Any, list[dict[str, str]]]) -> tuple[float, float, float, float]:
-    losses = [loss_of(rows[-1]) for rows in by_seed.values()]
-    seconds = [float(rows[-1]["seconds"]) for rows in by_seed.values()]
-    return tuple(map(float, rounded([np.median(losses), min(losses), max(losses), np.median(seconds)])))
+    seconds = np.median([float(rows[-1]["seconds"]) for rows in by_seed.values()])
+    return *last_losses(by_seed), float(rounded(seconds))
 
 
 @lru_cache(maxsize=1)

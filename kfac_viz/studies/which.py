@@ -131,4 +131,4 @@ class WhichPlot(Plot):
 def _where_either_will_do() -> int:
     result = run_which()
     both = ("K-FAC", "two levels")
-    return sum(all(result.over_best(row, method) <= 1.25 for method in both) for row in result.losses)
+    return sum(all(result.over_best(row, method) <= WORTH for method in both) for row in result.losses)
