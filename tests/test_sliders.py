@@ -136,7 +136,7 @@ def test_what_a_panel_shows(F, damping, per_layer, correction):
     shares = attempt(lambda: [kv.captured_decrease(A, g, v) for v in (M @ g, T @ g, A.solve(g))])
     values = attempt(lambda: kv.spectrum(A, T))
     assert all(map(math.isfinite, shares)) and torch.isfinite(values).all()
-    if F.dtype == torch.float64:
+    if F.dtype == torch.float64 and damping >= 1e-12 * float(F.diagonal().max()):  # beyond, the solution warns
         assert abs(shares[2] - 1) < 1e-6
 
 

@@ -91,7 +91,7 @@ def test_no_sequence_of_moves_reaches_an_invalid_state(panel, move):
     control.value = value = values[round(share * (len(values) - 1))]
     assert panel.error == "", f"{name}={value}: {panel.error}"
     assert panel.result.parameters["per_layer"] == panel.controls["per_layer"].value
-    assert f"coarse dimension {panel.result.size}" in panel._live.plot.subtitle.get_text()
+    assert f"coarse dimension {panel.result.size}" in panel._below.value
 
 
 def test_what_cannot_be_read_is_said_and_the_picture_stays():
@@ -196,35 +196,62 @@ def test_where_kfac_is_exact_nothing_is_missing():
     assert not panel.result.missed.any() and not panel.result.added.any()
 
 
-def test_looking_ahead_gives_what_computing_gives():
+def drawn_ahead(panel) -> None:
+    """Wait until all that was to be drawn ahead is there."""
+    panel._other_core.submit(lambda: None).result()
+
+
+@pytest.fixture
+def spare_core(monkeypatch):
+    monkeypatch.setattr("kfac_viz.show.panel._spare_core", lambda: True)
+
+
+def test_looking_ahead_gives_what_computing_gives(spare_core):
     panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer"], **SMALL)
+    moved = panel.controls["damping"]
     for index in (10, 11, 12, 13, 12, 11):
-        panel.controls["damping"].index = index
+        moved.index = index
         fresh = run_coarse_space(**panel._values)
         assert panel.result.captured == fresh.captured
         assert panel.result.parameters == fresh.parameters
-    key, ahead = panel._ahead
-    assert dict(key)["damping"] == panel.controls["damping"].options[10][1]
-    result, next_picture = ahead.result()
-    assert result.parameters["damping"] == dict(key)["damping"] and next_picture != picture(panel)
-    panel.controls["damping"].index = 10  # taken from there
-    assert picture(panel) == next_picture and panel._live.plot.title.get_text() == result.headline
+    drawn_ahead(panel)
+    assert len(panel._seen) > 20
+    moved.index = 10  # taken from there
+    fresh = kv.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer"], **panel._values)
+    assert (picture(panel), panel._below.value) == (picture(fresh), fresh._below.value)
+    assert panel.result.captured == fresh.result.captured  # computed again
 
 
-def test_what_was_drawn_ahead_is_used_once():
-    """At the end of a slider nothing comes next; away from there and back, the words are those of the end."""
-    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["per_layer", "correction"], **SMALL | dict(per_layer=14))
-    for size in (15, 16):
+def test_pictures_drawn_ahead_are_those_where_the_slider_may_go(spare_core):
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer", "correction"], **SMALL | dict(per_layer=4))
+    panel.controls["per_layer"].value = 5
+    drawn_ahead(panel)
+    drawn = [dict(key) for key in panel._seen]
+    assert [values["per_layer"] for values in drawn[:6]] == [4, 5, 6, 7, 8, 9]  # on in the same direction, and near
+    assert {values["per_layer"] for values in drawn} == set(range(17))  # and then the other large slider
+    assert {values["damping"] for values in drawn if values["per_layer"] == 5} > {panel._values["damping"]}
+    assert {values["correction"] for values in drawn} == {"balanced"}
+
+
+def test_where_no_core_is_free_one_picture_is_drawn_ahead(monkeypatch):
+    monkeypatch.setattr("kfac_viz.show.panel._spare_core", lambda: False)
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["per_layer"], **SMALL | dict(per_layer=4))
+    panel.controls["per_layer"].value = 5
+    drawn_ahead(panel)
+    assert [dict(key)["per_layer"] for key in panel._seen] == [4, 5, 6]
+
+
+def test_few_pictures_are_remembered(monkeypatch):
+    monkeypatch.setattr("kfac_viz.show.panel.KEPT", 3)
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["per_layer"], **SMALL)
+    for size in (5, 6, 7, 4):
         panel.controls["per_layer"].value = size
-    end = panel._below.value, panel._live.plot.title.get_text()
-    panel.controls["correction"].value = "additive"
-    assert panel._live.plot.title.get_text() != end[1] and panel._live is not panel._spare
-    panel.controls["correction"].value = "balanced"
-    assert (panel._below.value, panel._live.plot.title.get_text()) == end and panel._live is not panel._spare
+        drawn_ahead(panel)
+        assert len(panel._seen) <= 3 and f"{size} " in panel._below.value
 
 
 def test_words_under_the_picture_are_its_alternative_text(panel):
-    label = panel._live.plot.figure.get_label()
+    label = panel._repr_mimebundle_()[0]["text/plain"]
     for found in (panel.result.at_best_length, panel.result.captured):
         assert share(found["kfac"]) in label
     assert re.search(r'data-alt="([^"]+)"', panel._below.value)[1].startswith(label[:20])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib.colors import to_hex
@@ -25,6 +25,15 @@ _ONE_AT_A_TIME = threading.RLock()  # matplotlib draws in one thread only
 # Where matplotlib and Pillow anchor a text.
 _ACROSS = {"left": "l", "center": "m", "right": "r"}
 _DOWN = {"top": "a", "center": "m", "center_baseline": "m", "baseline": "s", "bottom": "d"}
+
+
+class View(NamedTuple):
+    """A picture, what it shows in words, and what a reader who points into it is told: left, top, width and height as
+    shares of the picture, and the words."""
+
+    picture: bytes
+    words: str
+    regions: list[tuple[float, float, float, float, str]]
 
 
 class Live:
@@ -74,29 +83,27 @@ class Live:
         artist.draw(self.canvas.get_renderer())
 
     @classmethod
-    def of(cls, plot: type[Plot], result: Any, last: Live | None) -> tuple[Live, bytes]:
-        """The picture of ``result`` as JPEG, drawn by ``last`` where it can be shown there; from any thread."""
+    def of(cls, plot: type[Plot], result: Any, last: Live | None) -> Live:
+        """``last`` where ``result`` can be shown there, else a new one."""
         with _ONE_AT_A_TIME:
-            if last is not None and last.plot.fits(result):
-                last.plot.update(result)
-            else:
-                last = cls(plot(result))
-            return last, _encoded(last.picture(), "JPEG", quality=80, subsampling=0)
+            return last if last is not None and last.plot.fits(result) else cls(plot(result))
 
-    def png(self) -> bytes:
-        """What the figure looks like now, without loss, and in words."""
-        words = PngInfo()
-        words.add_itxt("Description", self.plot.figure.get_label())
+    def show(self, result: Any, format: str = "JPEG") -> View:
+        """The view of a result that fits, its picture as JPEG, or as PNG without loss and with its words; from any
+        thread."""
         with _ONE_AT_A_TIME:
-            return _encoded(self.picture(), "PNG", pnginfo=words)
+            self.plot.update(result)
+            words = self.plot.figure.get_label()
+            if format == "PNG":
+                options: dict[str, Any] = {"pnginfo": PngInfo()}
+                options["pnginfo"].add_itxt("Description", words)
+            else:
+                options = {"quality": 80, "subsampling": 0}
+            buffer = io.BytesIO()
+            self.picture().save(buffer, format, **options)
+            return View(buffer.getvalue(), words, self.plot.regions(result))
 
 
 @lru_cache(maxsize=64)
 def _font(path: str, size: float) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _encoded(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()

@@ -1,8 +1,8 @@
 """Live panels: any run with its plot under sliders, in JupyterLab, Notebook 7 and Voila.
 
 A panel calls the same two functions as a regenerated figure. Its picture is one image widget, encoded in the
-kernel; comm callbacks may run in a thread beside a busy cell, so there is no pyplot here, and a lock. Two figures take
-turns: while one is on the screen, the other draws what probably comes next.
+kernel; comm callbacks may run in a thread beside a busy cell, so there is no pyplot here, and a lock. Pictures are
+remembered, and those where a slider may come next are drawn ahead, while nobody waits and a core is free.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import base64
 import contextlib
 import functools
 import html
+import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,17 @@ from IPython.display import HTML, display
 
 from .. import parameters
 from ..parameters import Parameter, Range, to_text
-from .live import Live
+from .live import Live, View
 from .plot import Plot
 
 FIRST = ("damping", "damping_share", "per_layer")  # where a run has them
 MANY = 200  # positions from which a slider of whole numbers is logarithmic
 PACKAGE = Path(__file__).parents[1]
 LATE = 0.25  # seconds after which a picture that has not come is dimmed
-PAUSE = 0.06  # seconds in which the browser shows a picture, before the next one is computed ahead
+PAUSE = 0.06  # seconds in which the browser shows a picture, before the next one is drawn ahead
+REST = 1.0  # seconds without a move, after which those further off are drawn too
+AHEAD = 10.0  # seconds in which that ends; of what takes LATE or longer only the next one is drawn
+KEPT = 250  # pictures that a panel remembers, of some 80 kB each
 LABELS = {
     "damping": "damping λ", "per_layer": "columns per layer", "coarse": "kind of columns",
     "rule": "K-FAC's damping", "fisher": "Fisher", "data": "network and data", "widths": "hidden widths",
@@ -75,7 +80,8 @@ class Panel(widgets.VBox):
     values have theirs.
 
     Args:
-        run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result.
+        run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result, the same one
+            whenever it is called with the same values.
         plot: how it is drawn.
         controls: names of the parameters to move, all by default; ``damping`` and ``per_layer`` come first.
         notebook: whose figure the command makes; the first that is registered with ``run`` by default.
@@ -84,7 +90,8 @@ class Panel(widgets.VBox):
 
     Attributes:
         controls: the control of each parameter, by name; set their ``value`` to move the panel.
-        result: what the picture shows; its objects are at hand, such as ``panel.result.T``.
+        result: what the picture shows; its objects are at hand, such as ``panel.result.T``. It is computed again
+            where only its picture was remembered.
         error: the sentence in the error line, empty where all is well.
         command: the line that makes this figure again.
 
@@ -104,10 +111,9 @@ class Panel(widgets.VBox):
         **fixed: Any,
     ) -> None:
         self.run, self._plot_type, self._lock, self._busy = run, plot, threading.RLock(), True
-        self._other_core, self._ahead = ThreadPoolExecutor(1), ((), Future())
-        self._spare, self._hurry = None, threading.Event()  # a second figure, to draw ahead; and: somebody waits
+        self._other_core, self._stop = ThreadPoolExecutor(1), threading.Event()
+        self._drawing, self._seen, self._live = threading.RLock(), {}, None
         self._telling, self._computing = threading.Lock(), False
-        self._steady = True  # the last move kept its figure
         self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
         names = list(known if controls is None else controls)
@@ -116,18 +122,17 @@ class Panel(widgets.VBox):
         names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
         notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
         self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
-        self.result = run(**self._values)
-        self._live, picture = Live.of(plot, self.result, None)
+        view = self._view(self._values)
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._picture = widgets.Image(format="jpeg")
         self._below, self._alert = widgets.HTML(), widgets.HTML()
         for control in self.controls.values():
             control.observe(self._moved, "value")
         self._busy = False
-        self._draw(picture)
+        self._put(view)
         self._tell("")
         W, H = (str(round(inches * self._live.plot.figure.dpi)) for inches in plot.size)
-        few = [name for name in names if name in FIRST] or names[:2]
+        self._large = few = [name for name in names if name in FIRST] or names[:2]
         style = widgets.HTML(f"<style>{_CSS.replace('WIDTH', W).replace('HEIGHT', H)}</style>")
         rows = [_row([self.controls[name] for name in few])]
         if others := [name for name in names if name not in few]:
@@ -136,27 +141,34 @@ class Panel(widgets.VBox):
         super().__init__([style, *rows, self._alert, frame, self._below])
         self.add_class("kfac-panel")
 
+    @property
+    def result(self) -> Any:
+        with self._lock:
+            if self._computed[0] != self._values:
+                self._computed = self._values, self.run(**self._values)
+            return self._computed[1]
+
     def close(self) -> None:
         """Free all that the panel holds, widgets, figure, result and thread, and what runs keep for speed."""
         if self.comm is None:  # closed before, or never opened
             return
         with self._lock:
             self._busy = True  # for a move that is on its way
-            self._ahead[1].cancel()
+            self._stop.set()
             with contextlib.suppress(RuntimeError):  # the interpreter is ending
                 self._other_core.submit(_forget)  # once what is being computed there has come to its end
             self._other_core.shutdown(wait=False)
-            self._ahead = (), Future()
             for widget in _parts(self):
                 widget.unobserve_all()
                 (super() if widget is self else widget).close()
-            self.run, self._reproduce, self.result, self._live, self._spare = None, None, None, None, None
+            self.run, self._reproduce, self._computed, self._live, self._seen = None, None, (self._values, None), None, {}
         _forget()
 
     def _moved(self, change: dict[str, Any]) -> None:
         with self._lock:
             if not self._busy:
                 self._busy = True
+                self._stop.set()
                 late = threading.Timer(LATE, self._dim, [change["owner"]])
                 late.daemon = True
                 late.start()
@@ -181,62 +193,64 @@ class Panel(widgets.VBox):
         try:
             read = {name: _read(self._known[name], control.value) for name, control in self.controls.items()}
             values = self._values | read
-            key, ahead = self._ahead
-            if expected := key == tuple(values.items()):
-                self._hurry.set()
-            self._ahead = (), Future()  # used once: its figure shows something else from the next move on
-            result, picture = ahead.result() if expected else (self.run(**values), None)
-            if picture is None:
-                live, picture = Live.of(self._plot_type, result, self._live)
-                self._steady = live is self._live
-            else:
-                live, self._spare = self._spare, self._live
-            self._values, self.result, self._live = values, result, live
-            self._draw(picture)
+            view = self._view(values)
+            self._values = values
+            self._put(view)
             self._tell("")
         except (ValueError, TypeError) as error:
             self._tell(str(error), moved)
         except Exception as error:  # Jupyter would write it into a hidden log
             self._tell(f"{type(error).__name__}: {error}", moved)
 
+    def _view(self, values: dict[str, Any], here: bool = True) -> View | None:
+        """The picture for these values, drawn or remembered; None where it needs a figure that cannot be made here:
+        styles are those of the process and not of a thread."""
+        key = tuple(values.items())
+        with self._drawing:
+            if key not in self._seen:
+                start = time.monotonic()
+                result = self.run(**values)
+                if here:
+                    self._live, self._computed = Live.of(self._plot_type, result, self._live), (values, result)
+                elif not self._live.plot.fits(result):
+                    return None
+                self._seen[key] = self._live.show(result)
+                self._slow = time.monotonic() - start > LATE
+                if len(self._seen) > KEPT:
+                    del self._seen[next(iter(self._seen))]
+            return self._seen[key]
+
     def _look_ahead(self, change: dict[str, Any]) -> None:
-        """Draw the picture for where the slider will be if it moves on in the same direction, while nobody waits."""
-        slider = change["owner"]
-        name = next(name for name, control in self.controls.items() if control is slider)
-        if self.error or not self._steady or not isinstance(slider, (widgets.SelectionSlider, widgets.IntSlider)):
+        """Draw what comes next if the slider moves on, and then what lies further off, until the next move."""
+        if self.error:
             return
-        whole = isinstance(slider, widgets.IntSlider)
-        positions = range(slider.min, slider.max + 1) if whole else [value for _, value in slider._options_full]
-        here, before = positions.index(change["new"]), positions.index(change["old"])
-        there = 2 * here - before
-        if abs(here - before) == 1 and 0 <= there < len(positions):  # a single step: a drag jumps
-            values = self._values | {name: positions[there]}
-            if self._spare is None or not self._spare.plot.fits(self.result):
-                # Here, since styles are those of the process and not of a thread; and not while the other thread draws.
-                self._spare, _ = Live.of(self._plot_type, self.result, None)
-            self._hurry = threading.Event()
-            ahead = self._other_core.submit(self._drawn, values, self._hurry)
-            self._ahead = tuple(values.items()), ahead
+        moved = next(name for name, control in self.controls.items() if control is change["owner"])
+        ways = [self._values | {moved: value} for value in _positions(change["owner"], change["old"], change["new"])]
+        for name in self._large:
+            if name != moved:
+                here = self.controls[name].value
+                ways += [self._values | {name: value} for value in _positions(self.controls[name], here, here)]
+        self._stop = threading.Event()
+        self._other_core.submit(self._draw_ahead, ways, self._stop)
 
-    def _drawn(self, values: dict[str, Any], hurry: threading.Event) -> tuple[Any, bytes | None] | None:
-        """A result, and its picture on the spare figure if it fits there; None for what is not wanted any more."""
-        if not hurry.wait(PAUSE) and self._ahead[0] != tuple(values.items()) and not hurry.is_set():
-            return None
-        result, spare = self.run(**values), self._spare
-        if spare is None or not spare.plot.fits(result):
-            return result, None
-        return result, Live.of(self._plot_type, result, spare)[1]
+    def _draw_ahead(self, ways: list[dict[str, Any]], stop: threading.Event) -> None:
+        end = time.monotonic() + AHEAD
+        with contextlib.suppress(Exception):  # it is told when the slider is there
+            for i, values in enumerate(ways):
+                if stop.wait((PAUSE, REST)[i] if i < 2 else 0) or self._view(values, here=False) is None:
+                    return
+                if self._slow or time.monotonic() > end or not _spare_core():
+                    return
 
-    def _draw(self, picture: bytes) -> None:
-        plot = self._live.plot
+    def _put(self, view: View) -> None:
         self.command = self._reproduce(self._values)
-        alt = html.escape(plot.figure.get_label())
+        alt = html.escape(view.words)
         spans = (
             f'<span style="left:{100 * x:.2f}%;top:{100 * y:.2f}%;width:{100 * w:.2f}%;height:{100 * h:.2f}%" '
             f'title="{html.escape(words)}"></span>'
-            for x, y, w, h, words in plot.regions(self.result)
+            for x, y, w, h, words in view.regions
         )
-        self._picture.value = picture
+        self._picture.value = view.picture
         self._below.value = (
             f'<div class="kfac-regions"><div>{"".join(spans)}</div></div>'
             f'<div class="kfac-words" role="status">{alt}</div>'
@@ -275,9 +289,10 @@ class Panel(widgets.VBox):
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
         """The live view, and beside it the picture for pages without a kernel."""
         data = super()._repr_mimebundle_(**options)
-        with self._lock:
-            picture, alt = base64.b64encode(self._live.png()).decode(), self._live.plot.figure.get_label()
-        return {**data, "image/png": picture, "text/plain": alt}, {"image/png": {"alt": alt}}
+        with self._lock, self._drawing:
+            self._live = Live.of(self._plot_type, self.result, self._live)
+            picture, alt, _ = self._live.show(self.result, "PNG")
+        return {**data, "image/png": base64.b64encode(picture).decode(), "text/plain": alt}, {"image/png": {"alt": alt}}
 
 
 panel = Panel
@@ -307,6 +322,25 @@ def _control(parameter: Parameter, value: Any) -> widgets.Widget:
         options = sorted({span.low, *(x for x in marks if span.low < x < span.high), span.high, value})
         return widgets.SelectionSlider(options=options, value=value, **about, layout=wide)
     return widgets.Text(to_text(value), continuous_update=False, **about, layout={"width": "14em"})
+
+
+def _positions(control: widgets.Widget, before: Any, here: Any) -> list[Any]:
+    """Where this control may go next, the likeliest first: near, and on in the same direction."""
+    if isinstance(control, widgets.IntSlider):
+        values = list(range(control.min, control.max + 1))
+    elif isinstance(control, (widgets.SelectionSlider, widgets.Dropdown)):
+        values = [value for _, value in control._options_full]
+    else:
+        return []
+    at = values.index(here)
+    on = -1 if values.index(before) > at else 1
+    order = sorted(range(len(values)), key=lambda i: max(on * (i - at), 3 * on * (at - i)))
+    return [values[i] for i in order[1:]]
+
+
+def _spare_core() -> bool:
+    """Whether this machine, which a class may share, has less to do than it could."""
+    return not hasattr(os, "getloadavg") or os.getloadavg()[0] < os.cpu_count()
 
 
 def _row(controls: list[widgets.Widget]) -> widgets.Box:

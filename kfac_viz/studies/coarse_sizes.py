@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Annotated
 
-from .. import KFAC, CoarseSpace, Damped, Dense, TwoLevel, coarse, spectrum
+from torch import Tensor
+
+from .. import KFAC, CoarseSpace, Damped, Dense, Operator, TwoLevel, coarse, spectrum
 from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, Widths, check
 from ..show import FAINT, METHODS, SPACES, CurveView, Plot, plain_numbers
@@ -89,15 +91,21 @@ def _rows(
     M = KFAC(F, damping, rule)
     rows = defaultdict(list, {("iterations", "none"): [iterations(system, g, None, rtol)] * len(sizes)})
     directions = {}
+
+    @cache  # without columns every space and correction is K-FAC
+    def measured(T: Operator) -> tuple[Tensor, float, int]:
+        method = Dense(T.dense(), F.partition)
+        return method @ g, largest_eigenvalue(method.dense(), L), iterations(system, g, method, rtol)
+
     for name in coarse.SPACES:
         for size, Z in enumerate(nested(name, A, M, s, sizes)):
             T = TwoLevel(A, M, Z)
             for correction in CORRECTIONS:
-                method, series = Dense(T.with_correction(correction).dense(), F.partition), f"{name}, {correction}"
-                directions[series, size] = method @ g
+                series = f"{name}, {correction}"
                 rows |= {(kind, series): [] for kind in Shares._fields if not size}  # which the table has first
-                rows["largest", series].append(largest_eigenvalue(method.dense(), L))
-                rows["iterations", series].append(iterations(system, g, method, rtol))
+                directions[series, size], largest, count = measured(T.with_correction(correction) if Z.size else M)
+                rows["largest", series].append(largest)
+                rows["iterations", series].append(count)
     for (series, _), worth in all_shares(A, g, directions).items():
         for quantity, value in worth._asdict().items():
             rows[quantity, series].append(value)

@@ -20,7 +20,7 @@ from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_n
 from . import problems
 from .curves import Curve, Study, curve, rounded, seeds, share
 from .exercises import exercise
-from .setting import Setting, iterations, largest_eigenvalue, shares
+from .setting import Setting, all_shares, iterations, largest_eigenvalue
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -163,21 +163,25 @@ def cases(p: Mapping[str, Any]) -> dict[Case, bool]:
 
 
 def methods(A: Damped, M: KFAC, g: torch.Tensor, per_layer: int) -> dict[str, Operator]:
-    """The preconditioners that the study compares, by the name of their series."""
+    """The preconditioners that the study compares, by the name of their series: without ``per_layer``, 0, those that
+    do not depend on it, and else the others."""
     F, λ = A.operator, M.damping
-    constants, leading = coarse.nicolaides(M, 1), coarse.spectral(M, per_layer)
-    T = TwoLevel(A, M, leading)
+    if not per_layer:
+        constants = TwoLevel(A, M, coarse.nicolaides(M, 1))
+        return {
+            "none": Identity(A),
+            "diagonal": Diagonal(F, λ),
+            "block-diagonal": BlockDiagonal(F, λ),
+            "kfac": M,
+            "factored": KFAC(M.factors, λ, "factored"),
+            "constants, additive": constants.with_correction("additive"),
+            "constants, balanced": constants,
+        }
+    T = TwoLevel(A, M, coarse.spectral(M, per_layer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pieces that depend on earlier ones
         pieces = coarse.krylov(A, M, g, per_layer)
     return {
-        "none": Identity(A),
-        "diagonal": Diagonal(F, λ),
-        "block-diagonal": BlockDiagonal(F, λ),
-        "kfac": M,
-        "factored": KFAC(M.factors, λ, "factored"),
-        "constants, additive": TwoLevel(A, M, constants, "additive"),
-        "constants, balanced": TwoLevel(A, M, constants),
         "leading, additive": T.with_correction("additive"),
         "leading, a-def1": T.with_correction("a-def1"),
         "leading, a-def2": T.with_correction("a-def2"),
@@ -200,9 +204,15 @@ def _network(data: str, layers: int, width: int, n: int, steps: int, seed: int, 
         return network if network.F else network  # captured here, once
 
 
-@lru_cache(maxsize=4096)
 def measure(case: Case, all_of_it: bool, device: str = "cpu") -> Found:
-    """One number, of 4 digits, for every quantity and series; or else the iterations of MAPPED alone.
+    """One number, of 4 digits, for every quantity and series; or else the iterations of MAPPED alone."""
+    without = _measure(case._replace(per_layer=0), all_of_it, device)
+    return without | _measure(case, all_of_it, device)
+
+
+@lru_cache(maxsize=4096)
+def _measure(case: Case, all_of_it: bool, device: str) -> Found:
+    """Of the methods that depend on ``per_layer``, or of the others where it is 0.
 
     Dense throughout: quickest for some hundred parameters.
     """
@@ -210,24 +220,22 @@ def measure(case: Case, all_of_it: bool, device: str = "cpu") -> Found:
     F, g, (d, U) = s.F, s.g, s.F.eigen
     λ = case.damping_share * float(d[-1])
     system = s.matrix.damped(λ)
-    A, L = Dense(system.dense(), F.partition), None
-    found = {}
-    for name, method in methods(system, KFAC(F, λ), g, case.per_layer).items():
-        if not all_of_it and name not in MAPPED:
-            continue
-        T = Dense(method.dense(), F.partition) if method.symmetric else method
-        if method.symmetric:
-            found["iterations", name] = iterations(A, g, None if name == "none" else T, case.rtol)
-        if not all_of_it:
-            continue
-        for quantity, value in shares(system, g, T @ g)._asdict().items():
-            found[quantity, name] = value
-        if method.symmetric and name != "none":
-            L = cholesky(A.dense(), "The damped Fisher") if L is None else L
-            found["largest", name] = largest_eigenvalue(T.dense(), L)
-        if name == "block-diagonal":  # K_l (K_l + λ)⁻¹ = J_l (F_ll + λ)⁻¹ J_lᵀ / N: their sum has the spectrum of M F
-            found["claims", "layers"] = largest_eigenvalue(T.dense(), U * d.clamp_min(0).sqrt())
+    A = Dense(system.dense(), F.partition)
+    compared = methods(system, KFAC(F, λ), g, case.per_layer)
+    symmetric = [name for name, T in compared.items() if T.symmetric and (all_of_it or name in MAPPED)]
+    compared |= {name: Dense(compared[name].dense(), F.partition) for name in symmetric}
+    found: dict[tuple[str, str], Any] = {}
     if all_of_it:
+        for name, worth in all_shares(system, g, {name: T @ g for name, T in compared.items()}).items():
+            found |= {(quantity, name): value for quantity, value in worth._asdict().items()}
+        L = cholesky(A.dense(), "The damped Fisher")
+    for name in symmetric:
+        found["iterations", name] = iterations(A, g, None if name == "none" else compared[name], case.rtol)
+        if all_of_it and name != "none":
+            found["largest", name] = largest_eigenvalue(compared[name].dense(), L)
+    if all_of_it and not case.per_layer:
+        # K_l (K_l + λ)⁻¹ = J_l (F_ll + λ)⁻¹ J_lᵀ / N: their sum has the spectrum of M F
+        found["claims", "layers"] = largest_eigenvalue(compared["block-diagonal"].dense(), U * d.clamp_min(0).sqrt())
         found["above", "eigenvalues"] = int((d > λ).sum())
     return {key: float(rounded(value)) for key, value in found.items()}
 

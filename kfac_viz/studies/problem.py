@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Problem:
         """Of the model's forward pass."""
         return self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
 
-    @property
+    @cached_property
     def partition(self) -> Partition:
         return Partition.from_model(self.model, self.layers)
 

@@ -155,11 +155,16 @@ def all_shares(
     E = A.operator.image(Z).galerkin().unflatten(0, lengths.mT.shape).unflatten(2, lengths.mT.shape)
     E = E.diagonal(dim1=1, dim2=3).movedim(2, 0) + A.damping * torch.diag_embed((lengths > 0).to(g.dtype))
     b = Z.restrict(g).view(lengths.mT.shape).mT
-    slope, curvature = (b * lengths).sum(1), torch.einsum("il,ilm,im->i", lengths, E, lengths)
+    slope, curvature = (b * lengths).sum(1), _form(E, lengths)
     at_best = torch.where(curvature > 0, slope.square() / curvature, 0.0)  # of length zero it captures nothing
-    at_layers = torch.einsum("il,ilm,im->i", b, torch.linalg.pinv(E, hermitian=True), b)
+    at_layers = _form(torch.linalg.pinv(E, hermitian=True), b)
     worth = torch.stack([2 * slope - curvature, at_best, at_layers], 1) / best
     return {name: Shares(*values) for name, values in zip(directions, worth.tolist(), strict=True)}
+
+
+def _form(E: Tensor, c: Tensor) -> Tensor:
+    """cᵀ E c of each row of c."""
+    return (c * (E @ c[..., None])[..., 0]).sum(1)
 
 
 def shares(A: Damped, g: Tensor, v: Tensor) -> Shares:
