@@ -223,7 +223,8 @@ def test_looking_ahead_gives_what_computing_gives(spare_core):
 
 
 def test_pictures_drawn_ahead_are_those_where_the_slider_may_go(spare_core):
-    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer", "correction"], **SMALL | dict(per_layer=4))
+    names = ["damping", "per_layer", "correction"]
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, names, **SMALL | dict(per_layer=4))
     panel.controls["per_layer"].value = 5
     drawn_ahead(panel)
     drawn = [dict(key) for key in panel._seen]

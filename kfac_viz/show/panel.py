@@ -161,7 +161,8 @@ class Panel(widgets.VBox):
             for widget in _parts(self):
                 widget.unobserve_all()
                 (super() if widget is self else widget).close()
-            self.run, self._reproduce, self._computed, self._live, self._seen = None, None, (self._values, None), None, {}
+            self.run, self._reproduce, self._live = None, None, None
+            self._computed, self._seen = (self._values, None), {}
         _forget()
 
     def _moved(self, change: dict[str, Any]) -> None:

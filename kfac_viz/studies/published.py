@@ -305,7 +305,8 @@ def _growth_from_refresh_to_refresh() -> float:
     return (1 + 0.95**5) ** 2
 
 
-@exercise("08b", "run_published().of('coarse')['as published'], divided by its first entry; look for 10⁻³.", 0.01)
-def _steps_until_the_coarse_level_is_gone() -> float:
-    c = run_published().of("coarse")["as published"]
-    return float(c.x[np.argmax(c.y < 1e-3 * c.y[0])])
+@exercise("08b", "kv.studies.published.two_sided(k, 60) for k from 31 on: when is it at most 0.05 / 15?")
+def _runs_that_would_show_it() -> int:
+    result = run_published()
+    allowed = 0.05 / len(result.lower)  # Bonferroni
+    return next(k for k in range(result.runs // 2 + 1, result.runs + 1) if two_sided(k, result.runs) <= allowed)

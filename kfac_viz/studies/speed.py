@@ -164,7 +164,6 @@ def _batch_that_pays_for_kfac() -> float:
     return (1000 + 1001) / 3
 
 
-@exercise("09b", "of('width, counted')['K-FAC'].y[-1] over of('width')['K-FAC'].y[-1].", 0.02)
-def _share_of_the_limit() -> float:
-    result = run_speed()
-    return float(result.of("width, counted")["K-FAC"].y[-1] / result.of("width")["K-FAC"].y[-1])
+@exercise("09b", "A column has o i entries, and is met in Zᵀ g and in Z c; K-FAC's products are o² i + o i².", 0.02)
+def _price_of_four_columns() -> float:
+    return 2 * 4 / (1000 + 1001)
