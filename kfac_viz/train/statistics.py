@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,13 +54,12 @@ class RunningFactors:
     def add(self, F: Fisher, seen: tuple[str, ...], *, same_batch: bool = False) -> None:
         """Take in the layers ``seen`` of F; ``same_batch`` for a further part of the newest batch."""
         new = F.kronecker(self.convention)
-        before = {name: self.weight.get(name, 0.0) for name in seen}
-        if same_batch:
-            before = {name: w * (1.0 if name in self.newest else self.decay) for name, w in before.items()}
-        else:
-            before = {name: w * self.decay for name, w in before.items()}
-            self.newest = set()
-        for share, names in _grouped({name: F.N / (w + F.N) for name, w in before.items()}).items():
+        reached = self.newest if same_batch else set()
+        before = {name: self.weight.get(name, 0.0) * (1.0 if name in reached else self.decay) for name in seen}
+        layers_of_share = defaultdict(list)
+        for name, w in before.items():
+            layers_of_share[F.N / (w + F.N)].append(name)
+        for share, names in layers_of_share.items():
             where = [F.partition.index(name) for name in names]
             for mine, theirs in ((self.A, new.A), (self.G, new.G)):
                 fresh = [theirs[l] for l in where]
@@ -68,7 +67,7 @@ class RunningFactors:
                     fresh = torch._foreach_lerp([mine[name] for name in names], fresh, share)
                 mine.update(zip(names, fresh, strict=True))
         self.weight.update({name: w + F.N for name, w in before.items()})
-        self.newest.update(seen)
+        self.newest = reached | set(seen)
 
     def factors(self, partition: Partition) -> KroneckerFactors:
         """The factors as K-FAC takes them, once a layer was seen; one that was never seen has zeros."""
@@ -148,18 +147,11 @@ def _joined(Fs: list[Fisher], scales: list[float]) -> Fisher:
         return Fs[0]
     if len({(tuple(a.shape[-2] for a in F.a), F.swapped) for F in Fs}) > 1:
         Fs = [_with_positions(F, Fs) for F in Fs]
-    layers = list(zip(*(F.stacked for F in Fs), strict=True))
-    return Fs[0].with_vectors(
-        [
-            (
-                torch.cat([a for a, _ in pairs], dim=-3),
-                torch.cat(
-                    [g if scale == 1 else g * scale for (_, g), scale in zip(pairs, scales, strict=True)], dim=-3
-                ),
-            )
-            for pairs in layers
-        ]
-    )
+    joined = []
+    for pairs in zip(*(F.stacked for F in Fs), strict=True):
+        scaled = [g if scale == 1 else g * scale for (_, g), scale in zip(pairs, scales, strict=True)]
+        joined.append((torch.cat([a for a, _ in pairs], dim=-3), torch.cat(scaled, dim=-3)))
+    return Fs[0].with_vectors(joined)
 
 
 def _with_positions(F: Fisher, others: list[Fisher]) -> Fisher:
@@ -176,11 +168,3 @@ def _with_positions(F: Fisher, others: list[Fisher]) -> Fisher:
     a, g = ([padded(x, l) for l, x in enumerate(side)] for side in (F.a, F.g))
     swapped = [most(l, True) for l in range(len(a))]
     return Fisher(F.partition, a, g, likelihood=F.likelihood, flavour=F.flavour, swapped=swapped)
-
-
-def _grouped(values: dict[str, float]) -> dict[float, list[str]]:
-    """Names by their value."""
-    groups: dict[float, list[str]] = {}
-    for name, value in values.items():
-        groups.setdefault(value, []).append(name)
-    return groups
