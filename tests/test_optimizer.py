@@ -456,7 +456,7 @@ def test_convolutions_agree_with_curvlinops(convention):
     )
     factors = opt.preconditioner.M.factors
     mine = torch.block_diag(*(torch.kron(G, A) for G, A in zip(factors.G, factors.A, strict=True)))
-    order = torch.cat([v.flatten() for v in opt._split(torch.arange(opt.partition.size))])
+    order = torch.cat([v.flatten() for v in opt._layout.split(torch.arange(opt.partition.size))])
     assert_close(mine[order][:, order], kfac @ torch.eye(opt.partition.size).double())
 
 
@@ -573,7 +573,7 @@ def test_momentum_lr_and_weight_decay_of_groups():
             p.grad.add_(p.detach(), alpha=0.2 if "weight" in n else 0.0)
         F = kv.capture(twin, X, likelihood="categorical")
         T = kv.TwoLevel(F.damped(0.05), kv.KFAC(F, 0.05, "factored"), kv.coarse.spectral(F, 4))
-        v = dict(zip(names, opt._split(T @ F.partition.pack_grad(twin)), strict=True))
+        v = dict(zip(names, opt._layout.split(T @ F.partition.pack_grad(twin)), strict=True))
         with torch.no_grad():
             for n, p in twin.named_parameters():
                 mu, lr = (0.9, 0.1) if "weight" in n else (0.5, 0.05)
@@ -677,7 +677,7 @@ def test_quadratic_rule_minimises_over_step_and_momentum():
     closure_of(opt, model)()
     opt.observe(X)
     before, g = opt.partition.pack(model), opt.partition.pack_grad(model)
-    A, previous = opt.preconditioner.A, opt._joined({p: opt.state[p]["momentum_buffer"] for p in opt._params})
+    A, previous = opt.preconditioner.A, opt._layout.joined({p: s["momentum_buffer"] for p, s in opt.state.items()})
     D = torch.stack([-(opt.preconditioner @ g), previous], dim=1)
     best = torch.linalg.solve(D.T @ (A @ D), -D.T @ g)
     opt.step()

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
-from ..method.checks import check_damping, check_number, check_type, finite, own_precision, warn
+from ..method.checks import check_damping, finite, own_precision, warn
 from ..method.layers import Layer, computed, layers_of, parameters_of
 from ..method.partition import Partition, inside
 from ..method.two_level import TwoLevel
 from . import state as states
 from .curvature import RunningCurvature
-from .options import Options, shows_options
+from .layout import Layout
+from .options import Options, check_group, shows_options
 from .update import QuadraticModel, Update, adapted_damping, update
 
-LENGTHS = {"fixed": 0.1, "kl_clip": 0.3, "quadratic": 1.0, "line_search": 1.0}  # the lr that goes with each step rule
 JUDGED = ("quadratic", "line_search")  # step rules that look at the loss after a step
 LENGTHS_TRIED = tuple(0.5**i for i in range(31))  # of a step by line search, before it is given up
 ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
@@ -37,7 +37,7 @@ def _full_precision(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        with torch.inference_mode(False), own_precision(self._params[0].device):
+        with torch.inference_mode(False), own_precision(self._layout.like.device):
             return method(self, *args, **kwargs)
 
     return wrapped
@@ -154,10 +154,12 @@ class TwoLevelKFAC(Optimizer):
         self.options = Options.read(options)
         self.model = getattr(model, "_orig_mod", model)
         self._only = layers if layers is None else _layer_names(layers, self.model)
-        lr = LENGTHS[self.options.step_rule] if lr is None else lr
-        if momentum is None:
-            momentum = 0.0 if self.options.step_rule == "line_search" else 0.9
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": bool(maximize)}
+        defaults = {
+            "lr": self.options.usual("lr") if lr is None else lr,
+            "momentum": self.options.usual("momentum") if momentum is None else momentum,
+            "weight_decay": weight_decay,
+            "maximize": bool(maximize),
+        }
         try:
             params = [p for p in self.model.parameters() if p.requires_grad] if params is None else list(params)
         except TypeError as error:
@@ -203,7 +205,7 @@ class TwoLevelKFAC(Optimizer):
         if (self.options.fisher == "empirical") != (targets is not None):
             raise ValueError("fisher='empirical' needs the true labels as targets=…, and no other kind takes them.")
         now = parameters_of(self.model)
-        if not all(now.get(piece.parameter) is p for piece, p in self._pieces):
+        if not all(now.get(piece.parameter) is p for piece, p in self._layout.pieces):
             raise ValueError("The model's layers have changed since the optimizer was built; build a new optimizer.")
         check_inputs(self.model, self.partition, inputs)
         before = self.partition.names
@@ -302,8 +304,8 @@ class TwoLevelKFAC(Optimizer):
             self._last_step(grads),
             model,
             self.options,
-            lr=self._per_parameter("lr"),
-            momentum=self._per_parameter("momentum"),
+            lr=self._layout.option("lr"),
+            momentum=self._layout.option("momentum"),
             damping=T.damping,
             guarded=self.options.step_rule != "line_search" and (closure is not None or self._on_guard),
         )
@@ -319,7 +321,7 @@ class TwoLevelKFAC(Optimizer):
         """The gradient over the partition (P,), and of each parameter that has one, with weight decay."""
         grads: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
-            _check_group(group)
+            check_group(group)
             params = [p for p in group["params"] if p.grad is not None]
             found = [p.grad for p in params]
             if any(grad.layout != torch.strided for grad in found):
@@ -331,15 +333,15 @@ class TwoLevelKFAC(Optimizer):
             grads.update(zip(params, found, strict=True))
         if not grads:
             raise ValueError("No parameter of the optimizer has a gradient; call loss.backward() first.")
-        return self._joined(grads), grads
+        return self._layout.joined(grads), grads
 
     def _moving(self, v: Tensor, grads: dict[Tensor, Tensor]) -> Tensor:
         """v, zero where no step is taken: its length must not depend on what stays."""
         for name, s in zip(self.partition.names, self.partition.slices, strict=True):
             if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
                 v[s] = 0
-        if not self._index <= grads.keys():
-            for (_, p), view in zip(self._pieces, self._split(v), strict=True):
+        if not self._layout.covered <= grads.keys():
+            for (_, p), view in zip(self._layout.pieces, self._layout.split(v), strict=True):
                 if p not in grads:
                     view.zero_()
         return v
@@ -347,14 +349,16 @@ class TwoLevelKFAC(Optimizer):
     def _write(self, proposed: Update, g: Tensor, grads: dict[Tensor, Tensor], length: float = 1.0) -> None:
         """Take the step, or ``length`` of it, if all that it would write is finite; one look at the device, or none if
         capturable."""
-        moving = [p in grads for _, p in self._pieces]
-        pieces, momentum = list(compress(self._pieces, moving)), proposed.momentum
+        moving = [p in grads for _, p in self._layout.pieces]
+        pieces, momentum = list(compress(self._layout.pieces, moving)), proposed.momentum
         owners, params = [p for _, p in pieces], [piece.of(p) for piece, p in pieces]
-        steps = list(compress(self._split(proposed.step), moving))
-        buffers = [] if momentum is None else list(compress(self._split(momentum), moving))
+        steps = list(compress(self._layout.split(proposed.step), moving))
+        buffers = [] if momentum is None else list(compress(self._layout.split(momentum), moving))
         rest: dict[Tensor, Tensor] = {}
-        if grads.keys() > self._index & grads.keys():
-            plain, along, rest = self._plain_steps({p: grad for p, grad in grads.items() if p not in self._index})
+        if grads.keys() > self._layout.covered & grads.keys():
+            plain, along, rest = self._plain_steps(
+                {p: grad for p, grad in grads.items() if p not in self._layout.covered}
+            )
             owners, params, steps = owners + plain, params + plain, steps + along
             buffers = buffers + list(rest.values())
         new = [step if step.dtype == p.dtype else step.to(p.dtype) for p, step in zip(params, steps, strict=True)]
@@ -420,18 +424,19 @@ class TwoLevelKFAC(Optimizer):
             return
         self._check_gradient(g, grads)
         self.partition.check_finite(self.preconditioner._apply(g), "The preconditioned gradient")
+        dtype = self._layout.pieces[0][1].dtype
         raise ValueError(
-            f"The step would overflow parameters of {self._params[0].dtype}, or the model of the loss does so in "
-            f"{g.dtype}; nothing was written. Scale the loss, lower lr, or raise damping."
+            f"The step would overflow parameters of {dtype}, or the model of the loss does so in {g.dtype}; "
+            "nothing was written. Scale the loss, lower lr, or raise damping."
         )
 
     def _check_gradient(self, g: Tensor, grads: dict[Tensor, Tensor]) -> None:
         """Refuse NaN and inf in the gradient, naming the layer or parameter."""
         self.partition.check_finite(g, "The gradient")
-        others = [p for p in grads if p not in self._index]
+        others = [p for p in grads if p not in self._layout.covered]
         for p, fine in zip(others, finite([grads[p] for p in others]), strict=True):
             if not fine:
-                raise ValueError(f"The gradient holds NaN or inf in parameter {self._names.get(p, '?')!r}.")
+                raise ValueError(f"The gradient holds NaN or inf in parameter {self._layout.names.get(p, '?')!r}.")
 
     def _check_last_step(self) -> None:
         """Tell of steps that were skipped on the device since the last observation."""
@@ -532,7 +537,7 @@ class TwoLevelKFAC(Optimizer):
         change = (-1.0 if self.param_groups[0]["maximize"] else 1.0) * (after - loss)
         if not self.options.decoupled:
             for p, (value, _) in before.items():
-                decay = self._group[p]["weight_decay"]
+                decay = self._layout.group[p]["weight_decay"]
                 change += 0.5 * decay * float(p.square().sum() - value.square().sum()) if decay else 0.0
         return change
 
@@ -548,55 +553,23 @@ class TwoLevelKFAC(Optimizer):
         """λ, plus each parameter's weight decay where that is part of the loss."""
         if self.options.decoupled or not any(group["weight_decay"] for group in self.param_groups):
             return self.damping
-        return self.damping + self._per_parameter("weight_decay")
-
-    # ---- flat vectors and parameters ------------------------------------------------------------------
-
-    def _like(self) -> Tensor:
-        """An empty tensor of the dtype (at least float32) and device of the statistics."""
-        p = self._params[0]
-        return torch.empty(0, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-
-    def _split(self, v: Tensor) -> list[Tensor]:
-        """Views of v (P,), one for each of ``self._pieces``."""
-        matrices = zip(self.partition.layers, self.partition.matrices(v), strict=True)
-        return [piece.view(V) for layer, V in matrices for piece in layer.pieces]
-
-    def _joined(self, tensors: dict[Tensor, Tensor]) -> Tensor:
-        """One vector (P,) from a tensor for each parameter; those that have none get zeros."""
-        like, whole = self._like(), self._index <= tensors.keys()
-        v = (torch.empty if whole else torch.zeros)(self.partition.size, dtype=like.dtype, device=like.device)
-        pairs = zip(self._pieces, self._split(v), strict=True)
-        views = [(view, piece.of(tensors[p])) for (piece, p), view in pairs if p in tensors]
-        if views:
-            torch._foreach_copy_(*map(list, zip(*views, strict=True)))
-        return v
-
-    def _per_parameter(self, option: str) -> float | Tensor:
-        """An option of the groups: one number where they agree, else one per parameter of the partition, (P,)."""
-        values = {float(group[option]) for group in self._own_groups}
-        if len(values) == 1:
-            return values.pop()
-        v = self._like().new_empty(self.partition.size)
-        for (_, p), view in zip(self._pieces, self._split(v), strict=True):
-            view.fill_(float(self._group[p][option]))
-        return v
+        return self.damping + self._layout.option("weight_decay")
 
     def _last_step(self, grads: dict[Tensor, Tensor]) -> Tensor | None:
         """The layers' momentum (P,), zero where there is none yet or none is wanted; None without any momentum.
 
         With the quadratic rule a layer that is not to move has none.
         """
-        going_on = [g["momentum"] and (self.options.step_rule != "quadratic" or g["lr"]) for g in self._own_groups]
+        going_on = [g["momentum"] and (self.options.step_rule != "quadratic" or g["lr"]) for g in self._layout.groups]
         if not any(going_on):
             return None
-        stays = {id(group) for group, goes in zip(self._own_groups, going_on, strict=True) if not goes}
+        stays = {id(group) for group, goes in zip(self._layout.groups, going_on, strict=True) if not goes}
         last = {
             p: self.state[p]["momentum_buffer"]
-            for p in self._index
-            if p in grads and "momentum_buffer" in self.state.get(p, {}) and id(self._group[p]) not in stays
+            for p in self._layout.covered
+            if p in grads and "momentum_buffer" in self.state.get(p, {}) and id(self._layout.group[p]) not in stays
         }
-        return self._joined(last)
+        return self._layout.joined(last)
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -619,7 +592,7 @@ class TwoLevelKFAC(Optimizer):
         if not isinstance(given, Iterable):
             raise TypeError(f"The 'params' of a group are parameters; got {type(given).__name__}.")
         param_group = param_group | {"params": [given] if isinstance(given, Tensor) else list(given)}
-        _check_group(self.defaults | param_group)
+        check_group(self.defaults | param_group)
         again = len(param_group["params"]) - len(set(map(id, param_group["params"])))
         if again:
             raise ValueError(f"A group holds {again} of its parameters twice; each is trained once.")
@@ -668,24 +641,19 @@ class TwoLevelKFAC(Optimizer):
     def _take_up(self) -> None:
         """Find the parameters of the layers that the curvature has now, and tell once what is not among them."""
         names = self.partition.names
-        self._lookup()
+        self._lay_out()
+        layout = self._layout
         firm = [name for name, layer in layers_of(self.model).items() if not layer.loose]
         left = [name for name in (*firm, *computed(self.model)) if name not in names]
         if left:
             self._tell("left", f"Left out of the curvature, being frozen or not given in full: {', '.join(left)}.")
-        plain = [self._names.get(p, "?") for p in self._group if p not in self._index and p.requires_grad]
+        plain = [layout.names.get(p, "?") for p in layout.group if p not in layout.covered and p.requires_grad]
         if plain:
             self._tell("plain", f"Plain gradient steps, with the lr of their group, for: {', '.join(plain)}.")
 
-    def _lookup(self) -> None:
-        """Dictionaries from parameters to what belongs to them."""
-        self._group = {p: group for group in self.param_groups for p in group["params"]}
-        self._names = {p: name for name, p in self.model.named_parameters()}
-        own = zip(self.partition.layers, self.partition.parameters(self.model), strict=True)
-        self._pieces = [pair for layer, parameters in own for pair in zip(layer.pieces, parameters, strict=True)]
-        self._params = [p for _, p in self._pieces]
-        self._index = set(self._params)
-        self._own_groups = [group for group in self.param_groups if not self._index.isdisjoint(group["params"])]
+    def _lay_out(self) -> None:
+        """Look up the parameters of the layers: groups and partition are new, or the model is a copy."""
+        self._layout = Layout(self.partition, self.model, self.param_groups)
 
     def _tell(self, key: str, message: str) -> None:
         if key not in self._told:
@@ -712,10 +680,10 @@ class TwoLevelKFAC(Optimizer):
             raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
         rest = _copied({k: v for k, v in state_dict.items() if k != "curvature"})
         self._check_groups_of(rest)
-        curvature = states.restored(state_dict["curvature"], self.options, self._all_layers(), self._like())
+        curvature = states.restored(state_dict["curvature"], self.options, self._all_layers(), self._layout.like)
         super().load_state_dict(rest)
         self.curvature = curvature
-        self._lookup()
+        self._lay_out()
 
     def _check_groups_of(self, saved: dict[str, Any]) -> None:
         """Refuse saved groups that do not fit these, or whose options are out of range."""
@@ -728,7 +696,7 @@ class TwoLevelKFAC(Optimizer):
         if sizes != mine:
             raise ValueError(f"The state has groups of {sizes} parameters; this optimizer has groups of {mine}.")
         for group in groups:
-            _check_group(group)
+            check_group(group)
         numbers = [i for group in groups for i in group["params"]]
         if not all(isinstance(i, int) for i in numbers):
             raise ValueError("The state numbers its parameters; in a group stands something else.")
@@ -742,7 +710,7 @@ class TwoLevelKFAC(Optimizer):
 
     def _follow(self) -> None:
         """Move the state after the model to another device or dtype."""
-        like, factors = self._like(), self.curvature.factors
+        like, factors = self._layout.like, self.curvature.factors
         kept = next(iter(factors.A.values()), like)
         if (kept.dtype, kept.device) != (like.dtype, like.device):
             saved = states.saved(self.curvature)
@@ -754,7 +722,7 @@ class TwoLevelKFAC(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lookup()
+        self._lay_out()
 
     def __repr__(self) -> str:
         groups = "; ".join(
@@ -766,21 +734,6 @@ class TwoLevelKFAC(Optimizer):
             f"  step: {self.options.step_rule}, overshoot {self.options.overshoot}; {groups}\n"
             f"  so far: {', '.join(f'{key} {value:.4g}' for key, value in self.diagnostics.items() if value)})"
         )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Refuse options of a group that are missing or out of range: they may be edited at any time."""
-    missing = [name for name in ("lr", "momentum", "weight_decay", "maximize") if name not in group]
-    if missing:
-        raise ValueError(f"A group of parameters has no {missing[0]!r}.")
-    check_type("maximize", group["maximize"], bool)
-    check_number("lr", group["lr"], 0.0, math.inf)
-    check_number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
-    check_number("weight_decay", group["weight_decay"], 0.0, math.inf)
-    for dtype in {p.dtype for p in group["params"] if isinstance(p, Tensor) and p.is_floating_point()}:
-        for name in ("lr", "weight_decay"):
-            if float(group[name]) > torch.finfo(dtype).max:
-                raise ValueError(f"{name} {group[name]:.3g} overflows parameters of {dtype}; choose a smaller one.")
 
 
 def _plain(x: Tensor) -> bool:

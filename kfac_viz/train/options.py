@@ -1,4 +1,4 @@
-"""The choices that one optimizer makes for all of its layers, checked and frozen."""
+"""The choices that one optimizer makes for all of its layers, checked and frozen, and those of each group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..method.checks import check_choice, check_count, check_damping, check_number, check_seed
+import torch
+from torch import Tensor
+
+from ..method.checks import check_choice, check_count, check_damping, check_number, check_seed, check_type
 from ..method.kfac import RULES
 from ..method.kronecker import CONVENTIONS
 from ..method.likelihood import FLAVOURS, LIKELIHOODS
@@ -16,7 +19,13 @@ from ..method.two_level import CORRECTIONS
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
 COARSE_OPERATORS = ("captured", "kronecker")
-STEP_RULES = ("fixed", "kl_clip", "quadratic", "line_search")
+USUAL = {  # what goes with each step rule where nothing else is asked for; a heavy ball destroys what a search gains
+    "fixed": {"lr": 0.1, "momentum": 0.9, "decay": 0.95},
+    "kl_clip": {"lr": 0.3, "momentum": 0.9, "decay": 0.95},
+    "quadratic": {"lr": 1.0, "momentum": 0.9, "decay": 0.95},
+    "line_search": {"lr": 1.0, "momentum": 0.0, "decay": 0.0},
+}
+STEP_RULES = tuple(USUAL)
 GUARDS = ("off", "count", "shorten")
 
 _CHOICES = {
@@ -70,7 +79,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        decay = (0.0 if self.step_rule == "line_search" else 0.95) if self.decay is None else self.decay
+        decay = self.usual("decay") if self.decay is None else self.decay
         checked: dict[str, Any] = {
             "damping": check_damping(self.damping),
             "decay": check_number("decay", decay, 0.0, 1.0),
@@ -99,6 +108,10 @@ class Options:
             raise TypeError(f"Name the likelihood of the loss: likelihood= one of {', '.join(map(repr, LIKELIHOODS))}.")
         return cls(**given)
 
+    def usual(self, name: str) -> float:
+        """The value of ``lr``, ``momentum`` or ``decay`` that goes with the step rule."""
+        return USUAL[self.step_rule][name]
+
     @property
     def columns(self) -> int:
         """How many each layer has at most, or all of them in total; 0 is one-level K-FAC."""
@@ -115,6 +128,21 @@ SHAPING = (
     *("likelihood", "rule", "coarse", "per_layer", "total", "correction"),
     *("coarse_operator", "fisher", "samples", "convention"),
 )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse options of a group that are missing or out of range: they may be edited at any time."""
+    missing = [name for name in ("lr", "momentum", "weight_decay", "maximize") if name not in group]
+    if missing:
+        raise ValueError(f"A group of parameters has no {missing[0]!r}.")
+    check_type("maximize", group["maximize"], bool)
+    check_number("lr", group["lr"], 0.0, math.inf)
+    check_number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
+    check_number("weight_decay", group["weight_decay"], 0.0, math.inf)
+    for dtype in {p.dtype for p in group["params"] if isinstance(p, Tensor) and p.is_floating_point()}:
+        for name in ("lr", "weight_decay"):
+            if float(group[name]) > torch.finfo(dtype).max:
+                raise ValueError(f"{name} {group[name]:.3g} overflows parameters of {dtype}; choose a smaller one.")
 
 
 def shows_options(method: Any) -> Any:
