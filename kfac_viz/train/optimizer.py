@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterable
-from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,13 +15,14 @@ from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
 from ..method.checks import check_damping, finite, own_precision, warn
-from ..method.layers import Layer, computed, layers_of, parameters_of
+from ..method.layers import Layer, Piece, computed, layers_of, parameters_of
 from ..method.partition import Partition, inside
 from ..method.two_level import TwoLevel
 from . import state as states
 from .curvature import RunningCurvature
 from .layout import Layout
 from .options import Options, check_group, shows_options
+from .trial import Trial, loss_alone, momentum_of, number
 from .update import QuadraticModel, Update, adapted_damping, update
 
 JUDGED = ("quadratic", "line_search")  # step rules that look at the loss after a step
@@ -41,6 +40,19 @@ def _full_precision(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return wrapped
+
+
+class Move(NamedTuple):
+    """What a step does to a parameter p, or to a piece of it: what is added, and the momentum that is left, if any."""
+
+    p: Tensor
+    piece: Piece | None
+    step: Tensor
+    momentum: Tensor | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """What is meant of p, or of anything in its shape: a view."""
+        return x if self.piece is None else self.piece.of(x)
 
 
 class TwoLevelKFAC(Optimizer):
@@ -201,7 +213,7 @@ class TwoLevelKFAC(Optimizer):
         """
         if not self.curvature.due:
             return
-        self._check_last_step()
+        self._tell_of_skipped()
         if (self.options.fisher == "empirical") != (targets is not None):
             raise ValueError("fisher='empirical' needs the true labels as targets=…, and no other kind takes them.")
         now = parameters_of(self.model)
@@ -273,17 +285,17 @@ class TwoLevelKFAC(Optimizer):
             )
         if searching and closure is None:
             raise ValueError("step_rule='line_search' looks at the loss: call step(closure), which returns it.")
-        loss = None
+        loss, start = None, math.nan
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if judged:
-            _number(loss)
+            start = number(loss)
         kept = copy.copy(self.curvature)
         kept.counters = dict(kept.counters)
         try:
             self._follow()
-            self._take(closure if judged else None, loss)
+            self._take(closure if judged else None, start)
         except BaseException:
             self.curvature = kept  # a refresh that was due still is
             raise
@@ -292,30 +304,35 @@ class TwoLevelKFAC(Optimizer):
         self.curvature.step += 1
         return loss
 
-    def _take(self, closure: Callable[[], Tensor] | None, loss: Tensor | None) -> None:
-        """The step itself, judged by the closure if there is one."""
+    def _take(self, closure: Callable[[], Tensor] | None, loss: float) -> None:
+        """The step itself, judged by the closure, whose ``loss`` before the step is known, if there is one."""
         g, grads = self._gradient()
         if self.curvature.renewal_due:  # which a bad gradient must not set off
             self._check_gradient(g, grads)
+        searching = self.options.step_rule == "line_search"
         T = self.preconditioner
-        model = QuadraticModel(T.A.operator, g, self._ridge())
         proposed = update(
             self._moving(T._apply(g), grads),
             self._last_step(grads),
-            model,
+            QuadraticModel(T.A.operator, g, self._ridge()),
             self.options,
             lr=self._layout.option("lr"),
             momentum=self._layout.option("momentum"),
             damping=T.damping,
-            guarded=self.options.step_rule != "line_search" and (closure is not None or self._on_guard),
+            guarded=not searching and (closure is not None or self._on_guard),
         )
-        before = {} if closure is None else self._memory(grads)
-        if self.options.step_rule == "line_search":
-            self._search(closure, _number(loss), before, proposed, g, grads)
+        take = functools.partial(self._write, self._moves(proposed, grads), proposed.facts, g, grads)
+        if closure is None:
+            take()
             return
-        self._write(proposed, g, grads)
-        if closure is not None:
-            self._judge(closure, _number(loss), before)
+        decay = {p: 0.0 if self.options.decoupled else self._layout.group[p]["weight_decay"] for p in grads}
+        look = loss_alone(closure) if searching else closure
+        trial = Trial(look, loss, decay, self.state, maximize=self.param_groups[0]["maximize"])
+        if searching:
+            self._search(trial, take)
+        else:
+            take()
+            self._judge(trial)
 
     def _gradient(self) -> tuple[Tensor, dict[Tensor, Tensor]]:
         """The gradient over the partition (P,), and of each parameter that has one, with weight decay."""
@@ -323,12 +340,14 @@ class TwoLevelKFAC(Optimizer):
         for group in self.param_groups:
             check_group(group)
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             found = [p.grad for p in params]
             if any(grad.layout != torch.strided for grad in found):
                 raise ValueError("Sparse gradients are not supported; build the embedding with sparse=False.")
-            if params and group["maximize"]:
+            if group["maximize"]:
                 found = torch._foreach_neg(found)
-            if params and group["weight_decay"] and not self.options.decoupled:
+            if group["weight_decay"] and not self.options.decoupled:
                 found = torch._foreach_add(found, params, alpha=group["weight_decay"])
             grads.update(zip(params, found, strict=True))
         if not grads:
@@ -346,77 +365,75 @@ class TwoLevelKFAC(Optimizer):
                     view.zero_()
         return v
 
-    def _write(self, proposed: Update, g: Tensor, grads: dict[Tensor, Tensor], length: float = 1.0) -> None:
+    def _moves(self, proposed: Update, grads: dict[Tensor, Tensor]) -> list[Move]:
+        """What happens to every parameter that has a gradient: in layers as proposed, elsewhere a plain gradient step,
+        ``-lr · buffer`` with ``buffer ← momentum · buffer + gradient``."""
+        pieces, split = self._layout.pieces, self._layout.split
+        left = [None] * len(pieces) if proposed.momentum is None else split(proposed.momentum)
+        triples = zip(pieces, split(proposed.step), left, strict=True)
+        moves = [Move(p, piece, step, momentum) for (piece, p), step, momentum in triples if p in grads]
+        for group in self.param_groups:
+            plain = [p for p in group["params"] if p in grads and p not in self._layout.covered]
+            if not plain:
+                continue
+            along, left = [grads[p] for p in plain], [None] * len(plain)
+            if group["momentum"]:
+                last = [momentum_of(self.state, p) for p in plain]
+                last = [torch.zeros_like(p) if x is None else x for p, x in zip(plain, last, strict=True)]
+                along = left = torch._foreach_add(torch._foreach_mul(last, group["momentum"]), along)
+            steps = torch._foreach_mul(along, -group["lr"])
+            moves += [Move(p, None, *pair) for p, *pair in zip(plain, steps, left, strict=True)]
+        moves = [move._replace(step=move.step.to(move.p.dtype)) for move in moves]
+        return [self._shrinking(move) for move in moves] if self.options.decoupled else moves
+
+    def _shrinking(self, move: Move) -> Move:
+        """The move with decoupled weight decay in it."""
+        group = self._layout.group[move.p]
+        if not group["weight_decay"]:
+            return move
+        return move._replace(step=torch.add(move.step, move.of(move.p), alpha=-group["lr"] * group["weight_decay"]))
+
+    def _write(
+        self,
+        moves: list[Move],
+        facts: dict[str, Tensor],
+        g: Tensor,
+        grads: dict[Tensor, Tensor],
+        length: float = 1.0,
+    ) -> None:
         """Take the step, or ``length`` of it, if all that it would write is finite; one look at the device, or none if
         capturable."""
-        moving = [p in grads for _, p in self._layout.pieces]
-        pieces, momentum = list(compress(self._layout.pieces, moving)), proposed.momentum
-        owners, params = [p for _, p in pieces], [piece.of(p) for piece, p in pieces]
-        steps = list(compress(self._layout.split(proposed.step), moving))
-        buffers = [] if momentum is None else list(compress(self._layout.split(momentum), moving))
-        rest: dict[Tensor, Tensor] = {}
-        if grads.keys() > self._layout.covered & grads.keys():
-            plain, along, rest = self._plain_steps(
-                {p: grad for p, grad in grads.items() if p not in self._layout.covered}
-            )
-            owners, params, steps = owners + plain, params + plain, steps + along
-            buffers = buffers + list(rest.values())
-        new = [step if step.dtype == p.dtype else step.to(p.dtype) for p, step in zip(params, steps, strict=True)]
-        for group in self.param_groups if self.options.decoupled else ():
-            if group["weight_decay"]:
-                shrunk = set(group["params"])
-                decay = -group["lr"] * group["weight_decay"]
-                triples = zip(owners, params, new, strict=True)
-                new = [torch.add(x, p, alpha=decay) if owner in shrunk else x for owner, p, x in triples]
+        params = [move.of(move.p) for move in moves]
+        held = [move for move in moves if move.momentum is not None]
+        steps, left = [move.step for move in moves], [move.momentum for move in held]
         if length != 1.0:
-            new, buffers = torch._foreach_mul(new, length), torch._foreach_mul(buffers, length) if buffers else []
-        new = torch._foreach_add(params, new)
-        holders = ([] if momentum is None else [p for _, p in pieces]) + list(rest)
-        left = [x if x.dtype == p.dtype else x.to(p.dtype) for p, x in zip(holders, buffers, strict=True)]
+            steps, left = torch._foreach_mul(steps, length), torch._foreach_mul(left, length) if left else []
+        new = torch._foreach_add(params, steps)
+        left = [x.to(move.p.dtype) for move, x in zip(held, left, strict=True)]
+        narrow = [x for x in left if x.dtype != g.dtype]  # what is finite in g's dtype may overflow there
+        written = [*new, *narrow]
+        numbers = torch.stack([*facts.values(), g.sum(), *torch._foreach_norm(written, dtype=g.dtype)])
 
-        def kept() -> list[Tensor]:
-            """The momentum buffers that take ``left``; they are made only when it is to be written."""
-            own = [] if momentum is None else [piece.of(self._buffer(p)) for piece, p in pieces]
-            return own + [self._buffer(p) for p in rest]
+        def buffers() -> list[Tensor]:
+            """The momentum that takes ``left``, made only when that is to be written: a refused step leaves none."""
+            return [move.of(self._buffer(move.p)) for move in held]
 
-        narrow = [x for x in left if x.dtype != g.dtype]  # what is finite in v may overflow there
-        facts = list(proposed.facts.values())
-        numbers = torch.stack([*facts, g.sum(), *torch._foreach_norm([*new, *narrow], dtype=g.dtype)])
         if self.options.capturable:
             fine = numbers.isfinite().all()
             new = [torch.where(fine, x, p) for p, x in zip(params, new, strict=True)]
-            left = [torch.where(fine, x, old) for old, x in zip(kept(), left, strict=True)]
+            left = [torch.where(fine, x, old) for old, x in zip(buffers(), left, strict=True)]
             self._skipped = ~fine + (0 if self._skipped is None else self._skipped)
-            self._facts.update(proposed.facts)
+            self._facts.update(facts)
         else:
             read = numbers.tolist()
             if not all(map(math.isfinite, read)):
-                self._check_update(g, [*new, *narrow], read[: len(facts)], grads)
-            self._facts.update(zip(proposed.facts, read, strict=False))
+                self._check_update(g, written, read[: len(facts)], grads)
+            self._facts.update(zip(facts, read, strict=False))
         torch._foreach_copy_(params, new)
         if left:
-            torch._foreach_copy_(kept(), left)
-        if "overshoot" in proposed.facts and not self.options.capturable:
+            torch._foreach_copy_(buffers(), left)
+        if "overshoot" in facts and not self.options.capturable:
             self._count_overshoot(self._facts["overshoot"])
-
-    def _plain_steps(self, directions: dict[Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor], dict[Tensor, Tensor]]:
-        """For parameters without curvature ``-lr · buffer`` with ``buffer ← momentum · buffer + gradient``: the
-        parameters, their steps, and the buffers of those that have momentum."""
-        moved: list[Tensor] = []
-        steps: list[Tensor] = []
-        buffers: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p in directions]
-            along = [directions[p] for p in params]
-            if not params:
-                continue
-            if group["momentum"]:
-                last = [self.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p)) for p in params]
-                along = torch._foreach_add(torch._foreach_mul(last, group["momentum"]), along)
-                buffers |= zip(params, along, strict=True)
-            moved += params
-            steps += torch._foreach_mul(along, -group["lr"])
-        return moved, steps, buffers
 
     def _check_update(self, g: Tensor, new: list[Tensor], facts: list[float], grads: dict[Tensor, Tensor]) -> None:
         """Raise the sentence for a step that is not finite, where it comes in; sums may overflow by themselves."""
@@ -438,7 +455,7 @@ class TwoLevelKFAC(Optimizer):
             if not fine:
                 raise ValueError(f"The gradient holds NaN or inf in parameter {self._layout.names.get(p, '?')!r}.")
 
-    def _check_last_step(self) -> None:
+    def _tell_of_skipped(self) -> None:
         """Tell of steps that were skipped on the device since the last observation."""
         if self._skipped is not None and int(self._skipped):
             skipped, self._skipped = int(self._skipped), None
@@ -464,20 +481,13 @@ class TwoLevelKFAC(Optimizer):
                 "step_rule='quadratic' or overshoot='shorten'. Counted from now on in diagnostics['overshoots'].",
             )
 
-    def _memory(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, tuple[Tensor, Tensor | None]]:
-        """Copies of parameters and of their momentum."""
-        last = {p: self.state.get(p, {}).get("momentum_buffer") for p in grads}
-        return {p: (p.clone(), None if buffer is None else buffer.clone()) for p, buffer in last.items()}
-
-    def _judge(
-        self, closure: Callable[[], Tensor], loss: float, before: dict[Tensor, tuple[Tensor, Tensor | None]]
-    ) -> None:
+    def _judge(self, trial: Trial) -> None:
         """Compare with the loss after the step: undo what went up, and adapt λ."""
-        change = self._change(closure, loss, before)
+        change = trial.change()
         predicted = self._facts["predicted"]
         ratio = self._facts["reduction ratio"] = change / predicted if predicted else 0.0
-        if not change <= 0:
-            for p, (value, _) in before.items():
+        if not change <= 0:  # which NaN is not, either
+            for p, (value, _) in trial.before.items():
                 p.copy_(value)
                 self._buffer(p).zero_()
             self.curvature.counters["rejected"] += 1
@@ -485,30 +495,21 @@ class TwoLevelKFAC(Optimizer):
         elif self.curvature.step % ADAPT_EVERY == 0:
             self.damping = adapted_damping(self.damping, ratio, ADAPT_EVERY)
 
-    def _search(
-        self,
-        closure: Callable[[], Tensor],
-        loss: float,
-        before: dict[Tensor, tuple[Tensor, Tensor | None]],
-        proposed: Update,
-        g: Tensor,
-        grads: dict[Tensor, Tensor],
-    ) -> None:
+    def _search(self, trial: Trial, take: Callable[[float], None]) -> None:
         """Halve the step until the loss goes down; leave everything as it is where it never does."""
-        if not math.isfinite(loss):
-            raise ValueError(f"The closure returned {loss}: there is no lower loss to look for.")
-        look = functools.partial(closure, backward=False) if _takes_backward(closure) else closure
+        if not math.isfinite(trial.loss):
+            raise ValueError(f"The closure returned {trial.loss}: there is no lower loss to look for.")
 
         def goes_down(length: float) -> bool:
             """Take so much of the step, and take it back unless the loss goes down."""
-            self._write(proposed, g, grads, length)
+            take(length)
             self.curvature.counters["evaluations"] += 1
-            down = self._change(look, loss, before) < 0
+            down = trial.change() < 0
             if not down:
-                self._restore(before)
+                trial.restore()
             return down
 
-        gradients = {p: (p.grad, p.grad.clone()) for p in before}  # the closure may write into them
+        gradients = {p: (p.grad, p.grad.clone()) for p in trial.before}  # the closure may write into them
         try:
             length = next(filter(goes_down, LENGTHS_TRIED), 0.0)
         finally:
@@ -524,31 +525,6 @@ class TwoLevelKFAC(Optimizer):
                 "loss of the batch that was observed. Counted from now on in diagnostics['stuck'].",
             )
 
-    def _change(
-        self, closure: Callable[[], Tensor], loss: float, before: dict[Tensor, tuple[Tensor, Tensor | None]]
-    ) -> float:
-        """How much the loss has gone up, weight decay included; what was before comes back if the closure fails."""
-        try:
-            with torch.enable_grad():
-                after = _number(closure())
-        except BaseException:  # no step was taken, then
-            self._restore(before)
-            raise
-        change = (-1.0 if self.param_groups[0]["maximize"] else 1.0) * (after - loss)
-        if not self.options.decoupled:
-            for p, (value, _) in before.items():
-                decay = self._layout.group[p]["weight_decay"]
-                change += 0.5 * decay * float(p.square().sum() - value.square().sum()) if decay else 0.0
-        return change
-
-    def _restore(self, before: dict[Tensor, tuple[Tensor, Tensor | None]]) -> None:
-        """Parameters and momentum as they were."""
-        for p, (value, buffer) in before.items():
-            p.copy_(value)
-            self.state.pop(p, None)
-            if buffer is not None:
-                self.state[p]["momentum_buffer"] = buffer.clone()
-
     def _ridge(self) -> float | Tensor:
         """λ, plus each parameter's weight decay where that is part of the loss."""
         if self.options.decoupled or not any(group["weight_decay"] for group in self.param_groups):
@@ -556,27 +532,24 @@ class TwoLevelKFAC(Optimizer):
         return self.damping + self._layout.option("weight_decay")
 
     def _last_step(self, grads: dict[Tensor, Tensor]) -> Tensor | None:
-        """The layers' momentum (P,), zero where there is none yet or none is wanted; None without any momentum.
+        """The layers' momentum (P,), zero where there is none yet or none is wanted; None without any momentum."""
 
-        With the quadratic rule a layer that is not to move has none.
-        """
-        going_on = [g["momentum"] and (self.options.step_rule != "quadratic" or g["lr"]) for g in self._layout.groups]
-        if not any(going_on):
+        def wanted(group: dict[str, Any]) -> bool:
+            """Under the quadratic rule, whose momentum is a direction of its own, not of a layer that stands still."""
+            return bool(group["momentum"] and (self.options.step_rule != "quadratic" or group["lr"]))
+
+        if not any(map(wanted, self._layout.groups)):
             return None
-        stays = {id(group) for group, goes in zip(self._layout.groups, going_on, strict=True) if not goes}
-        last = {
-            p: self.state[p]["momentum_buffer"]
-            for p in self._layout.covered
-            if p in grads and "momentum_buffer" in self.state.get(p, {}) and id(self._layout.group[p]) not in stays
-        }
-        return self._layout.joined(last)
+        moving = [p for p in self._layout.covered if p in grads and wanted(self._layout.group[p])]
+        last = {p: momentum_of(self.state, p) for p in moving}
+        return self._layout.joined({p: buffer for p, buffer in last.items() if buffer is not None})
 
     def _buffer(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        last = state.get("momentum_buffer")
-        if last is None or (last.dtype, last.device) != (p.dtype, p.device):  # the model may have moved since
-            state["momentum_buffer"] = torch.zeros_like(p) if last is None else last.to(p)
-        return state["momentum_buffer"]
+        """The momentum of a parameter to write into, where the model is now."""
+        last = momentum_of(self.state, p)
+        if last is None or (last.dtype, last.device) != (p.dtype, p.device):
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p) if last is None else last.to(p)
+        return self.state[p]["momentum_buffer"]
 
     # ---- what it acts on ------------------------------------------------------------------------------
 
@@ -748,24 +721,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list):
         return [_copied(item) for item in value]
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-
-
-def _number(loss: Any) -> float:
-    """What a closure returned, as a number."""
-    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
-        return float(loss.detach())
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-        return float(loss)
-    kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    raise TypeError(f"The closure must return the loss, one number, for steps to be judged by it; got {kind}.")
-
-
-def _takes_backward(closure: Callable) -> bool:
-    """Whether a closure can be told that its gradient is not needed."""
-    try:
-        return "backward" in inspect.signature(closure).parameters
-    except (TypeError, ValueError):  # of a function that is not written in Python
-        return False
 
 
 def _shown(value: Any) -> str:
