@@ -96,9 +96,10 @@ class TwoLevelKFAC(Optimizer):
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
         lr: factor on every step. None is 0.3 where ``kl_clip`` bounds the step, 0.1 where it is fixed, and 1 with
             ``"quadratic"``, the rule's own length, and ``"line_search"``, its first try.
-        momentum: of the steps; None is 0.9, and 0 with ``step_rule="line_search"``, whose gains a heavy ball destroys.
-        decay: of the averages of K-FAC's factors and of the batches in A; None is 0.95, and 0, the batch alone, with
-            ``step_rule="line_search"``.
+        momentum: in [0, 1); None is 0.9, and 0 with ``"line_search"``, whose gains a heavy ball destroys. The quadratic
+            rule finds its own coefficient, and 0 turns that off.
+        decay: weight of a batch against the next newer one in every average, of K-FAC's factors and of the batches in
+            A; None is 0.95, and 0, the batch alone, with ``"line_search"``.
         damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
         rule: ``"factored"`` (two products per layer) or ``"eigen"`` (four).
         coarse, per_layer: coarse space and its columns per layer, at most so many (a small layer gives what it
@@ -107,11 +108,9 @@ class TwoLevelKFAC(Optimizer):
         correction: ``"additive"``, ``"a-def1"``, ``"a-def2"`` or ``"balanced"``.
         coarse_operator: ``"captured"`` coarsens A itself; ``"kronecker"`` the Kronecker model, as the 2020 paper.
         fisher, samples: ``"mc"`` with so many labels drawn per example, ``"exact"`` or ``"empirical"``.
-        decay: weight of a batch against the next newer one in every average.
         observe_every, refresh_every, coarse_every: steps between observations, factorisations of M, and rebuilds
             of the coarse level (None: with M).
         coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches.
-        momentum: in [0, 1); the quadratic rule finds its own coefficient, and 0 turns that off.
         weight_decay: of the loss, also in the quadratic model; or shrinks weights directly if ``decoupled``.
         step_rule: ``"fixed"``; ``"kl_clip"`` shortens directions with ``lr² vᵀ(F + λI)v > kl_clip``, F itself and
             not its Kronecker model, which to second order is no less than twice the KL divergence; where F
@@ -153,11 +152,15 @@ class TwoLevelKFAC(Optimizer):
                 f"The model comes first, not its parameters; got {type(model).__name__}. Write "
                 "TwoLevelKFAC(model, likelihood=…), or TwoLevelKFAC(model, params, likelihood=…) to train a part of it."
             )
-        if params is not None and (isinstance(params, Tensor) or not isinstance(params, Iterable)):
+        try:
+            if isinstance(params, Tensor):  # whose rows a list would hold
+                raise TypeError
+            given = None if params is None else list(params)
+        except TypeError:
             raise TypeError(
                 f"The second argument holds parameters or their groups; got {params!r}. Every other option is given "
                 "by name, as in lr=0.1."
-            )
+            ) from None
         shared = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
         if any(dist.get_world_size(m.process_group) > 1 for m in shared):
             raise ValueError(
@@ -172,17 +175,15 @@ class TwoLevelKFAC(Optimizer):
             "weight_decay": weight_decay,
             "maximize": bool(maximize),
         }
-        try:
-            params = [p for p in self.model.parameters() if p.requires_grad] if params is None else list(params)
-        except TypeError as error:
-            raise TypeError(f"The second argument holds parameters or their groups; {error}.") from None
-        if not params:
+        if given is None:
+            given = [p for p in self.model.parameters() if p.requires_grad]
+        if not given:
             raise ValueError("There is no trainable parameter to optimize.")
         self._told: set[str] = set()
         self._left_out: set[str] = set()  # parameters of no known module that were seen in no sum of products
         self._facts: dict[str, float | Tensor] = {}  # the last values of the step rule
         self._skipped: Tensor | None = None  # steps with NaN or inf that a capturable optimizer left out
-        super().__init__(params, defaults)
+        super().__init__(given, defaults)
         self.curvature = RunningCurvature(self.options, self._layers())
         self._take_up()
 
@@ -221,7 +222,7 @@ class TwoLevelKFAC(Optimizer):
             raise ValueError("The model's layers have changed since the optimizer was built; build a new optimizer.")
         check_inputs(self.model, self.partition, inputs)
         before = self.partition.names
-        partition = self.partition if self._eligible() == self.partition.names else self._layers()
+        partition = self.partition if tuple(self._eligible()) == self.partition.layers else self._layers()
         F, seen = self.curvature.captured(self.model, inputs, targets, partition)
         self._left_out |= set(partition.names) - set(F.partition.names)
         self._follow()
@@ -234,7 +235,7 @@ class TwoLevelKFAC(Optimizer):
     @torch.no_grad()
     def preconditioner(self) -> TwoLevel:
         """The two-level preconditioner that the next step applies; it can be drawn."""
-        return self.curvature.preconditioner(lambda: self._gradient()[0].clone())
+        return self.curvature.preconditioner(lambda: self._gradient()[0])
 
     @property
     def partition(self) -> Partition:
@@ -311,10 +312,11 @@ class TwoLevelKFAC(Optimizer):
             self._check_gradient(g, grads)
         searching = self.options.step_rule == "line_search"
         T = self.preconditioner
+        ridge = T.damping if self.options.decoupled else T.damping + self._layout.option("weight_decay")
         proposed = update(
             self._moving(T._apply(g), grads),
             self._last_step(grads),
-            QuadraticModel(T.A.operator, g, self._ridge()),
+            QuadraticModel(T.A.operator, g, ridge),
             self.options,
             lr=self._layout.option("lr"),
             momentum=self._layout.option("momentum"),
@@ -525,12 +527,6 @@ class TwoLevelKFAC(Optimizer):
                 "loss of the batch that was observed. Counted from now on in diagnostics['stuck'].",
             )
 
-    def _ridge(self) -> float | Tensor:
-        """λ, plus each parameter's weight decay where that is part of the loss."""
-        if self.options.decoupled or not any(group["weight_decay"] for group in self.param_groups):
-            return self.damping
-        return self.damping + self._layout.option("weight_decay")
-
     def _last_step(self, grads: dict[Tensor, Tensor]) -> Tensor | None:
         """The layers' momentum (P,), zero where there is none yet or none is wanted; None without any momentum."""
 
@@ -582,26 +578,21 @@ class TwoLevelKFAC(Optimizer):
             self.curvature.lay_out(partition)
             self._take_up()
 
-    def _eligible(self, *, frozen: bool = False) -> tuple[str, ...]:
-        """Names of the layers all of whose parameters are in a group, and trainable or also ``frozen``."""
+    def _eligible(self, *, frozen: bool = False) -> list[Layer]:
+        """The layers all of whose parameters are in a group, and trainable or also ``frozen``."""
         given = {p for group in self.param_groups for p in group["params"]}
         parameters = parameters_of(self.model)
-        return tuple(
-            name
+        return [
+            layer
             for name, layer in layers_of(self.model).items()
             if name not in self._left_out
             and (self._only is None or any(inside(name, chosen) for chosen in self._only))
             and all(p in given and (frozen or p.requires_grad) for p in (parameters[x.parameter] for x in layer.pieces))
-        )
-
-    def _all_layers(self) -> list[Layer]:
-        """Those that a saved state may have had: what is frozen now may not have been then."""
-        layers = layers_of(self.model)
-        return [layers[name] for name in self._eligible(frozen=True)]
+        ]
 
     def _layers(self) -> Partition:
         """The layers that can have curvature as groups and parameters are now."""
-        names = self._eligible()
+        names = [layer.name for layer in self._eligible()]
         missing = [chosen for chosen in self._only or () if not any(inside(name, chosen) for name in names)]
         if missing or not names:
             raise ValueError(
@@ -651,43 +642,22 @@ class TwoLevelKFAC(Optimizer):
         """
         if not isinstance(state_dict, dict) or "curvature" not in state_dict:
             raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
-        rest = _copied({k: v for k, v in state_dict.items() if k != "curvature"})
-        self._check_groups_of(rest)
-        curvature = states.restored(state_dict["curvature"], self.options, self._all_layers(), self._layout.like)
-        super().load_state_dict(rest)
+        matching = states.matching(state_dict, self.param_groups)
+        curvature = self._restored(state_dict["curvature"])
+        super().load_state_dict(matching)
         self.curvature = curvature
         self._lay_out()
 
-    def _check_groups_of(self, saved: dict[str, Any]) -> None:
-        """Refuse saved groups that do not fit these, or whose options are out of range."""
-        groups, kept = saved.get("param_groups"), saved.get("state")
-        whole = isinstance(groups, list) and isinstance(kept, dict)
-        if not whole or not all(isinstance(x, dict) and isinstance(x.get("params"), list) for x in groups):
-            raise ValueError("The state has no 'param_groups' and 'state' as PyTorch's optimizers write them.")
-        sizes = [len(group["params"]) for group in groups]
-        mine = [len(group["params"]) for group in self.param_groups]
-        if sizes != mine:
-            raise ValueError(f"The state has groups of {sizes} parameters; this optimizer has groups of {mine}.")
-        for group in groups:
-            check_group(group)
-        numbers = [i for group in groups for i in group["params"]]
-        if not all(isinstance(i, int) for i in numbers):
-            raise ValueError("The state numbers its parameters; in a group stands something else.")
-        shapes = dict(zip(numbers, (p.shape for group in self.param_groups for p in group["params"]), strict=True))
-        for i, own in kept.items():
-            buffer = own.get("momentum_buffer") if isinstance(own, dict) else None
-            if i not in shapes or not isinstance(buffer, Tensor) or buffer.shape != shapes[i] or not _plain(buffer):
-                raise ValueError(f"The state of parameter {i!r} has no momentum_buffer of that parameter's shape.")
-            if not finite([buffer])[0]:
-                raise ValueError(f"The momentum_buffer of parameter {i!r} holds NaN or inf.")
+    def _restored(self, saved: Any) -> RunningCurvature:
+        """Saved curvature where the model is now; it may be of layers that were frozen since."""
+        return states.restored(saved, self.options, self._eligible(frozen=True), self._layout.like)
 
     def _follow(self) -> None:
-        """Move the state after the model to another device or dtype."""
-        like, factors = self._layout.like, self.curvature.factors
-        kept = next(iter(factors.A.values()), like)
+        """Move the curvature after the model to another device or dtype."""
+        like = self._layout.like
+        kept = next(iter(self.curvature.factors.A.values()), like)
         if (kept.dtype, kept.device) != (like.dtype, like.device):
-            saved = states.saved(self.curvature)
-            self.curvature = states.restored(saved, self.options, self._all_layers(), like)
+            self.curvature = self._restored(states.saved(self.curvature))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("model", "options", "curvature", "_told", "_only", "_left_out", "_facts", "_skipped")
@@ -707,20 +677,6 @@ class TwoLevelKFAC(Optimizer):
             f"  step: {self.options.step_rule}, overshoot {self.options.overshoot}; {groups}\n"
             f"  so far: {', '.join(f'{key} {value:.4g}' for key, value in self.diagnostics.items() if value)})"
         )
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether a tensor has real numbers, all of them written down."""
-    return x.layout == torch.strided and x.is_floating_point() and not x.is_meta
-
-
-def _copied(value: Any) -> Any:
-    """The same nest with tensors of its own, detached."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _shown(value: Any) -> str:

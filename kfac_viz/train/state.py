@@ -1,4 +1,4 @@
-"""Running curvature as tensors, numbers and text that can be saved, and back, all of it checked before any is used."""
+"""An optimizer as tensors, numbers and text that can be saved, and back, all of it checked before any is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.partition import Layer, Partition
 from .curvature import RunningCurvature
-from .options import SHAPING, Options
+from .options import SHAPING, Options, check_group
 from .statistics import Part
 
 
@@ -25,15 +25,13 @@ def saved(curvature: RunningCurvature) -> dict[str, Any]:
     """All of it as tensors, numbers, strings, lists and dictionaries."""
     c, T, level = curvature, curvature._T, None
     if T is not None:
-        F = T.A.operator
-        level = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), "a": list(F.a), "g": list(F.g)}
-        level["swapped"] = list(F.swapped)
         columns = list(T.Z.blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
+        level = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), **_vectors(T.A.operator)}
         level |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
         if not T.galerkin:  # g is the same
             level["kronecker a"] = list(T.coarse_operator.operator.F.a)
     return {
-        "layers": shapes(c.partition),
+        "layers": {layer.name: list(layer.shape) for layer in c.partition.layers},
         "options": c.options.shaping,
         "damping": c.damping,
         "steps": c.step,
@@ -42,18 +40,14 @@ def saved(curvature: RunningCurvature) -> dict[str, Any]:
         "factors": {name: [A, c.factors.G[name]] for name, A in c.factors.A.items()},
         "weights": dict(c.factors.weight),
         "newest": sorted(c.factors.newest),
-        "window": [
-            {"batch": part.batch, "N": part.N, "a": list(F.a), "g": list(F.g), "swapped": list(F.swapped)}
-            for part in c.window.parts
-            for F in [part.F]
-        ],
+        "window": [{"batch": part.batch, "N": part.N, **_vectors(part.F)} for part in c.window.parts],
         "level": level,
     }
 
 
-def shapes(partition: Partition) -> dict[str, list[int]]:
-    """Of every layer, by name."""
-    return {layer.name: list(layer.shape) for layer in partition.layers}
+def _vectors(F: Fisher) -> dict[str, list]:
+    """What :func:`_fisher` reads."""
+    return {"a": list(F.a), "g": list(F.g), "swapped": list(F.swapped)}
 
 
 def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor) -> RunningCurvature:
@@ -66,9 +60,9 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
         ValueError, TypeError: what the state lacks or has wrong, in words.
     """
     for x in _tensors(_of_kind(state, dict, "curvature")):
-        if x.layout != torch.strided or not x.is_floating_point() or (x.is_meta and not like.is_meta):
+        if not _plain(x, meta=like.is_meta):
             raise ValueError(f"The state of the curvature holds a tensor of {x.dtype}, {x.layout}, on {x.device}.")
-    state = converted(state, like)
+    state = _converted(state, like)
     wanted = {name: tuple(_of_kind(x, list, "layers", 2)) for name, x in _field(state, "layers", dict).items()}
     known = {layer.name: layer for layer in layers}
     fits = all(isinstance(n, int) for shape in wanted.values() for n in shape)
@@ -104,7 +98,7 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     level = _field(state, "level")
     if level is not None:
         new._T = _levels(new, _of_kind(level, dict, "level"))
-    marks = _of_kind(_field(state, "marks"), list, "marks", 5)
+    marks = _field(state, "marks", list, 5)
     if marks[0] is not None and not new.window.parts:
         raise ValueError("The state was observed at a step and has no window; it is incomplete.")
     steps = [None if mark is None else check_count("A mark of the state", mark, 0) for mark in marks[:3]]
@@ -117,14 +111,45 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     return new
 
 
+def matching(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A whole saved state, once its groups and momentum fit these groups; the momentum is copied, for PyTorch would go
+    on with the caller's tensors.
+
+    Raises:
+        ValueError, TypeError: groups or momentum of other parameters, or an option that is missing or out of range.
+    """
+    saved, kept = state.get("param_groups"), state.get("state")
+    whole = isinstance(saved, list) and isinstance(kept, dict)
+    if not whole or not all(isinstance(x, dict) and isinstance(x.get("params"), list) for x in saved):
+        raise ValueError("The state has no 'param_groups' and 'state' as PyTorch's optimizers write them.")
+    sizes, mine = ([len(group["params"]) for group in each] for each in (saved, groups))
+    if sizes != mine:
+        raise ValueError(f"The state has groups of {sizes} parameters; this optimizer has groups of {mine}.")
+    for group in saved:
+        check_group(group)
+    numbers = [i for group in saved for i in group["params"]]
+    if not all(isinstance(i, int) for i in numbers):
+        raise ValueError("The state numbers its parameters; in a group stands something else.")
+    shapes = dict(zip(numbers, (p.shape for group in groups for p in group["params"]), strict=True))
+    copies = {}
+    for i, own in kept.items():
+        buffer = own.get("momentum_buffer") if isinstance(own, dict) else None
+        if i not in shapes or not isinstance(buffer, Tensor) or buffer.shape != shapes[i] or not _plain(buffer):
+            raise ValueError(f"The state of parameter {i!r} has no momentum_buffer of that parameter's shape.")
+        if not finite([buffer])[0]:
+            raise ValueError(f"The momentum_buffer of parameter {i!r} holds NaN or inf.")
+        copies[i] = own | {"momentum_buffer": buffer.detach().clone()}
+    return state | {"state": copies}
+
+
 def _levels(new: RunningCurvature, level: dict[str, Any]) -> Any:
     """The preconditioner of the last refresh."""
     options, partition = new.options, new.partition
-    A, G = (tuple(_of_kind(_field(level, which), list, which, len(partition))) for which in "AG")
+    A, G = (tuple(_field(level, which, list, len(partition))) for which in "AG")
     damping = check_damping(_field(level, "damping"))
     M = KFAC(KroneckerFactors(partition, A, G), damping, options.rule)
     F = _fisher(partition, level, options, "a")
-    name, columns = _field(level, "space", str), _of_kind(_field(level, "columns"), list, "columns", len(partition))
+    name, columns = _field(level, "space", str), _field(level, "columns", list, len(partition))
     if name == "krylov":
         blocks = [_shaped(Z, (layer.size, None), "columns") for Z, layer in zip(columns, partition.layers, strict=True)]
         Z = LocalSpace(partition, blocks, name=name)
@@ -159,10 +184,10 @@ def _warn_of_other_options(was: dict[str, Any], options: Options) -> None:
         )
 
 
-def _field(state: dict[str, Any], key: str, kind: type = object) -> Any:
+def _field(state: dict[str, Any], key: str, kind: type = object, length: int | None = None) -> Any:
     if key not in state:
         raise ValueError(f"The state of the curvature has no {key!r}; it is not whole, or of another version.")
-    return _of_kind(state[key], kind, key)
+    return _of_kind(state[key], kind, key, length)
 
 
 def _of_kind(value: Any, kind: type, what: str, length: int | None = None) -> Any:
@@ -181,6 +206,11 @@ def _shaped(x: Any, shape: tuple[int | None, ...], what: str) -> Tensor:
     return x
 
 
+def _plain(x: Tensor, *, meta: bool = False) -> bool:
+    """Whether a tensor has real numbers, all of them written down; on the ``meta`` device none are."""
+    return x.layout == torch.strided and x.is_floating_point() and (meta or not x.is_meta)
+
+
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
@@ -188,10 +218,10 @@ def _tensors(value: Any) -> list[Tensor]:
     return [x for item in inner for x in _tensors(item)]
 
 
-def converted(value: Any, like: Tensor) -> Any:
+def _converted(value: Any, like: Tensor) -> Any:
     """The same nest of dictionaries and lists, its tensors in the dtype and on the device of ``like``."""
     if isinstance(value, dict):
-        return {key: converted(item, like) for key, item in value.items()}
+        return {key: _converted(item, like) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [converted(item, like) for item in value]
+        return [_converted(item, like) for item in value]
     return value.to(like) if isinstance(value, Tensor) else value
