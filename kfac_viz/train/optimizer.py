@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
-from ..method.checks import check_damping, finite, own_precision, warn
-from ..method.layers import Layer, Piece, computed, layers_of, parameters_of
+from ..method.checks import check_damping, own_precision, warn
+from ..method.layers import Layer, computed, layers_of, parameters_of
 from ..method.partition import Partition, inside
 from ..method.two_level import TwoLevel
 from . import state as states
 from .curvature import RunningCurvature
 from .layout import Layout
 from .options import Options, check_group, shows_options
-from .trial import Trial, loss_alone, momentum_of, number
-from .update import QuadraticModel, Update, adapted_damping, update
+from .step import Step
+from .trial import Trial, loss_alone, number
+from .update import QuadraticModel, adapted_damping, update
 
 JUDGED = ("quadratic", "line_search")  # step rules that look at the loss after a step
 LENGTHS_TRIED = tuple(0.5**i for i in range(31))  # of a step by line search, before it is given up
@@ -40,19 +41,6 @@ def _full_precision(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return wrapped
-
-
-class Move(NamedTuple):
-    """What a step does to a parameter p, or to a piece of it: what is added, and the momentum that is left, if any."""
-
-    p: Tensor
-    piece: Piece | None
-    step: Tensor
-    momentum: Tensor | None
-
-    def of(self, x: Tensor) -> Tensor:
-        """What is meant of p, or of anything in its shape: a view."""
-        return x if self.piece is None else self.piece.of(x)
 
 
 class TwoLevelKFAC(Optimizer):
@@ -235,7 +223,7 @@ class TwoLevelKFAC(Optimizer):
     @torch.no_grad()
     def preconditioner(self) -> TwoLevel:
         """The two-level preconditioner that the next step applies; it can be drawn."""
-        return self.curvature.preconditioner(lambda: self._gradient()[0])
+        return self.curvature.preconditioner(lambda: self._gradient().g)
 
     @property
     def partition(self) -> Partition:
@@ -307,155 +295,45 @@ class TwoLevelKFAC(Optimizer):
 
     def _take(self, closure: Callable[[], Tensor] | None, loss: float) -> None:
         """The step itself, judged by the closure, whose ``loss`` before the step is known, if there is one."""
-        g, grads = self._gradient()
+        step = self._gradient()
         if self.curvature.renewal_due:  # which a bad gradient must not set off
-            self._check_gradient(g, grads)
+            step.check_gradient()
         searching = self.options.step_rule == "line_search"
-        T = self.preconditioner
-        ridge = T.damping if self.options.decoupled else T.damping + self._layout.option("weight_decay")
+        T, layout = self.preconditioner, self._layout
+        ridge = T.damping if self.options.decoupled else T.damping + layout.option("weight_decay")
         proposed = update(
-            self._moving(T._apply(g), grads),
-            self._last_step(grads),
-            QuadraticModel(T.A.operator, g, ridge),
+            step.moving(T._apply(step.g), known=self.curvature.factors.weight),
+            step.momentum(),
+            QuadraticModel(T.A.operator, step.g, ridge),
             self.options,
-            lr=self._layout.option("lr"),
-            momentum=self._layout.option("momentum"),
+            lr=layout.option("lr"),
+            momentum=layout.option("momentum"),
             damping=T.damping,
             guarded=not searching and (closure is not None or self._on_guard),
         )
-        take = functools.partial(self._write, self._moves(proposed, grads), proposed.facts, g, grads)
+        moves = step.moves(proposed)
+
+        def take(length: float = 1.0) -> None:
+            """Take the step, or so much of it, and note what was measured."""
+            facts, skipped = step.write(moves, proposed.facts, T, length)
+            self._facts.update(facts)
+            if skipped is not None:
+                self._skipped = skipped + (0 if self._skipped is None else self._skipped)
+            elif "overshoot" in facts:
+                self._count_overshoot(facts["overshoot"])
+
         if closure is None:
             take()
-            return
-        decay = {p: 0.0 if self.options.decoupled else self._layout.group[p]["weight_decay"] for p in grads}
-        look = loss_alone(closure) if searching else closure
-        trial = Trial(look, loss, decay, self.state, maximize=self.param_groups[0]["maximize"])
-        if searching:
-            self._search(trial, take)
+        elif searching:
+            self._search(Trial(step, loss_alone(closure), loss), take)
         else:
+            trial = Trial(step, closure, loss)
             take()
             self._judge(trial)
 
-    def _gradient(self) -> tuple[Tensor, dict[Tensor, Tensor]]:
-        """The gradient over the partition (P,), and of each parameter that has one, with weight decay."""
-        grads: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            check_group(group)
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            found = [p.grad for p in params]
-            if any(grad.layout != torch.strided for grad in found):
-                raise ValueError("Sparse gradients are not supported; build the embedding with sparse=False.")
-            if group["maximize"]:
-                found = torch._foreach_neg(found)
-            if group["weight_decay"] and not self.options.decoupled:
-                found = torch._foreach_add(found, params, alpha=group["weight_decay"])
-            grads.update(zip(params, found, strict=True))
-        if not grads:
-            raise ValueError("No parameter of the optimizer has a gradient; call loss.backward() first.")
-        return self._layout.joined(grads), grads
-
-    def _moving(self, v: Tensor, grads: dict[Tensor, Tensor]) -> Tensor:
-        """v, zero where no step is taken: its length must not depend on what stays."""
-        for name, s in zip(self.partition.names, self.partition.slices, strict=True):
-            if name not in self.curvature.factors.weight:  # λ alone would set the length of its step
-                v[s] = 0
-        if not self._layout.covered <= grads.keys():
-            for (_, p), view in zip(self._layout.pieces, self._layout.split(v), strict=True):
-                if p not in grads:
-                    view.zero_()
-        return v
-
-    def _moves(self, proposed: Update, grads: dict[Tensor, Tensor]) -> list[Move]:
-        """What happens to every parameter that has a gradient: in layers as proposed, elsewhere a plain gradient step,
-        ``-lr · buffer`` with ``buffer ← momentum · buffer + gradient``."""
-        pieces, split = self._layout.pieces, self._layout.split
-        left = [None] * len(pieces) if proposed.momentum is None else split(proposed.momentum)
-        triples = zip(pieces, split(proposed.step), left, strict=True)
-        moves = [Move(p, piece, step, momentum) for (piece, p), step, momentum in triples if p in grads]
-        for group in self.param_groups:
-            plain = [p for p in group["params"] if p in grads and p not in self._layout.covered]
-            if not plain:
-                continue
-            along, left = [grads[p] for p in plain], [None] * len(plain)
-            if group["momentum"]:
-                last = [momentum_of(self.state, p) for p in plain]
-                last = [torch.zeros_like(p) if x is None else x for p, x in zip(plain, last, strict=True)]
-                along = left = torch._foreach_add(torch._foreach_mul(last, group["momentum"]), along)
-            steps = torch._foreach_mul(along, -group["lr"])
-            moves += [Move(p, None, *pair) for p, *pair in zip(plain, steps, left, strict=True)]
-        moves = [move._replace(step=move.step.to(move.p.dtype)) for move in moves]
-        return [self._shrinking(move) for move in moves] if self.options.decoupled else moves
-
-    def _shrinking(self, move: Move) -> Move:
-        """The move with decoupled weight decay in it."""
-        group = self._layout.group[move.p]
-        if not group["weight_decay"]:
-            return move
-        return move._replace(step=torch.add(move.step, move.of(move.p), alpha=-group["lr"] * group["weight_decay"]))
-
-    def _write(
-        self,
-        moves: list[Move],
-        facts: dict[str, Tensor],
-        g: Tensor,
-        grads: dict[Tensor, Tensor],
-        length: float = 1.0,
-    ) -> None:
-        """Take the step, or ``length`` of it, if all that it would write is finite; one look at the device, or none if
-        capturable."""
-        params = [move.of(move.p) for move in moves]
-        held = [move for move in moves if move.momentum is not None]
-        steps, left = [move.step for move in moves], [move.momentum for move in held]
-        if length != 1.0:
-            steps, left = torch._foreach_mul(steps, length), torch._foreach_mul(left, length) if left else []
-        new = torch._foreach_add(params, steps)
-        left = [x.to(move.p.dtype) for move, x in zip(held, left, strict=True)]
-        narrow = [x for x in left if x.dtype != g.dtype]  # what is finite in g's dtype may overflow there
-        written = [*new, *narrow]
-        numbers = torch.stack([*facts.values(), g.sum(), *torch._foreach_norm(written, dtype=g.dtype)])
-
-        def buffers() -> list[Tensor]:
-            """The momentum that takes ``left``, made only when that is to be written: a refused step leaves none."""
-            return [move.of(self._buffer(move.p)) for move in held]
-
-        if self.options.capturable:
-            fine = numbers.isfinite().all()
-            new = [torch.where(fine, x, p) for p, x in zip(params, new, strict=True)]
-            left = [torch.where(fine, x, old) for old, x in zip(buffers(), left, strict=True)]
-            self._skipped = ~fine + (0 if self._skipped is None else self._skipped)
-            self._facts.update(facts)
-        else:
-            read = numbers.tolist()
-            if not all(map(math.isfinite, read)):
-                self._check_update(g, written, read[: len(facts)], grads)
-            self._facts.update(zip(facts, read, strict=False))
-        torch._foreach_copy_(params, new)
-        if left:
-            torch._foreach_copy_(buffers(), left)
-        if "overshoot" in facts and not self.options.capturable:
-            self._count_overshoot(self._facts["overshoot"])
-
-    def _check_update(self, g: Tensor, new: list[Tensor], facts: list[float], grads: dict[Tensor, Tensor]) -> None:
-        """Raise the sentence for a step that is not finite, where it comes in; sums may overflow by themselves."""
-        if all(map(math.isfinite, facts)) and all(finite([g, *new])):
-            return
-        self._check_gradient(g, grads)
-        self.partition.check_finite(self.preconditioner._apply(g), "The preconditioned gradient")
-        dtype = self._layout.pieces[0][1].dtype
-        raise ValueError(
-            f"The step would overflow parameters of {dtype}, or the model of the loss does so in {g.dtype}; "
-            "nothing was written. Scale the loss, lower lr, or raise damping."
-        )
-
-    def _check_gradient(self, g: Tensor, grads: dict[Tensor, Tensor]) -> None:
-        """Refuse NaN and inf in the gradient, naming the layer or parameter."""
-        self.partition.check_finite(g, "The gradient")
-        others = [p for p in grads if p not in self._layout.covered]
-        for p, fine in zip(others, finite([grads[p] for p in others]), strict=True):
-            if not fine:
-                raise ValueError(f"The gradient holds NaN or inf in parameter {self._layout.names.get(p, '?')!r}.")
+    def _gradient(self) -> Step:
+        """The gradients as they are now, from which a step is made."""
+        return Step(self._layout, self.param_groups, self.state, self.options)
 
     def _tell_of_skipped(self) -> None:
         """Tell of steps that were skipped on the device since the last observation."""
@@ -489,9 +367,7 @@ class TwoLevelKFAC(Optimizer):
         predicted = self._facts["predicted"]
         ratio = self._facts["reduction ratio"] = change / predicted if predicted else 0.0
         if not change <= 0:  # which NaN is not, either
-            for p, (value, _) in trial.before.items():
-                p.copy_(value)
-                self._buffer(p).zero_()
+            trial.reject()
             self.curvature.counters["rejected"] += 1
             self.damping = max(REJECTION * self.damping, 1e-8)
         elif self.curvature.step % ADAPT_EVERY == 0:
@@ -526,26 +402,6 @@ class TwoLevelKFAC(Optimizer):
                 "minimum may be reached to working precision; else raise damping, or see that the closure returns the "
                 "loss of the batch that was observed. Counted from now on in diagnostics['stuck'].",
             )
-
-    def _last_step(self, grads: dict[Tensor, Tensor]) -> Tensor | None:
-        """The layers' momentum (P,), zero where there is none yet or none is wanted; None without any momentum."""
-
-        def wanted(group: dict[str, Any]) -> bool:
-            """Under the quadratic rule, whose momentum is a direction of its own, not of a layer that stands still."""
-            return bool(group["momentum"] and (self.options.step_rule != "quadratic" or group["lr"]))
-
-        if not any(map(wanted, self._layout.groups)):
-            return None
-        moving = [p for p in self._layout.covered if p in grads and wanted(self._layout.group[p])]
-        last = {p: momentum_of(self.state, p) for p in moving}
-        return self._layout.joined({p: buffer for p, buffer in last.items() if buffer is not None})
-
-    def _buffer(self, p: Tensor) -> Tensor:
-        """The momentum of a parameter to write into, where the model is now."""
-        last = momentum_of(self.state, p)
-        if last is None or (last.dtype, last.device) != (p.dtype, p.device):
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p) if last is None else last.to(p)
-        return self.state[p]["momentum_buffer"]
 
     # ---- what it acts on ------------------------------------------------------------------------------
 

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .step import Step
 
 
 class Trial:
     """Parameters, momentum and loss before a step.
 
     Args:
+        step: the step that is about to be taken.
         closure: recomputes the loss.
         loss: what it returned before the step.
-        decay: the parameters that are about to move, each with the weight decay that is part of the loss.
-        state: of the optimizer; it has the momentum.
-        maximize: whether the loss is to go up.
     """
 
-    def __init__(
-        self,
-        closure: Callable[[], Tensor],
-        loss: float,
-        decay: dict[Tensor, float],
-        state: Mapping[Tensor, dict[str, Tensor]],
-        *,
-        maximize: bool,
-    ) -> None:
-        self.closure, self.loss, self.decay, self.state = closure, loss, decay, state
-        self.sign = -1.0 if maximize else 1.0
-        last = {p: momentum_of(state, p) for p in decay}
+    def __init__(self, step: Step, closure: Callable[[], Tensor], loss: float) -> None:
+        self.step, self.closure, self.loss = step, closure, loss
+        last = {p: step.last(p) for p in step.grads}
         self.before = {p: (p.clone(), None if buffer is None else buffer.clone()) for p, buffer in last.items()}
 
     def change(self) -> float:
@@ -44,24 +35,26 @@ class Trial:
         except BaseException:
             self.restore()
             raise
-        change = self.sign * (after - self.loss)
+        change = (-1.0 if self.step.groups[0]["maximize"] else 1.0) * (after - self.loss)
         for p, (value, _) in self.before.items():
-            if self.decay[p]:
-                change += 0.5 * self.decay[p] * float(p.square().sum() - value.square().sum())
+            decay = 0.0 if self.step.options.decoupled else self.step.layout.group[p]["weight_decay"]
+            if decay:
+                change += 0.5 * decay * float(p.square().sum() - value.square().sum())
         return change
 
     def restore(self) -> None:
         """Parameters and momentum as they were."""
         for p, (value, buffer) in self.before.items():
             p.copy_(value)
-            self.state.pop(p, None)
+            self.step.state.pop(p, None)
             if buffer is not None:
-                self.state[p]["momentum_buffer"] = buffer.clone()
+                self.step.state[p]["momentum_buffer"] = buffer.clone()
 
-
-def momentum_of(state: Mapping[Tensor, dict[str, Tensor]], p: Tensor) -> Tensor | None:
-    """The momentum of a parameter, None where it has none yet."""
-    return state.get(p, {}).get("momentum_buffer")
+    def reject(self) -> None:
+        """Parameters as they were, and no momentum, which would lead the same way again."""
+        for p, (value, _) in self.before.items():
+            p.copy_(value)
+            self.step.buffer(p).zero_()
 
 
 def number(loss: Any) -> float:
