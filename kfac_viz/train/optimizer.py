@@ -23,10 +23,9 @@ from .curvature import RunningCurvature
 from .layout import Layout
 from .options import Options, check_group, shows_options
 from .step import Step
-from .trial import Trial, loss_alone, number
+from .trial import Trial, loss_alone
 from .update import QuadraticModel, adapted_damping, update
 
-JUDGED = ("quadratic", "line_search")  # step rules that look at the loss after a step
 LENGTHS_TRIED = tuple(0.5**i for i in range(31))  # of a step by line search, before it is given up
 ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
 REJECTION = 4.0  # factor on λ after a step that went up
@@ -265,26 +264,24 @@ class TwoLevelKFAC(Optimizer):
                 overflows the parameters, or a group whose options were edited out of range; parameters and momentum
                 have not been changed then.
         """
-        judged = closure is not None and self.options.step_rule in JUDGED
         searching = self.options.step_rule == "line_search"
-        if self.options.capturable and (judged or searching):
+        judged = searching or (closure is not None and self.options.step_rule == "quadratic")
+        if self.options.capturable and judged:
             raise ValueError(
                 f"capturable=True decides nothing on the host; step_rule={self.options.step_rule!r} "
                 f"{'needs to' if searching else 'takes no closure then'}."
             )
         if searching and closure is None:
             raise ValueError("step_rule='line_search' looks at the loss: call step(closure), which returns it.")
-        loss, start = None, math.nan
+        loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if judged:
-            start = number(loss)
         kept = copy.copy(self.curvature)
         kept.counters = dict(kept.counters)
         try:
             self._follow()
-            self._take(closure if judged else None, start)
+            self._take(closure if judged else None, loss)
         except BaseException:
             self.curvature = kept  # a refresh that was due still is
             raise
@@ -293,8 +290,8 @@ class TwoLevelKFAC(Optimizer):
         self.curvature.step += 1
         return loss
 
-    def _take(self, closure: Callable[[], Tensor] | None, loss: float) -> None:
-        """The step itself, judged by the closure, whose ``loss`` before the step is known, if there is one."""
+    def _take(self, closure: Callable[[], Tensor] | None, loss: Tensor | None) -> None:
+        """The step itself; if there is a closure, which has just returned ``loss``, it judges the step."""
         step = self._gradient()
         if self.curvature.renewal_due:  # which a bad gradient must not set off
             step.check_gradient()

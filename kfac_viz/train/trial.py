@@ -20,10 +20,13 @@ class Trial:
         step: the step that is about to be taken.
         closure: recomputes the loss.
         loss: what it returned before the step.
+
+    Raises:
+        TypeError: a loss that is not one number.
     """
 
-    def __init__(self, step: Step, closure: Callable[[], Tensor], loss: float) -> None:
-        self.step, self.closure, self.loss = step, closure, loss
+    def __init__(self, step: Step, closure: Callable[[], Tensor], loss: Any) -> None:
+        self.step, self.closure, self.loss = step, closure, _number(loss)
         last = {p: step.last(p) for p in step.grads}
         self.before = {p: (p.clone(), None if buffer is None else buffer.clone()) for p, buffer in last.items()}
 
@@ -31,7 +34,7 @@ class Trial:
         """How much the loss has gone up since, weight decay included; if the closure fails, no step was taken."""
         try:
             with torch.enable_grad():
-                after = number(self.closure())
+                after = _number(self.closure())
         except BaseException:
             self.restore()
             raise
@@ -57,7 +60,7 @@ class Trial:
             self.step.buffer(p).zero_()
 
 
-def number(loss: Any) -> float:
+def _number(loss: Any) -> float:
     """What a closure returned, as a number."""
     if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
         return float(loss.detach())
