@@ -211,8 +211,8 @@ class TwoLevelKFAC(Optimizer):
         before = self.partition.names
         partition = self.partition if tuple(self._eligible()) == self.partition.layers else self._layers()
         F, seen = self.curvature.captured(self.model, inputs, targets, partition)
+        self._follow()  # while the layers that the curvature has now all count as eligible
         self._left_out |= set(partition.names) - set(F.partition.names)
-        self._follow()
         self.curvature.take_in(F, seen)
         if self.partition.names != before:  # a layer was frozen or unfrozen since, or is used in no known way
             self._take_up()
