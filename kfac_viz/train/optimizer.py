@@ -308,7 +308,7 @@ class TwoLevelKFAC(Optimizer):
             damping=T.damping,
             guarded=not searching and (closure is not None or self._on_guard),
         )
-        moves = step.moves(proposed)
+        moves = step.moves(proposed)  # here, since a closure may write into the gradients at every length that is tried
 
         def take(length: float = 1.0) -> None:
             """Take the step, or so much of it, and note what was measured."""

@@ -115,7 +115,7 @@ class Step:
         pieces, split = self.layout.pieces, self.layout.split
         left = [None] * len(pieces) if proposed.momentum is None else split(proposed.momentum)
         triples = zip(pieces, split(proposed.step), left, strict=True)
-        moves = [Move(p, piece, step, momentum) for (piece, p), step, momentum in triples if p in self.grads]
+        moves = [Move(p, piece, step.to(p.dtype), x) for (piece, p), step, x in triples if p in self.grads]
         for group in self.groups:
             plain = [p for p in group["params"] if p in self.grads and p not in self.layout.covered]
             if not plain:
@@ -126,8 +126,7 @@ class Step:
                 last = [torch.zeros_like(p) if x is None else x for p, x in zip(plain, last, strict=True)]
                 along = left = torch._foreach_add(torch._foreach_mul(last, group["momentum"]), along)
             steps = torch._foreach_mul(along, -group["lr"])
-            moves += [Move(p, None, *pair) for p, *pair in zip(plain, steps, left, strict=True)]
-        moves = [move._replace(step=move.step.to(move.p.dtype)) for move in moves]
+            moves += [Move(p, None, step.to(p.dtype), x) for p, step, x in zip(plain, steps, left, strict=True)]
         return [self._shrinking(move) for move in moves] if self.options.decoupled else moves
 
     def _shrinking(self, move: Move) -> Move:
