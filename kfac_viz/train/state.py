@@ -16,20 +16,14 @@ from ..method.kfac import KFAC
 from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.partition import Layer, Partition
+from ..method.two_level import TwoLevel
 from .curvature import RunningCurvature
 from .options import SHAPING, Options, check_group
 from .statistics import Part
 
 
-def saved(curvature: RunningCurvature) -> dict[str, Any]:
-    """All of it as tensors, numbers, strings, lists and dictionaries."""
-    c, T, level = curvature, curvature._T, None
-    if T is not None:
-        columns = list(T.Z.blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
-        level = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), **_vectors(T.A.operator)}
-        level |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
-        if not T.galerkin:  # g is the same
-            level["kronecker a"] = list(T.coarse_operator.operator.F.a)
+def saved(c: RunningCurvature) -> dict[str, Any]:
+    """All of a running curvature as tensors, numbers, strings, lists and dictionaries."""
     return {
         "layers": {layer.name: list(layer.shape) for layer in c.partition.layers},
         "options": c.options.shaping,
@@ -41,8 +35,18 @@ def saved(curvature: RunningCurvature) -> dict[str, Any]:
         "weights": dict(c.factors.weight),
         "newest": sorted(c.factors.newest),
         "window": [{"batch": part.batch, "N": part.N, **_vectors(part.F)} for part in c.window.parts],
-        "level": level,
+        "level": None if c._T is None else _saved_levels(c._T),
     }
+
+
+def _saved_levels(T: TwoLevel) -> dict[str, Any]:
+    """What :func:`_levels` reads."""
+    columns = list(T.Z.blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
+    levels = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), **_vectors(T.A.operator)}
+    levels |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
+    if not T.galerkin:  # its Kronecker model has weights in a as well; g is the same
+        levels["kronecker a"] = list(T.coarse_operator.operator.F.a)
+    return levels
 
 
 def _vectors(F: Fisher) -> dict[str, list]:
@@ -111,6 +115,48 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     return new
 
 
+def _levels(new: RunningCurvature, level: dict[str, Any]) -> TwoLevel:
+    """The preconditioner of the last refresh."""
+    options, partition = new.options, new.partition
+    A, G = (tuple(_field(level, which, list, len(partition))) for which in "AG")
+    damping = check_damping(_field(level, "damping"))
+    M = KFAC(KroneckerFactors(partition, A, G), damping, options.rule)
+    F = _fisher(partition, level, options, "a")
+    name, columns = _field(level, "space", str), _field(level, "columns", list, len(partition))
+    if name == "krylov":
+        blocks = [_shaped(Z, (layer.size, None), "columns") for Z, layer in zip(columns, partition.layers, strict=True)]
+        Z = LocalSpace(partition, blocks, name=name)
+    else:
+        pairs = [_of_kind(pair, list, "columns", 2) for pair in columns]
+        for (W, U), layer in zip(pairs, partition.layers, strict=True):
+            _shaped(W, (layer.out, None), "columns")
+            _shaped(U, (layer.features, W.shape[1]), "columns")
+        Z = RankOneSpace(partition, [tuple(pair) for pair in pairs], name=name)
+    K = _fisher(partition, level, options, "kronecker a" if "kronecker a" in level else "a")
+    return new._two_level(F.damped(damping), M, Z, lambda: KroneckerFisher(K, options.convention))
+
+
+def _fisher(partition: Partition, entry: Any, options: Options, key: str) -> Fisher:
+    """A Fisher from saved inputs and vectors, which it checks against each other and the layers."""
+    entry = _of_kind(entry, dict, "window")
+    a, g = (_field(entry, which, list) for which in (key, "g"))
+    swapped = entry.get("swapped", [0] * len(partition))  # states of earlier versions have none
+    swapped = _of_kind(swapped, list, "swapped", len(partition))
+    swapped = [check_count("The state's 'swapped'", n, 0) for n in swapped]
+    return Fisher(partition, a, g, likelihood=options.likelihood, flavour=options.fisher, swapped=swapped)
+
+
+def _warn_of_other_options(was: dict[str, Any], options: Options) -> None:
+    now = options.shaping
+    other = [name for name in SHAPING if name in was and was[name] != now[name]]
+    if other:
+        differences = ", ".join(f"{name}={was[name]!r} (here {now[name]!r})" for name in other)
+        warn(
+            f"The state was saved with {differences}. It is loaded, and this optimizer keeps its own options: "
+            "the run goes on differently from the saved one."
+        )
+
+
 def matching(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """A whole saved state, once its groups and momentum fit these groups; the momentum is copied, for PyTorch would go
     on with the caller's tensors.
@@ -140,48 +186,6 @@ def matching(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
             raise ValueError(f"The momentum_buffer of parameter {i!r} holds NaN or inf.")
         copies[i] = own | {"momentum_buffer": buffer.detach().clone()}
     return state | {"state": copies}
-
-
-def _levels(new: RunningCurvature, level: dict[str, Any]) -> Any:
-    """The preconditioner of the last refresh."""
-    options, partition = new.options, new.partition
-    A, G = (tuple(_field(level, which, list, len(partition))) for which in "AG")
-    damping = check_damping(_field(level, "damping"))
-    M = KFAC(KroneckerFactors(partition, A, G), damping, options.rule)
-    F = _fisher(partition, level, options, "a")
-    name, columns = _field(level, "space", str), _field(level, "columns", list, len(partition))
-    if name == "krylov":
-        blocks = [_shaped(Z, (layer.size, None), "columns") for Z, layer in zip(columns, partition.layers, strict=True)]
-        Z = LocalSpace(partition, blocks, name=name)
-    else:
-        pairs = [_of_kind(pair, list, "columns", 2) for pair in columns]
-        for (W, U), layer in zip(pairs, partition.layers, strict=True):
-            _shaped(W, (layer.out, None), "columns")
-            _shaped(U, (layer.features, W.shape[1]), "columns")
-        Z = RankOneSpace(partition, [(W, U) for W, U in pairs], name=name)
-    K = _fisher(partition, level, options, "kronecker a" if "kronecker a" in level else "a")
-    return new._two_level(F.damped(damping), M, Z, lambda: KroneckerFisher(K, options.convention))
-
-
-def _fisher(partition: Partition, entry: Any, options: Options, key: str) -> Fisher:
-    """A Fisher from saved inputs and vectors, which it checks against each other and the layers."""
-    entry = _of_kind(entry, dict, "window")
-    a, g = (_field(entry, which, list) for which in (key, "g"))
-    swapped = entry.get("swapped", [0] * len(partition))  # states of earlier versions have none
-    swapped = _of_kind(swapped, list, "swapped", len(partition))
-    swapped = [check_count("The state's 'swapped'", n, 0) for n in swapped]
-    return Fisher(partition, a, g, likelihood=options.likelihood, flavour=options.fisher, swapped=swapped)
-
-
-def _warn_of_other_options(was: dict[str, Any], options: Options) -> None:
-    now = options.shaping
-    other = [name for name in SHAPING if name in was and was[name] != now[name]]
-    if other:
-        differences = ", ".join(f"{name}={was[name]!r} (here {now[name]!r})" for name in other)
-        warn(
-            f"The state was saved with {differences}. It is loaded, and this optimizer keeps its own options: "
-            "the run goes on differently from the saved one."
-        )
 
 
 def _field(state: dict[str, Any], key: str, kind: type = object, length: int | None = None) -> Any:

@@ -55,9 +55,8 @@ def update(
     """The step from the preconditioned gradient v (P,) and the last step's momentum (P,).
 
     ``fixed`` and ``line_search``, which halves it later: ``m ← μ m + v`` and the step ``−lr m``; ``kl_clip`` shortens
-    v first; ``quadratic`` takes the best
-    combination of v and the last step, which lr then scales. With ``guarded`` the step is judged by the model,
-    and shortened to the model's minimum if ``overshoot="shorten"``.
+    v first; ``quadratic`` takes the best combination of v and the last step, which lr then scales. With ``guarded`` the
+    step is judged by the model, and shortened to the model's minimum if ``overshoot="shorten"``.
 
     Args:
         lr, momentum: one number, or one per parameter (P,).
