@@ -1,1 +1,6 @@
-"""Training with the very objects of `method`: what is averaged, when it is renewed, and how far to go."""
+"""Training with the very objects of `method`: what is averaged, when it is renewed, and how far to go.
+
+`optimizer` has the order of things. It is made of `options`, what one may choose; `statistics`, what is remembered of
+batches; `curvature`, when that becomes a preconditioner; `layout`, where parameters lie in a flat vector; `update`, how
+long a step is; `step`, what it does to each parameter; `trial`, the loss that judges it; and `state`, saving all of it.
+"""
