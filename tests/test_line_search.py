@@ -189,6 +189,8 @@ def test_it_goes_on_from_a_saved_state_as_if_nothing_had_been():
 
 
 def test_parameters_without_curvature_are_searched_along_too():
+    """Also where the closure writes its gradients over those of the step."""
+
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -197,25 +199,31 @@ def test_parameters_without_curvature_are_searched_along_too():
         def forward(self, x):
             return self.inner(x) * self.scale.exp()
 
-    torch.manual_seed(0)
-    model, x, y = Scaled(), normal(20, 4), torch.randint(3, (20,))
-    x = normal(20, next(model.inner.parameters()).shape[1])
-    opt = kv.TwoLevelKFAC(model, **FULL | dict(likelihood="categorical"))
-    losses = []
+    def trained(set_to_none):
+        torch.manual_seed(0)
+        model, y, losses = Scaled(), torch.randint(3, (20,)), []
+        x = normal(20, next(model.inner.parameters()).shape[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt = kv.TwoLevelKFAC(model, **FULL | dict(likelihood="categorical"))
 
-    def closure():
-        opt.zero_grad()
-        loss = kv.nll(model(x), y, "categorical")
-        loss.backward()
-        losses.append(float(loss.detach()))
-        return loss
+        def closure():
+            opt.zero_grad(set_to_none=set_to_none)
+            loss = kv.nll(model(x), y, "categorical")
+            loss.backward()
+            losses.append(float(loss.detach()))
+            return loss
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(4):
-            opt.observe(x)
-            opt.step(closure)
-    assert float(model.scale) != 1.0 and kv.nll(model(x), y, "categorical") < losses[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(4):
+                opt.observe(x)
+                opt.step(closure)
+        assert float(model.scale.detach()) != 1.0 and kv.nll(model(x), y, "categorical") < losses[0]
+        assert opt.diagnostics["evaluations"] > 4  # some steps were halved
+        return torch.nn.utils.parameters_to_vector(model.parameters())
+
+    assert torch.equal(trained(True), trained(False))
 
 
 def test_columns_go_where_the_eigenvalues_are():

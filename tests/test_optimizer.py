@@ -857,6 +857,26 @@ def test_state_follows_the_model_to_another_dtype():
     assert all(state["momentum_buffer"].dtype == torch.float32 for state in opt.state.values())
 
 
+def test_a_parameter_is_left_out_in_the_step_in_which_the_model_moves_to_another_dtype():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale, self.otherwise = mlp(), nn.Parameter(torch.ones(3, dtype=torch.float64)), False
+
+        def forward(self, x):
+            return self.inner(x) * (self.scale.exp() if self.otherwise else self.scale)
+
+    model = Scaled()
+    opt = TwoLevelKFAC(model, **FIXED)
+    train(opt, model, 2)
+    assert "scale" in opt.partition.names
+    model.float()
+    model.otherwise = True
+    with pytest.warns(UserWarning, match="scale"):
+        train(opt, model, 2, x=X.float())
+    assert "scale" not in opt.partition.names and opt.preconditioner.dtype == torch.float32
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cpu_and_cuda_agree_and_state_moves():
     models = [mlp(), mlp().cuda()]
