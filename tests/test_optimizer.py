@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kfac_viz as kv
-from kfac_viz.method.kronecker import LeadingEigenvectors
 from kfac_viz.method.two_level import CORRECTIONS
 from kfac_viz.train.optimizer import TwoLevelKFAC as Optimizer
 from kfac_viz.train.options import COARSE_OPERATORS, NAMES, SPACES
@@ -125,7 +124,7 @@ def test_leading_eigenvectors_of_a_large_factor():
     Q = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64)).Q
     G = (Q * 0.5 ** torch.arange(300)) @ Q.T
     factors = kv.KroneckerFactors(layer, (torch.ones(1, 1, dtype=torch.float64),), (G,))
-    d, U = LeadingEigenvectors(factors, 4).eigen_G[0]
+    d, U = factors.leading(4).eigen_G[0]
     assert_close(d.flip(0)[:4], 0.5 ** torch.arange(4).double(), 1e-10)
     assert_close((U.T @ Q[:, :4]).square().sum(0), torch.ones(4).double(), 1e-10)
 

@@ -6,25 +6,19 @@ it has. A larger space contains the smaller, whose columns come first within eac
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from .checks import check_count, check_seed, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace, gram_schmidt
 from .decompositions import cholesky, eigh
-from .kronecker import KroneckerFactors, LeadingEigenvectors
+from .fisher import Fisher
+from .kfac import KFAC
+from .kronecker import KroneckerFactors
 from .operator import Operator, check_same_space, check_symmetric
 from .partition import Layer
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random", "optimal")
-
-
-class HasFactors(Protocol):
-    """What ``spectral`` and ``smooth`` need: a Fisher, or a K-FAC preconditioner."""
-
-    def kronecker(self) -> KroneckerFactors: ...
 
 
 def nicolaides(F: Operator, per_layer: int = 1) -> RankOneSpace:
@@ -48,7 +42,7 @@ def nicolaides(F: Operator, per_layer: int = 1) -> RankOneSpace:
 
 
 def spectral(
-    F: HasFactors | KroneckerFactors, per_layer: int | None = None, *, total: int | None = None
+    F: Fisher | KFAC | KroneckerFactors, per_layer: int | None = None, *, total: int | None = None
 ) -> RankOneSpace:
     """The Kronecker eigenvectors of each layer's own block ``G ⊗ A`` with the *largest* eigenvalues.
 
@@ -66,7 +60,7 @@ def spectral(
     return _kronecker_eigenvectors(F, per_layer, largest=True, name="spectral", total=total)
 
 
-def smooth(F: HasFactors | KroneckerFactors, per_layer: int) -> RankOneSpace:
+def smooth(F: Fisher | KFAC | KroneckerFactors, per_layer: int) -> RankOneSpace:
     """Those with the smallest eigenvalues, the low frequencies that Koroko et al. 2023 chose."""
     return _kronecker_eigenvectors(F, per_layer, largest=False, name="smooth")
 
@@ -134,12 +128,10 @@ def optimal(A: Operator, M: Operator, per_layer: int) -> CoarseSpace:
 
 
 def _kronecker_eigenvectors(
-    F: HasFactors | KroneckerFactors, per_layer: int | None, *, largest: bool, name: str, total: int | None = None
+    F: Fisher | KFAC | KroneckerFactors, per_layer: int | None, *, largest: bool, name: str, total: int | None = None
 ) -> RankOneSpace:
     limit = check_count("per_layer", per_layer, least=0) if total is None else check_count("total", total, least=0)
-    if not isinstance(F, (KroneckerFactors, Operator, LeadingEigenvectors)) or not (
-        isinstance(F, KroneckerFactors) or hasattr(F, "kronecker")
-    ):
+    if not isinstance(F, (Fisher, KFAC, KroneckerFactors)):
         raise TypeError(f"{name} needs a Fisher, a K-FAC preconditioner or KroneckerFactors; got {type(F).__name__}.")
     kronecker = F if isinstance(F, KroneckerFactors) else F.kronecker()
     eigens = list(zip(kronecker.eigen_G, kronecker.eigen_A, strict=True))

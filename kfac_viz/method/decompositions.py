@@ -77,14 +77,14 @@ def psd_eigens(matrices: Sequence[Tensor], names: Sequence[str]) -> list[Eigen]:
         ValueError: NaN, inf, or an eigenvalue below zero by more than round-off. ``names`` has one for each matrix,
             those of a stack in turn.
     """
-    pairs, facts = [], []
+    pairs, facts, sizes = [], [], []
     for X in matrices:
         whole = X.isfinite().all(-1).all(-1)
-        d, U = eigenpairs(torch.where(whole[..., None, None], X, 0.0), names[len(pairs)])  # LAPACK fails on NaN
+        d, U = eigenpairs(torch.where(whole[..., None, None], X, 0.0), names[len(sizes)])  # LAPACK fails on NaN
         pairs.append(Eigen(d.clamp_min(0), U))
         facts.append(torch.stack([whole.to(d), d[..., 0], d[..., -1]], dim=-1).view(-1, 3))
+        sizes += [X.shape[-1]] * len(facts[-1])
     read = torch.cat(facts).tolist() if facts else []
-    sizes = [X.shape[-1] for X in matrices for _ in range(X[..., 0, 0].numel())]
     for name, n, (whole, smallest, largest) in zip(names, sizes, read, strict=True):
         if not whole:
             raise ValueError(f"{name} holds NaN or inf.")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, compress
+from math import inf
 
 import torch
 from torch import Tensor
@@ -87,57 +90,45 @@ class KroneckerFactors:
     @cached_property
     def eigen(self) -> list[tuple[Eigen, Eigen]]:
         """Eigendecompositions of (G, A), stacked; refuses NaN, inf and what is not semi-definite, by name."""
-        order = [self.partition.names[i] for members in self.partition.stacks.groups for i in members]
-        names = [f"Factor {which} of layer {name!r}" for which in "GA" for name in order]
-        G, A = zip(*self.stacked, strict=True)
-        both = psd_eigens([*G, *A], names)
-        return list(zip(both[: len(G)], both[len(G) :], strict=True))
+        return self._eigenpairs(inf, None)
+
+    def leading(self, count: int, *, full: int = 200, iterations: int = 8) -> KroneckerFactors:
+        """The same factors, of whose eigenpairs the leading ones alone are known: all that a ``spectral`` space of
+        ``count`` columns per layer can use.
+
+        Factors up to ``full`` rows are decomposed; larger ones go through block power iteration with Rayleigh–Ritz
+        (Halko, Martinsson and Tropp 2011), from a fixed start. A coarse space needs good directions, not exact ones:
+        its coarse operator is built from what comes out.
+        """
+        twin = copy.copy(self)
+        vars(twin)["eigen"] = self._eigenpairs(max(full, 4 * count), lambda X: _leading(X, count, iterations))
+        return twin
+
+    def _eigenpairs(self, full: float, larger: Callable[[Tensor], Eigen] | None) -> list[tuple[Eigen, Eigen]]:
+        """Eigenpairs of (G, A), stacked: all of them up to ``full`` rows, beyond that what ``larger`` finds."""
+        groups, names = self.partition.stacks.groups, self.partition.names
+        stacks = [pair[side] for side in (0, 1) for pair in self.stacked]
+        called = [[f"Factor {which} of layer {names[l]!r}" for l in members] for which in "GA" for members in groups]
+        small = [X.shape[-1] <= full for X in stacks]
+        exact = iter(psd_eigens(list(compress(stacks, small)), list(chain(*compress(called, small)))))
+        pairs = [next(exact) if fits else larger(X) for X, fits in zip(stacks, small, strict=True)]
+        return list(zip(pairs[: len(groups)], pairs[len(groups) :], strict=True))
 
     @property
     def eigen_A(self) -> list[Eigen]:
         """Eigendecompositions of A, one per layer."""
-        return _scattered(self.partition, [A for _, A in self.eigen])
+        return self._scattered(1)
 
     @property
     def eigen_G(self) -> list[Eigen]:
         """Eigendecompositions of G, one per layer."""
-        return _scattered(self.partition, [G for G, _ in self.eigen])
+        return self._scattered(0)
 
-
-class LeadingEigenvectors:
-    """The leading eigenpairs of every factor, all that a ``spectral`` space of ``count`` columns per layer can use.
-
-    Factors up to ``full`` rows are decomposed; larger ones go through block power iteration with Rayleigh–Ritz
-    (Halko, Martinsson and Tropp 2011), from a fixed start. A coarse space needs good directions, not exact ones:
-    its coarse operator is built from what comes out.
-    """
-
-    def __init__(self, factors: KroneckerFactors, count: int, *, full: int = 200, iterations: int = 8) -> None:
-        self.partition = factors.partition
-        G, A = zip(*factors.stacked, strict=True)
-        members = [(which, i) for which in "GA" for i in self.partition.stacks.groups]
-        small = [X.shape[-1] <= max(full, 4 * count) for X in (*G, *A)]
-        names = [
-            f"Factor {which} of layer {self.partition.names[l]!r}"
-            for (which, group), fits in zip(members, small, strict=True)
-            for l in group
-            if fits
-        ]
-        exact = iter(psd_eigens([X for X, fits in zip((*G, *A), small, strict=True) if fits], names))
-        pairs = [
-            next(exact) if fits else _leading(X, count, iterations) for X, fits in zip((*G, *A), small, strict=True)
-        ]
-        self.eigen_G, self.eigen_A = (_scattered(self.partition, side) for side in (pairs[: len(G)], pairs[len(G) :]))
-
-    def kronecker(self) -> LeadingEigenvectors:
-        return self
-
-
-def _scattered(partition: Partition, stacks: Sequence[Eigen]) -> list[Eigen]:
-    """One pair per layer from one per shape."""
-    d, U = zip(*stacks, strict=True)
-    scatter = partition.stacks.scatter
-    return [Eigen(*both) for both in zip(scatter(d, 1), scatter(U, 2), strict=True)]
+    def _scattered(self, side: int) -> list[Eigen]:
+        """One pair per layer from one per shape."""
+        scatter = self.partition.stacks.scatter
+        d, U = zip(*(pair[side] for pair in self.eigen), strict=True)
+        return [Eigen(*both) for both in zip(scatter(d, 1), scatter(U, 2), strict=True)]
 
 
 def _leading(X: Tensor, count: int, iterations: int) -> Eigen:

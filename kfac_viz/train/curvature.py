@@ -13,7 +13,6 @@ from ..method.checks import warn
 from ..method.columns import CoarseSpace
 from ..method.fisher import Fisher
 from ..method.kfac import KFAC
-from ..method.kronecker import LeadingEigenvectors
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.operator import Damped, replace
 from ..method.partition import Partition
@@ -164,7 +163,7 @@ class RunningCurvature:
             return spaces.krylov(A, M, gradient(), per_layer)
         if coarse == "spectral":
             few = self.options.rule == "factored"  # whose K-FAC needs no eigenvectors
-            of = LeadingEigenvectors(M.factors, self.options.columns) if few else M
+            of = M.factors.leading(self.options.columns) if few else M
             return spaces.spectral(of, per_layer) if total is None else spaces.spectral(of, total=total)
         return getattr(spaces, coarse)(M if coarse == "smooth" else A, per_layer)
 
