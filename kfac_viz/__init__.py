@@ -16,7 +16,7 @@ from .method import coarse
 from .method.capture import capture
 from .method.columns import CoarseSpace
 from .method.fisher import Fisher
-from .method.kfac import EKFAC, KFAC
+from .method.kfac import EKFAC, KFAC, BlockTridiagonal
 from .method.kronecker import KroneckerFactors
 from .method.kronecker_fisher import KroneckerFisher
 from .method.krylov import captured_decrease, condition_number, exact_direction, pcg, spectrum
@@ -24,7 +24,6 @@ from .method.likelihood import nll
 from .method.operator import Damped, Dense, Operator
 from .method.partition import Partition
 from .method.preconditioner import BlockDiagonal, Diagonal, Identity, Preconditioner
-from .method.tridiagonal import BlockTridiagonal
 from .method.two_level import CoarseCorrection, TwoLevel
 
 try:

@@ -14,9 +14,9 @@ ROOT = Path(kv.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 # Each may import those before it.
 METHOD = (
-    "checks", "decompositions", "stacks", "layers", "partition", "columns", "parameter_space", "sample_space",
+    "checks", "decompositions", "stacks", "layers", "partition", "columns", "sample_space",
     "operator", "likelihood", "kronecker", "fisher", "uses", "record", "witness", "capture", "kronecker_fisher",
-    "preconditioner", "kfac", "tridiagonal", "coarse", "two_level", "krylov",
+    "preconditioner", "kfac", "coarse", "two_level", "krylov",
 )  # fmt: skip
 TRAIN = ("options", "layout", "statistics", "curvature", "state", "update", "step", "trial",
          "optimizer")  # fmt: skip

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import kfac_viz as kv
 from kfac_viz.method.krylov import LARGEST, exact_direction
-from kfac_viz.method.parameter_space import ParameterSpace
+from kfac_viz.method.operator import ParameterSpace
 from kfac_viz.method.sample_space import SampleSpace
 
 CASES = ("tanh", "deep", "conv", "residual")

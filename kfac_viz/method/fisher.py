@@ -13,8 +13,7 @@ from torch.nn import functional
 from .checks import check_choice, check_room, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace
 from .kronecker import CONVENTIONS, KroneckerFactors
-from .operator import Image, Operator
-from .parameter_space import ParameterSpace
+from .operator import Image, Operator, ParameterSpace
 from .partition import Partition
 from .sample_space import SampleSpace
 from .stacks import Stacks

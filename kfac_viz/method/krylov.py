@@ -14,8 +14,7 @@ from .coarse import spectral
 from .decompositions import cholesky, eigvalsh, inverse
 from .fisher import Fisher
 from .kfac import KFAC
-from .operator import Damped, Operator, check_same_space, check_symmetric
-from .parameter_space import ParameterSpace
+from .operator import Damped, Operator, ParameterSpace, check_same_space, check_symmetric
 from .two_level import TwoLevel
 
 LARGEST = 8192  # side of a matrix that is decomposed for an exact direction

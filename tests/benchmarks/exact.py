@@ -16,7 +16,7 @@ from machine import arguments, clock, describe, write
 from speed import WIDTHS, network
 
 import kfac_viz as kv
-from kfac_viz.method.parameter_space import ParameterSpace
+from kfac_viz.method.operator import ParameterSpace
 from kfac_viz.method.sample_space import SampleSpace
 
 NETWORKS = {"16-20-10": (16, 20, 10), "64-40-40-10": (64, 40, 40, 10), "784-1000-500-250-30-…": WIDTHS}
