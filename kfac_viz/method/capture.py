@@ -148,7 +148,8 @@ def observed(
                 f"Layers {run.unused} took no part in the forward pass; name the others with layers=[...]."
             )
         S = count_vectors(run.outputs, fisher, samples)
-        sizes = [T * layer.out for T, layer in zip(run.positions(), partition.layers, strict=True)]
+        positions, swapped = run.positions()
+        sizes = [T * layer.out for T, layer in zip(positions, partition.layers, strict=True)]
         check_room(
             f"The {S} vectors of each of {len(run.outputs)} examples",
             2 * S * (run.outputs.numel() + len(run.outputs) * sum(sizes)),
@@ -159,7 +160,7 @@ def observed(
         grads, _ = run.pull_back(vectors)
         dtype = torch.promote_types(partition.own_parameters(model)[0][0].dtype, torch.float32)
         a, g = run.normal_form(grads, dtype)
-    F = Fisher(partition, a, g, likelihood=likelihood, flavour=fisher, swapped=run.swapped())
+    F = Fisher(partition, a, g, likelihood=likelihood, flavour=fisher, swapped=swapped)
     if not F.in_range():
         _tell_what_is_wrong(model, inputs, run, F)
     return F, tuple(name for name in partition.names if name not in run.unused)

@@ -269,14 +269,11 @@ class Fisher(Operator):
         """The factors of every diagonal block, computed once and shared by all that is built from them."""
         check_choice("convention", convention, CONVENTIONS)
         if convention not in self._factors:
-            pairs = [kronecker_factors(a, g, n, convention)
-                     for (a, g), n in zip(self.stacked, self._of_groups(self.swapped), strict=True)]  # fmt: skip
+            pairs = [kronecker_factors(a, g, self.swapped[members[0]], convention)
+                     for members, (a, g) in zip(self._stacks.groups, self.stacked, strict=True)]  # fmt: skip
             A, G = (self._stacks.scatter(side, 2) for side in zip(*pairs, strict=True))
             self._factors[convention] = KroneckerFactors(self.partition, tuple(A), tuple(G))
         return self._factors[convention]
-
-    def _of_groups(self, values: Sequence[int]) -> list[int]:
-        return [values[members[0]] for members in self._stacks.groups]
 
     def image(self, Z: CoarseSpace) -> ScoreImage:
         check_type("Z", Z, CoarseSpace)

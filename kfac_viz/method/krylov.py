@@ -207,7 +207,8 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
     if in_v is None:
         return 0.0
     g, u = _ldexp(g, -in_g), _ldexp(v, -in_v)  # of size 1: the share is the same at any scale of g
-    if _is_in_parameter_space(A):  # both quadratic forms through the eigenvectors that every λ shares
+    exact = A.operator.exact if isinstance(A, Damped) else None
+    if isinstance(exact, ParameterSpace) and exact.size <= LARGEST:  # both forms through eigenvectors, for every λ
         d, U = A.operator.eigen
         inverses = inverse(d, A.damping, "The matrix").double()
         along_g, along_u = ((U.T @ x).double().square() for x in (g, u))
@@ -239,7 +240,3 @@ def exact_direction(A: Operator, g: Tensor, rtol: float = 1e-10) -> Tensor:
     if not found.converged:
         warn(f"The exact direction is known to a relative residual of {found.residual:.2g} only, not {rtol:.2g}.")
     return found.solution
-
-
-def _is_in_parameter_space(A: Operator) -> bool:
-    return isinstance(A, Damped) and isinstance(A.operator.exact, ParameterSpace) and A.operator.exact.size <= LARGEST

@@ -35,6 +35,11 @@ class Piece:
     rows: tuple[int, int] | None = None
     transposed: bool = False
 
+    @property
+    def first(self) -> int:
+        """The first row of the parameter that is meant."""
+        return 0 if self.rows is None else self.rows[0]
+
     def of(self, p: Tensor) -> Tensor:
         """What of the parameter p, or of anything in its shape, belongs to this piece: a view."""
         return p if self.rows is None else p[slice(*self.rows)]

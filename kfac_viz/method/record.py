@@ -89,20 +89,14 @@ class Record:
     def with_layouts(self, found: Sequence[Layout]) -> Record:
         return replace(self, layouts=list(found))
 
-    def positions(self) -> list[int]:
-        """T of every layer."""
-        T = [0] * len(self.partition)
+    def positions(self) -> tuple[list[int], list[int]]:
+        """T of every layer, and how many of its positions come from uses of its transpose."""
+        T, swapped = ([0] * len(self.partition) for _ in range(2))
         for use in self.uses:
-            single = use.kind == "pointwise"
-            T[use.layer] += 1 if single else prod(use.lead) // len(self.outputs)
-        return [1 if layer.vector else max(1, t) for layer, t in zip(self.partition.layers, T, strict=True)]
-
-    def swapped(self) -> list[int]:
-        """How many positions of every layer come from uses of its transpose."""
-        T = [0] * len(self.partition)
-        for use in self.uses:
-            T[use.layer] += prod(use.lead) // len(self.outputs) if use.kind == "transposed" else 0
-        return T
+            count = 1 if use.kind == "pointwise" else prod(use.lead) // len(self.outputs)
+            T[use.layer] += count
+            swapped[use.layer] += count if use.kind == "transposed" else 0
+        return [1 if layer.vector else max(1, t) for layer, t in zip(self.partition.layers, T, strict=True)], swapped
 
     def pull_back(self, vectors: Tensor, *, also: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor | None]]:
         """The gradients (S, *lead, channels) at every use for ``vectors`` (S, *outputs.shape), and those of the tensors

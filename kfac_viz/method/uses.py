@@ -24,6 +24,7 @@ from .layers import Piece, parameters_of
 from .partition import Partition
 
 Rows = Callable[[Tensor], Tensor]
+Kind = Literal["product", "transposed", "pointwise"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Use:
     """
 
     layer: int
-    kind: Literal["product", "transposed", "pointwise"]
+    kind: Kind
     x: Tensor | None
     edge: GradientEdge
     shape: torch.Size
@@ -143,24 +144,15 @@ class Watch(TorchFunctionMode):
         own: set[int] = set()
         if place is not None:
             count = W.shape[1] if place.transposed else len(W)
-            for l, piece, low, high in self._parts(place.p, place.start, count):
-                first, here = (piece.rows or (0, 0))[0], slice(low - place.start, high - place.start)
+            for l, piece, here, at in self._parts(place, count):
                 transposed = place.transposed != piece.transposed
-                has_bias = bias is not None and not transposed and self._is_own(l, bias, first - place.start)
+                has_bias = bias is not None and not transposed and self._is_own(l, bias, piece.first - place.start)
                 own |= {l} if has_bias else set()
-                self._note(
-                    Use(
-                        l,
-                        "transposed" if transposed else "product",
-                        self._kept(l, x[..., here] if place.transposed else x, transposed, has_bias),
-                        _edge(out),
-                        out.shape,
-                        rows if place.transposed else _only(rows, here, count),
-                        tuple(lead),
-                        top=0 if piece.transposed else low - first,
-                        left=low - first if piece.transposed else 0,
-                    )
-                )
+                kind = "transposed" if transposed else "product"
+                mine = self._kept(l, x[..., here] if place.transposed else x, transposed, has_bias)
+                of_these = rows if place.transposed else _only(rows, here, count)
+                top, left = (0, at) if piece.transposed else (at, 0)
+                self._note(l, kind, mine, out, of_these, lead, top, left)
         return [W] * (place is not None) + self.pointwise(b, None, out, rows, lead, but=own)
 
     def pointwise(
@@ -176,31 +168,21 @@ class Watch(TorchFunctionMode):
         place = self.place(b)
         if place is None or place.transposed or any(piece.width > 1 for _, piece in self._owners[id(place.p)]):
             return []
-        for l, piece, low, high in self._parts(place.p, place.start, b.numel()):
+        for l, piece, here, at in self._parts(place, b.numel()):
             if l not in but:
-                here = slice(low - place.start, high - place.start)
-                self._note(
-                    Use(
-                        l,
-                        "pointwise",
-                        None if x is None else x[..., here].detach(),
-                        _edge(out),
-                        out.shape,
-                        _only(rows, here, b.numel()),
-                        tuple(lead),
-                        top=piece.top + low - (piece.rows or (0, 0))[0],
-                        left=piece.left,
-                    )
-                )
+                mine = None if x is None else x[..., here].detach()
+                of_these = _only(rows, here, b.numel())
+                self._note(l, "pointwise", mine, out, of_these, lead, piece.top + at, piece.left)
         return [b]
 
-    def _parts(self, p: Tensor, start: int, count: int) -> Iterator[tuple[int, Piece, int, int]]:
-        """The layers that have some of these rows of p: layer, piece, first and last row."""
-        for l, piece in self._owners[id(p)]:
-            first, last = piece.rows or (0, piece.width if piece.transposed else piece.height)
-            low, high = max(start, first), min(start + count, last)
+    def _parts(self, place: Place, count: int) -> Iterator[tuple[int, Piece, slice, int]]:
+        """The layers that have some of these ``count`` rows: layer, piece, which rows, and where in the piece they
+        begin."""
+        for l, piece in self._owners[id(place.p)]:
+            length = piece.width if piece.transposed else piece.height
+            low, high = max(place.start, piece.first), min(place.start + count, piece.first + length)
             if low < high:
-                yield l, piece, low, high
+                yield l, piece, slice(low - place.start, high - place.start), low - piece.first
 
     def _kept(self, l: int, x: Tensor, transposed: bool, has_bias: bool) -> Tensor:
         """A copy of the rows x, before anything is done to them in place."""
@@ -213,13 +195,16 @@ class Watch(TorchFunctionMode):
         if not self.layers[l].bias:
             return False
         piece, p = self._pieces[l][-1]
-        return p is bias.p and (piece.rows or (0, 0))[0] - bias.start == shift
+        return p is bias.p and piece.first - bias.start == shift
 
-    def _note(self, use: Use) -> None:
-        if use.edge is None:
-            self.silent.add(use.layer)
+    def _note(
+        self, l: int, kind: Kind, x: Tensor | None, out: Tensor, rows: Rows, lead: Sequence[int], top: int, left: int
+    ) -> None:
+        edge = _edge(out)
+        if edge is None:
+            self.silent.add(l)
         else:
-            self.uses.append(use)
+            self.uses.append(Use(l, kind, x, edge, out.shape, rows, tuple(lead), top, left))
 
 
 def _only(rows: Rows, here: slice, of: int) -> Rows:
