@@ -102,7 +102,7 @@ def capture(
             samples=samples,
             generator=generator,
         )
-    tell_others(model, F.partition)
+    _tell_others(model, F.partition)
     return F
 
 
@@ -226,14 +226,13 @@ def check_inputs(model: nn.Module, partition: Partition, inputs: tuple[Tensor, .
             raise ValueError(f"The model is {first.dtype} on {first.device}, the inputs {x.dtype} on {x.device}.")
 
 
-def tell_others(model: nn.Module, partition: Partition) -> tuple[str, ...]:
-    """Names of the trainable parameters outside the partition; a warning says them once per model."""
+def _tell_others(model: nn.Module, partition: Partition) -> None:
+    """Warn, once per model, of the trainable parameters outside the partition."""
     mine = {id(p) for own in partition.own_parameters(model) for p in own}
-    others = tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine)
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
     if others and model not in _told:
         _told.add(model)
         warn(
             f"Outside the Fisher, which covers {partition}: {', '.join(partition.names)}; and left to the identity: "
             f"{', '.join(others)}."
         )
-    return others

@@ -69,14 +69,10 @@ class KFAC(Preconditioner):
     def _apply(self, v: Tensor) -> Tensor:
         stacks = self.partition.stacks
         if self.rule == "eigen":
-            layers = zip(self._bases, self._weights, stacks.split(v), strict=True)
-            return stacks.join([U_G @ ((U_G.mT @ R @ U_A) * w) @ U_A.mT for (U_G, U_A), w, R in layers])
+            layers = zip(self.factors.eigen, self._weights, stacks.split(v), strict=True)
+            return stacks.join([G.U @ ((G.U.mT @ R @ A.U) * w) @ A.U.mT for (G, A), w, R in layers])
         layers = zip(self._inverses, stacks.split(v), strict=True)
         return stacks.join([G_inv @ (R @ A_inv) for (G_inv, A_inv), R in layers])
-
-    @property
-    def _bases(self) -> list[tuple[Tensor, Tensor]]:
-        return [(G.U, A.U) for G, A in self.factors.eigen]
 
     @cached_property
     def _eigenvalues(self) -> Eigenvalues:

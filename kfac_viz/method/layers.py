@@ -12,6 +12,7 @@ from .checks import check_count
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 MATRICES = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
+Named = tuple[str, Tensor]  # a parameter with its name in the model
 
 
 @dataclass(frozen=True)
@@ -112,69 +113,68 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     for name, module in model.named_modules():
         if is_computed(module):
             claimed |= set(map(id, module.parameters()))
-        own = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in claimed}
-        claimed |= set(map(id, own.values()))
+        own: dict[str, Named] = {}
+        for key, p in module._parameters.items():
+            if p is not None and id(p) not in claimed:
+                claimed.add(id(p))
+                own[key] = f"{name}.{key}" if name else key, p
         for layer in _layers_in(name, module, own):
             layers[layer.name] = layer
     return layers
 
 
-def _layers_in(name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> Iterator[Layer]:
+def _layers_in(name: str, module: nn.Module, own: dict[str, Named]) -> Iterator[Layer]:
     """The layers of one module; ``own`` are its parameters that no module before has."""
-
-    def called(what: str) -> str:
-        return f"{name}.{what}" if name else what
-
     left = dict(own)
-    weight = own.get("weight")
-    if isinstance(module, MATRICES) and weight is not None:
-        bias = left.get("bias") if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else None
-        if isinstance(module, nn.Embedding):
-            words, out = weight.shape
-            piece = Piece(called("weight"), tuple(weight.shape), 0, 0, out, words, transposed=True)
-            yield Layer(name, out, words, pieces=(piece,))
-        else:
-            yield _matrix(name, called("weight"), weight, None, None if bias is None else called("bias"), bias)
-        left = {key: p for key, p in left.items() if p is not weight and p is not bias}
+    if isinstance(module, nn.Embedding) and "weight" in own:
+        weight_name, weight = left.pop("weight")
+        words, out = weight.shape
+        piece = Piece(weight_name, (words, out), 0, 0, out, words, transposed=True)
+        yield Layer(name, out, words, pieces=(piece,))
+    elif isinstance(module, MATRICES) and "weight" in own:
+        yield _matrix(name, left.pop("weight"), left.pop("bias", None))
     elif isinstance(module, NORMS) and own:
-        yield _vector(name, {called(key): p for key, p in own.items()})
+        yield _vector(name, *own.values())
         left = {}
     elif isinstance(module, nn.MultiheadAttention):
         bias, E = left.pop("in_proj_bias", None), module.embed_dim
         for i, part in enumerate("qkv"):
-            rows = (i * E, (i + 1) * E)
-            key, packed = (f"{part}_proj_weight", None) if "in_proj_weight" not in own else ("in_proj_weight", rows)
-            if key in own:
-                yield _matrix(called(part), called(key), own[key], packed,
-                              None if bias is None else called("in_proj_bias"), bias, rows)  # fmt: skip
-            left.pop(key, None)
+            rows, weight = (i * E, (i + 1) * E), left.pop(f"{part}_proj_weight", None)
+            layer = f"{name}.{part}" if name else part
+            if "in_proj_weight" in own:
+                yield _matrix(layer, own["in_proj_weight"], bias, rows, rows)
+            elif weight is not None:
+                yield _matrix(layer, weight, bias, bias_rows=rows)
+        left.pop("in_proj_weight", None)
         if bias is not None and not {"in_proj_weight", "q_proj_weight"} & own.keys():  # of shared weights
             left["in_proj_bias"] = bias
-    for key, p in left.items():
+    for parameter, p in left.values():
         if p.numel():
-            yield _loose(called(key), p)
+            yield _loose(parameter, p)
 
 
 def _matrix(
     name: str,
-    weight_name: str,
-    weight: Tensor,
-    rows: tuple[int, int] | None,
-    bias_name: str | None,
-    bias: Tensor | None,
+    weight: Named,
+    bias: Named | None = None,
+    rows: tuple[int, int] | None = None,
     bias_rows: tuple[int, int] | None = None,
+    *,
+    loose: bool = False,
 ) -> Layer:
-    out = weight.shape[0] if rows is None else rows[1] - rows[0]
-    width = weight.shape[1:].numel()
-    pieces = [Piece(weight_name, (out, *weight.shape[1:]), 0, 0, out, width, rows)]
+    """``[W b]`` of a weight (out, …) and a bias (out,), or of some of their rows."""
+    weight_name, W = weight
+    out, width = W.shape[0] if rows is None else rows[1] - rows[0], W.shape[1:].numel()
+    pieces = [Piece(weight_name, (out, *W.shape[1:]), 0, 0, out, width, rows)]
     if bias is not None:
-        pieces.append(Piece(bias_name, (out,), 0, width, out, 1, bias_rows))
-    return Layer(name, out, width + (bias is not None), bias is not None, pieces=tuple(pieces))
+        pieces.append(Piece(bias[0], (out,), 0, width, out, 1, bias_rows))
+    return Layer(name, out, width + (bias is not None), bias is not None, pieces=tuple(pieces), loose=loose)
 
 
-def _vector(name: str, parameters: dict[str, Tensor], *, loose: bool = False) -> Layer:
+def _vector(name: str, *parameters: Named, loose: bool = False) -> Layer:
+    """Parameters of any shape, one below the other in a column."""
     pieces, top = [], 0
-    for key, p in parameters.items():
+    for key, p in parameters:
         pieces.append(Piece(key, tuple(p.shape), top, 0, p.numel(), 1))
         top += p.numel()
     return Layer(name, top, 1, vector=True, pieces=tuple(pieces), loose=loose)
@@ -182,10 +182,8 @@ def _vector(name: str, parameters: dict[str, Tensor], *, loose: bool = False) ->
 
 def _loose(name: str, p: Tensor) -> Layer:
     """A parameter of its own: a matrix if it has more than one axis, else a vector."""
-    if p.ndim >= 2 and p.numel() > max(p.shape):
-        out, width = p.shape[0], p.shape[1:].numel()
-        return Layer(name, out, width, pieces=(Piece(name, tuple(p.shape), 0, 0, out, width),), loose=True)
-    return _vector(name, {name: p}, loose=True)
+    is_matrix = p.ndim >= 2 and p.numel() > max(p.shape)
+    return (_matrix if is_matrix else _vector)(name, (name, p), loose=True)
 
 
 def computed(model: nn.Module) -> list[str]:

@@ -86,9 +86,6 @@ class Record:
                 if use.layer in number]  # fmt: skip
         return Record(partition, self.outputs, [use for use, _ in kept], [], [at for _, at in kept], self.silent)
 
-    def with_layouts(self, found: Sequence[Layout]) -> Record:
-        return replace(self, layouts=list(found))
-
     def positions(self) -> tuple[list[int], list[int]]:
         """T of every layer, and how many of its positions come from uses of its transpose."""
         T, swapped = ([0] * len(self.partition) for _ in range(2))

@@ -286,10 +286,9 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Known:
-    channels, axes = weight.shape[1] * groups, ("depth", "height", "width")[3 - (weight.ndim - 2) :]
-    axes = ("length",) if weight.ndim == 3 else axes
+    channels, space = weight.shape[1] * groups, ("length", "height, width", "depth, height, width")[weight.ndim - 3]
     fits = input.ndim == weight.ndim and input.shape[1] == channels
-    _check_input(watch, weight, input, fits, f"(N, {channels}, {', '.join(axes)})")
+    _check_input(watch, weight, input, fits, f"(N, {channels}, {space})")
     x = _patches(input.detach(), weight.shape[2:], stride, padding, dilation)  # (N, L, channels, kernel)
     x = x.unflatten(2, (groups, -1)).flatten(3).movedim(2, 1)  # (N, groups, L, features)
     out = func(input, weight, bias, stride, padding, dilation, groups)
@@ -306,14 +305,17 @@ def _convolution(
 def _patches(x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any) -> Tensor:
     """The windows of a convolution over x (N, channels, *space): (N, L, channels, kernel)."""
     n = len(kernel)
-    stride, dilation = (value if isinstance(value, (tuple, list)) else (value,) * n for value in (stride, dilation))
-    stride, dilation = (tuple(value) * (n // len(value)) for value in (stride, dilation))
+
+    def for_each_axis(value: Any) -> tuple[int, ...]:
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return values * (n // len(values))
+
+    stride, dilation = for_each_axis(stride), for_each_axis(dilation)
     if isinstance(padding, str):
         spare = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
         pad = [side for s in reversed(spare) for side in (s // 2, s - s // 2)]
     else:
-        padding = tuple(padding) if isinstance(padding, (tuple, list)) else (padding,)
-        pad = [p for p in reversed(padding * (n // len(padding))) for _ in range(2)]
+        pad = [p for p in reversed(for_each_axis(padding)) for _ in range(2)]
     x = functional.pad(x, pad)
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]

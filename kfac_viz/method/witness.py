@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from math import inf, isfinite
 
 import torch
@@ -34,7 +35,7 @@ def witnessed(model: nn.Module, record: Record, likelihood: str) -> Record:
     key = (names, model.training, record.form)
     known = _trusted.get(model, {}).get(key)
     if known is not None and all(at in layouts(use.lead, N) for at, use in zip(known, record.uses, strict=True)):
-        return record.with_layouts(known)
+        return replace(record, layouts=known)
     if N == 1 and known is None and model not in _told:
         _told.add(model)
         warn("One example alone cannot show whether rows belong to one example each; a larger batch is checked.")
@@ -109,7 +110,7 @@ def _located(record: Record, halves: list[Tensor], grads: list[list[Tensor]], to
         if not fitting:
             raise ValueError(_mixed(record.partition.names[record.uses[i].layer]))
         found[i] = fitting[0]
-    return record.with_layouts(found)
+    return replace(record, layouts=found)
 
 
 def _mixed(name: str) -> str:
