@@ -23,9 +23,6 @@ class CoarseSpace:
     (2, tensor([3., 7.]))
     """
 
-    name = "columns"
-    removed: tuple[int, ...] = ()
-
     def __init__(self, partition: Partition, columns: Tensor, *, name: str = "columns") -> None:
         check_type("partition", partition, Partition)
         check_type("columns", columns, Tensor)

@@ -297,7 +297,7 @@ class ScoreImage(Image):
     """
 
     def __init__(self, F: Fisher, Z: CoarseSpace) -> None:
-        self.F, self.Z = F, Z
+        super().__init__(F, Z)
         layers = list(zip(F.a, F.g, strict=True))
         if isinstance(Z, RankOneSpace):
             both = zip(layers, Z.factors, strict=True)
@@ -310,13 +310,14 @@ class ScoreImage(Image):
         self.U = torch.cat(rows).flatten(1)
 
     def add_(self, v: Tensor, c: Tensor, alpha: float = 1.0) -> Tensor:
-        return self.F.add_pulled_(v, (c @ self.U).unflatten(-1, (self.F.S, self.F.N)), alpha / self.F.N)
+        F = self.operator
+        return F.add_pulled_(v, (c @ self.U).unflatten(-1, (F.S, F.N)), alpha / F.N)
 
     def restrict(self, r: Tensor) -> Tensor:
-        return self.F.scores(r).flatten(-2) @ self.U.mT / self.F.N
+        return self.operator.scores(r).flatten(-2) @ self.U.mT / self.operator.N
 
     def galerkin(self) -> Tensor:
-        return self.U @ self.U.mT / self.F.N
+        return self.U @ self.U.mT / self.operator.N
 
 
 def kronecker_factors(a: Tensor, g: Tensor, swapped: int, convention: str) -> tuple[Tensor, Tensor]:

@@ -57,17 +57,9 @@ class KroneckerFisher(Operator):
 class KroneckerImage(Image):
     """``K Z`` for columns ``w uᵀ``: ``Zᵀ K Z = (αᵀα/N) ∘ (βᵀβ/N)`` with ``α = a u`` and ``β = g w``."""
 
-    def __init__(self, K: KroneckerFisher, Z: RankOneSpace) -> None:
-        self.K, self.Z = K, Z
-
-    def add_(self, v: Tensor, c: Tensor, alpha: float = 1.0) -> Tensor:
-        return v.add_(self.K._apply(self.Z.prolong(c)), alpha=alpha)
-
-    def restrict(self, r: Tensor) -> Tensor:
-        return self.Z.restrict(self.K._apply(r))
-
     def galerkin(self) -> Tensor:
-        both = list(zip(self.K._rows, self.Z.factors, strict=True))
+        both = list(zip(self.operator._rows, self.Z.factors, strict=True))
         alpha = torch.cat([a @ U for (a, _), (_, U) in both], dim=1)
         beta = torch.cat([g @ W for (_, g), (W, _) in both], dim=1)
-        return (alpha.T @ alpha / self.K.F.N) * (beta.T @ beta / self.K.F.N)
+        N = self.operator.F.N
+        return (alpha.T @ alpha / N) * (beta.T @ beta / N)

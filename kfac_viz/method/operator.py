@@ -135,7 +135,7 @@ class Operator(ABC):
     def image(self, Z: CoarseSpace) -> Image:
         """This operator times Z, kept in the cheapest form that can be applied."""
         check_type("Z", Z, CoarseSpace)
-        return Image(Z, self._apply(Z.dense().mT))
+        return Image(self, Z)
 
     def damped(self, damping: float) -> Damped:
         """``self + λI``."""
@@ -307,10 +307,15 @@ class Damped(Operator):
 
 
 class Image:
-    """``B Z`` for an operator B and a coarse space Z, in whatever form it can be applied."""
+    """``B Z`` for an operator B and a coarse space Z: dense here, in cheaper forms where an operator has one."""
 
-    def __init__(self, Z: CoarseSpace, rows: Tensor) -> None:
-        self.Z, self._rows = Z, rows
+    def __init__(self, operator: Operator, Z: CoarseSpace) -> None:
+        self.operator, self.Z = operator, Z
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """``(B Z)ᵀ``, (k, P)."""
+        return self.operator._apply(self.Z.dense().mT)
 
     def add_(self, v: Tensor, c: Tensor, alpha: float = 1.0) -> Tensor:
         """``v + alpha B Z c``, in place, for v (..., P) and c (..., k)."""

@@ -93,23 +93,25 @@ def check_foreign(record: Record) -> list[str]:
 
 def _located(record: Record, halves: list[Tensor], grads: list[list[Tensor]], tolerance: float) -> Record:
     """The record with the first layout of every use in which the rows of the other examples are zero."""
-    N, candidates = len(record.outputs), [layouts(use.lead, len(record.outputs)) for use in record.uses]
-    open_uses = [i for i, found in enumerate(candidates) if len(found) > 1]
-    facts = [
-        torch.stack([
-            at.by_example(own[i], record.uses[i].lead, N)[0][~half].norm().to(torch.float64)
-            for half, own in zip(halves, grads, strict=True)
-        ]).max() / torch.stack([own[i].norm().to(torch.float64) for own in grads]).max().clamp_min(1e-300)
-        for i in open_uses for at in candidates[i]
-    ]  # fmt: skip
-    left = iter(torch.stack(facts).tolist() if facts else [])
-    found = [options[0] for options in candidates]
-    for i in open_uses:
-        shares = [next(left) for _ in candidates[i]]
-        fitting = [at for at, share in zip(candidates[i], shares, strict=True) if not share > tolerance]
+    N, uses = len(record.outputs), record.uses
+
+    def of_others(i: int, at: Layout) -> Tensor:
+        """The size of the rows of use i that must be zero if the examples are there, as a share of all."""
+        passes = zip(halves, grads, strict=True)
+        others = [at.by_example(own[i], uses[i].lead, N)[0][~half].norm() for half, own in passes]
+        every = [own[i].norm() for own in grads]
+        return torch.stack(others).double().max() / torch.stack(every).double().max().clamp_min(1e-300)
+
+    candidates = [layouts(use.lead, N) for use in uses]
+    open_ones = [(i, at) for i, options in enumerate(candidates) if len(options) > 1 for at in options]
+    read = torch.stack([of_others(*one) for one in open_ones]).tolist() if open_ones else []  # the device, once
+    shares = dict(zip(open_ones, read, strict=True))
+    found = []
+    for i, options in enumerate(candidates):
+        fitting = [at for at in options if not shares.get((i, at), 0.0) > tolerance]
         if not fitting:
-            raise ValueError(_mixed(record.partition.names[record.uses[i].layer]))
-        found[i] = fitting[0]
+            raise ValueError(_mixed(record.partition.names[uses[i].layer]))
+        found.append(fitting[0])
     return replace(record, layouts=found)
 
 
