@@ -138,12 +138,9 @@ def _kronecker_eigenvectors(
     found = [torch.outer(G.d, A.d).flatten().sort(descending=largest, stable=True) for G, A in eigens]
     counts = [min(limit, d.numel()) for d, _ in found]
     if total is not None:
-        layers = torch.cat(
-            [torch.full((n,), l, device=d.device) for l, ((d, _), n) in enumerate(zip(found, counts, strict=True))]
-        )
-        best = torch.cat([d[:n] for (d, _), n in zip(found, counts, strict=True)]).argsort(
-            descending=True, stable=True
-        )[:total]
+        d = torch.cat([d[:n] for (d, _), n in zip(found, counts, strict=True)])
+        layers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(d.device)
+        best = d.argsort(descending=True, stable=True)[:total]
         counts = torch.bincount(layers[best], minlength=len(found)).tolist()
     factors = []
     for ((_, U_G), (d_A, U_A)), (_, order), n in zip(eigens, found, counts, strict=True):

@@ -26,28 +26,25 @@ from .uses import Foreign, Use, Watch
 
 
 class Layout(NamedTuple):
-    """Which axis of a use counts the examples: all of it, or its ``"outer"`` or ``"inner"`` part."""
+    """Which axis of a use counts the examples, as its outer part (all of it, if no positions share it) or its inner."""
 
     axis: int
-    part: str
+    inner: bool = False
 
     def by_example(self, x: Tensor, lead: Sequence[int], N: int) -> Tensor:
         """x (..., *lead, c) with examples and positions as two axes, (..., N, T, c)."""
         before = x.ndim - len(lead) - 1
-        x = x.movedim(before + self.axis, before)
-        if self.part != "all":
-            inner = self.part == "inner"
-            x = x.unflatten(before, (-1, N) if inner else (N, -1))
-            x = x.movedim(before + 1, before) if inner else x
-        return x.unflatten(before, (N, 1)).flatten(before + 1, -2)
+        x = x.movedim(before + self.axis, before).unflatten(before, (-1, N) if self.inner else (N, -1))
+        x = x.movedim(before + 1, before) if self.inner else x
+        return x.flatten(before + 1, -2)
 
 
 def layouts(lead: Sequence[int], N: int) -> list[Layout]:
     """All that these sizes allow, the usual one first."""
     if N == 1:  # every row belongs to the one example there is
-        return [Layout(0, "outer")] if lead else []
-    whole = [Layout(k, "all") for k, n in enumerate(lead) if n == N]
-    shared = [Layout(k, part) for k, n in enumerate(lead) if n > N and n % N == 0 for part in ("outer", "inner")]
+        return [Layout(0)] if lead else []
+    whole = [Layout(k) for k, n in enumerate(lead) if n == N]
+    shared = [Layout(k, inner) for k, n in enumerate(lead) if n > N and n % N == 0 for inner in (False, True)]
     return whole + shared
 
 
