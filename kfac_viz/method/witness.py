@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from math import inf, isfinite
 
@@ -15,6 +14,7 @@ from .record import Layout, Record, layouts
 
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[Layout]]] = weakref.WeakKeyDictionary()  # by model
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which only one example was seen
+# Operations after which the numbers of a tensor are what they were.
 _MOVES = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Permute", "Clone", "ToCopy", "Alias")
 
 
@@ -44,7 +44,8 @@ def witnessed(model: nn.Module, record: Record, likelihood: str) -> Record:
     flat = [p for own in weights for p in own]
     grads = [_pulled(record, half, flat) for half in halves]
     tolerance = _tolerance(outputs)
-    mixes = any(module.training or module.running_mean is None for module in _batch_norms(model))
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    mixes = any(norm.training or norm.running_mean is None for norm in norms)  # which is known, and no reason to refuse
     if not mixes and N > 1:
         record = _located(record, halves, [own for own, _ in grads], tolerance)
     facts = [_facts(record, half, own, told) for half, (own, told) in zip(halves, grads, strict=True)]
@@ -138,9 +139,12 @@ def _halves(N: int) -> list[Tensor]:
 
 
 def _pulled(record: Record, half: Tensor, flat: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Gradients at every use, and of every parameter, with a random cotangent on ``half`` of the examples."""
-    cotangent = _random_like(record.outputs) * half.view(-1, *[1] * (record.outputs.ndim - 1))
-    return record.pull_back(cotangent[None], also=flat)
+    """Gradients at every use, and of every parameter, with a cotangent on ``half`` of the examples: the same random
+    numbers whatever the half."""
+    like = record.outputs
+    generator = torch.Generator(like.device).manual_seed(0)
+    cotangent = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    return record.pull_back((cotangent * half.view(-1, *[1] * (like.ndim - 1)))[None], also=flat)
 
 
 def _facts(record: Record, half: Tensor, own: list[Tensor], told: list[Tensor | None]) -> Tensor:
@@ -168,21 +172,12 @@ def _facts(record: Record, half: Tensor, own: list[Tensor], told: list[Tensor | 
     return torch.stack(facts)
 
 
-def _random_like(x: Tensor) -> Tensor:
-    generator = torch.Generator(x.device).manual_seed(0)
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-
-
 def advice(record: Record, hidden: list[str]) -> str:
     """What to do about these layers."""
     others = [name for name in record.partition.names if name not in [*hidden, *record.unused]]
     if not others:
         return "No other layer is left here; write the model with nn.Linear layers that are called."
     return f"Leave it out by naming the others: layers={others}."
-
-
-def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
 
 
 def _tolerance(x: Tensor) -> float:
