@@ -120,21 +120,15 @@ class KFAC(Preconditioner):
             return self.partition.stacks.scatter(self._weights, 2)
         return [torch.outer(G, A) for G, A in self._factor_weights()]
 
-    def layer_block(self, l: int) -> Tensor:
-        """The block of layer l, (P_l, P_l)."""
-        scatter = self.partition.stacks.scatter
-        if self.rule == "factored":
-            G, A = (scatter(side, 2)[l] for side in zip(*self._inverses, strict=True))
-            return torch.kron(G, A)
-        # Σ_ab w_ab u_a u_aᵀ ⊗ u_b u_bᵀ, contracted over b and then over a: cheaper than a product of Kronecker products
-        (U_G, U_A), w = (self.factors.eigen_G[l].U, self.factors.eigen_A[l].U), scatter(self._weights, 2)[l]
-        (o, i), right = w.shape, w @ torch.einsum("ib,jb->bij", U_A, U_A).flatten(1)
-        left = torch.einsum("oa,pa->aop", U_G, U_G).flatten(1)
-        return (left.T @ right).view(o, o, i, i).transpose(1, 2).reshape(o * i, o * i)
-
     def dense(self) -> Tensor:
         self.check_dense()
-        blocks = (self.layer_block(l) for l in range(len(self.partition)))
+        f, scatter = self.factors, self.partition.stacks.scatter
+        if self.rule == "factored":
+            G, A = (scatter(side, 2) for side in zip(*self._inverses, strict=True))
+            blocks = map(torch.kron, G, A)
+        else:
+            layers = zip(f.eigen_G, f.eigen_A, scatter(self._weights, 2), strict=True)
+            blocks = (_from_eigenvectors(G.U, A.U, w) for G, A, w in layers)
         return self._in_range(torch.block_diag(*blocks), "The matrix")
 
     def __repr__(self) -> str:
@@ -212,3 +206,13 @@ def shifted(X: Tensor, shift: Tensor) -> Tensor:
     X = X.clone()
     X.diagonal(0, -2, -1).add_(shift[..., None])
     return X
+
+
+def _from_eigenvectors(U_G: Tensor, U_A: Tensor, w: Tensor) -> Tensor:
+    """``Σ_ab w_ab u_a u_aᵀ ⊗ u_b u_bᵀ`` with the columns u_a of U_G and u_b of U_A, (P_l, P_l).
+
+    Contracted over b and then over a: cheaper than a product of Kronecker products.
+    """
+    (o, i), right = w.shape, w @ torch.einsum("ib,jb->bij", U_A, U_A).flatten(1)
+    left = torch.einsum("oa,pa->aop", U_G, U_G).flatten(1)
+    return (left.T @ right).view(o, o, i, i).transpose(1, 2).reshape(o * i, o * i)
