@@ -73,8 +73,7 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
     """
     check_type("M", M, Operator)
     check_same_space(A, M)
-    A.partition.check(g, vector=True)
-    A.check(g)
+    A.check(g, vector=True)
     check_count("per_layer", per_layer, least=0)
     vectors, v = [], g
     for j in range(min(per_layer, max(layer.size for layer in A.partition.layers))):

@@ -190,8 +190,7 @@ def _same_matrix(A: Operator, B: Operator) -> bool:
 def _check_vectors(A: Operator, *vectors: Tensor) -> None:
     check_type("A", A, Operator)
     for v in vectors:
-        A.partition.check(v, vector=True)
-        A.check(v)
+        A.check(v, vector=True)
 
 
 def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:

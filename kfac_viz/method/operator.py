@@ -57,9 +57,9 @@ class Operator(ABC):
             raise ValueError(f"{what} of {type(self).__name__} overflows {self.dtype}; scale what goes into it.")
         return result
 
-    def check(self, v: Tensor) -> None:
-        """Refuse a vector that this operator cannot take, in words."""
-        self.partition.check(v)
+    def check(self, v: Tensor, *, vector: bool = False) -> None:
+        """Refuse, in words, what this operator cannot take: vectors in the columns of v, or with ``vector`` but one."""
+        self.partition.check(v, vector=vector)
         if v.requires_grad and torch.is_grad_enabled():
             raise ValueError("The vector requires grad, and products here are not differentiated; pass v.detach().")
         self._check_precision()
