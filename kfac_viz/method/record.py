@@ -98,10 +98,9 @@ class Record:
         ends = [*(use.edge for use in self.uses), *also]
         if len(vectors) == 1:
             grads = torch.autograd.grad(self.outputs, ends, vectors[0], allow_unused=True, retain_graph=bool(also))
-            lone = [None if grad is None else grad[None] for grad in grads[: len(self.uses)]]
         else:
             try:
-                lone = torch.autograd.grad(self.outputs, ends, vectors, is_grads_batched=True, allow_unused=True)
+                grads = torch.autograd.grad(self.outputs, ends, vectors, is_grads_batched=True, allow_unused=True)
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -109,23 +108,23 @@ class Record:
                     f"This model does not pull back {len(vectors)} vectors at once; take fisher='mc' with one sample. "
                     f"PyTorch says: {error}"
                 ) from error
-            grads = lone
-        shaped = [
-            use.rows(vectors.new_zeros(len(vectors), *use.shape) if grad is None else grad.reshape(-1, *use.shape))
-            for grad, use in zip(lone, self.uses, strict=False)
+        shapes = [(len(vectors), *use.shape) for use in self.uses]
+        own = [
+            use.rows(vectors.new_zeros(shape) if grad is None else grad.reshape(shape))
+            for grad, use, shape in zip(grads, self.uses, shapes, strict=False)
         ]
-        return shaped, list(grads[len(self.uses) :])
+        return own, list(grads[len(self.uses) :])
 
     def normal_form(
         self, grads: Sequence[Tensor], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """``a`` and ``g`` of every layer from the gradients at every use."""
         a, g = [], []
+        N, S = len(self.outputs), len(grads[0])
         by_layer: list[list[tuple[Use, Layout, Tensor]]] = [[] for _ in self.partition.layers]
         for use, layout, grad in zip(self.uses, self.layouts, grads, strict=True):
             by_layer[use.layer].append((use, layout, grad))
         for layer, uses in zip(self.partition.layers, by_layer, strict=True):
-            N, S = len(self.outputs), len(grads[0])
             if not uses:
                 like = grads[0]
                 a_l = like.new_ones(N, 1, 1) if layer.vector else like.new_zeros(N, 1, layer.features)
@@ -137,8 +136,8 @@ class Record:
                     a_l, g_l = pairs[0][0], sum((g for _, g in pairs[1:]), pairs[0][1])
                 else:
                     dims = max(a.ndim for a, _ in pairs)
-                    a_l = _joined([a if a.ndim == dims else a.expand(S, *a.shape) for a, _ in pairs], -2)
-                    g_l = _joined([g.expand(S, *g.shape[1:]) for _, g in pairs], -2)
+                    a_l = _joined([a if a.ndim == dims else a.expand(S, *a.shape) for a, _ in pairs])
+                    g_l = _joined([g.expand(S, *g.shape[1:]) for _, g in pairs])
             a.append(a_l if dtype is None else a_l.to(dtype))
             g.append(g_l if dtype is None else g_l.to(dtype))
         return a, g
@@ -163,8 +162,9 @@ def _placed(x: Tensor, start: int, size: int) -> Tensor:
     return x if x.shape[-1] == size else functional.pad(x, (start, size - start - x.shape[-1]))
 
 
-def _joined(pieces: list[Tensor], axis: int) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """All positions, one use after another."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
 
 def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -> Record:
