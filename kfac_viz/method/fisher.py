@@ -296,6 +296,8 @@ class ScoreImage(Image):
     A rank-one column ``w uᵀ`` meets the data through two numbers per example, ``α = a u`` and ``β = g w``.
     """
 
+    operator: Fisher
+
     def __init__(self, F: Fisher, Z: CoarseSpace) -> None:
         super().__init__(F, Z)
         layers = list(zip(F.a, F.g, strict=True))

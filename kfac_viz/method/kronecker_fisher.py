@@ -57,6 +57,8 @@ class KroneckerFisher(Operator):
 class KroneckerImage(Image):
     """``K Z`` for columns ``w uᵀ``: ``Zᵀ K Z = (αᵀα/N) ∘ (βᵀβ/N)`` with ``α = a u`` and ``β = g w``."""
 
+    operator: KroneckerFisher
+
     def galerkin(self) -> Tensor:
         both = list(zip(self.operator._rows, self.Z.factors, strict=True))
         alpha = torch.cat([a @ U for (a, _), (_, U) in both], dim=1)
