@@ -300,7 +300,11 @@ class Damped(Operator):
 
     def with_damping(self, damping: float) -> Damped:
         """The same operator at another λ."""
-        return replace(self, damping=check_damping(damping, self.dtype))
+        return self.at(check_damping(damping, self.dtype))
+
+    def at(self, damping: float) -> Damped:
+        """As :meth:`with_damping`, for a λ that has been checked."""
+        return replace(self, damping=damping)
 
     def __repr__(self) -> str:
         return f"{self.operator!r} + {self.damping:.3g}·I"

@@ -29,8 +29,12 @@ class Preconditioner(Operator):
 
     def with_damping(self, damping: float) -> Preconditioner:
         """The same preconditioner at another λ; what was factorised is shared."""
+        return self.at(check_damping(damping, self.dtype))
+
+    def at(self, damping: float) -> Preconditioner:
+        """As :meth:`with_damping`, for a λ that has been checked."""
         twin = replace(self)
-        twin._damp(check_damping(damping, self.dtype))
+        twin._damp(damping)
         return twin
 
     def __repr__(self) -> str:

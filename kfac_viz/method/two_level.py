@@ -51,7 +51,7 @@ class CoarseOperator:
         self.damping = damping
         (self.weights,) = self._eigenvalues.inverse(self.damping)
 
-    def with_damping(self, damping: float) -> CoarseOperator:
+    def at(self, damping: float) -> CoarseOperator:
         """At another λ, which has been checked; what was factorised is shared."""
         twin = replace(self)
         twin._damp(damping)
@@ -85,7 +85,11 @@ class CoarseCorrection(Operator):
 
     def with_damping(self, damping: float) -> CoarseCorrection:
         """The same coarse space at another λ: neither Z nor its factorisation changes."""
-        return replace(self, E=self.E.with_damping(check_damping(damping, self.dtype)))
+        return self.at(check_damping(damping, self.dtype))
+
+    def at(self, damping: float) -> CoarseCorrection:
+        """As :meth:`with_damping`, for a λ that has been checked."""
+        return replace(self, E=self.E.at(damping))
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.Z.prolong(self.E.solve(self.Z.restrict(v)))
@@ -167,8 +171,9 @@ class TwoLevel(Operator):
         for what, operator in (("A", self.A), ("The coarse operator", self.coarse_operator)):
             if not isinstance(operator, Damped):
                 raise ValueError(f"{what} ({type(operator).__name__}) has no damping to move; build it as F.damped(λ).")
-        A, M, Q = (part.with_damping(damping) for part in (self.A, self.M, self.Q))
-        coarse_operator = A if self.galerkin else self.coarse_operator.with_damping(damping)
+        damping = check_damping(damping, self.dtype)
+        A, M, Q = (part.at(damping) for part in (self.A, self.M, self.Q))
+        coarse_operator = A if self.galerkin else self.coarse_operator.at(damping)
         return replace(self, A=A, M=M, Q=Q, coarse_operator=coarse_operator, AZ=DampedImage(self.AZ.image, A.damping))
 
     def with_correction(self, correction: str) -> TwoLevel:
