@@ -159,9 +159,16 @@ def tied_embedding() -> nn.Module:
     return model
 
 
+def one_parameter_under_two_names() -> nn.Module:
+    model = nn.Sequential(nn.LayerNorm(3))
+    model[0].again = model[0].weight
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "layers"),
     [
+        (one_parameter_under_two_names, ["0: 6"]),
         (tied_bias, ["0: 4+1→4", "2: 4→4"]),
         (tied_weight, ["0: 4+1→4", "2.bias: 4"]),
         (tied_embedding, ["0: 5→3", "1.bias: 5"]),
