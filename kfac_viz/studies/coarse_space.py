@@ -18,7 +18,7 @@ from .. import KFAC, Diagonal, Fisher, Partition, TwoLevel, captured_decrease, c
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Examples, Range, Seed, Widths, check, number
 from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, StepBars, limit_of, plain_numbers
-from .curves import rounded, share
+from .curves import moment, rounded, share
 from .exercises import exercise
 from .setting import Damping, Data, Flavour, Rule, Setting, Shares, all_shares, chosen, first_network, setting, space
 from .threads import one_thread
@@ -76,9 +76,10 @@ class CoarseSpaceResult:
     @property
     def where(self) -> str:
         p = self.parameters
-        moment = f" after {p['steps']} Adam steps," if p.get("steps") else " untrained," if "steps" in p else ""
-        of = f"{self.problem}, {architecture(self.partition)},{moment}"
-        return f"{of} λ = {number(p['damping'])}, coarse dimension {self.size}"
+        of = f"{self.problem}, {architecture(self.partition)}"
+        if "steps" in p:  # a network of the reader's own has none
+            of += f", {moment(p['steps'])}"
+        return f"{of}, λ = {number(p['damping'])}, coarse dimension {self.size}"
 
     def table(self) -> pandas.DataFrame:
         """Tidy: ``quantity``, ``item`` (a method or matrix), ``position`` (rank or pair of layers), ``value``."""

@@ -108,6 +108,11 @@ def over_runs(quantity: str, runs: Sequence[Sequence[Mapping[str, str]]]) -> Cur
     return curve(x, np.minimum(losses, 1e6))
 
 
+def moment(steps: int) -> str:
+    """When a network is looked at, in words."""
+    return f"after {steps} Adam steps" if steps else "untrained"
+
+
 def share(x: float) -> str:
     """A captured decrease for a reader: two decimals, and fewer digits far below zero.
 
@@ -128,20 +133,23 @@ class Study:
         """The curves of one quantity, by series."""
         return {series: c for (name, series), c in self.curves.items() if name == quantity}
 
+    def others(self) -> list[tuple]:
+        """Rows of the table that are no points of curves; one that ends with its median is of a single number."""
+        return []
+
     def table(self) -> pandas.DataFrame:
-        """One row per point: quantity, series, x, median, low, high."""
+        """One row per point: quantity, series, x, median, low, high; then the others."""
         import pandas
 
-        columns = ["quantity", "series", "x", "median", "low", "high"]
         rows = [(*key, *point) for key, c in self.curves.items() for point in zip(*c, strict=True)]
-        return pandas.DataFrame(rows, columns=columns)
+        rows += [(*row, row[-1], row[-1]) if len(row) == 4 else row for row in self.others()]
+        return pandas.DataFrame(rows, columns=["quantity", "series", "x", "median", "low", "high"])
 
     @property
     def where(self) -> str:
         """Network, data and moment, λ and seeds."""
         p = self.parameters
         widths = ", ".join(map(str, p["widths"]))
-        moment = f"after {p['steps']} Adam steps" if p["steps"] else "untrained"
         data = re.sub(r"(\d)$", r" \1×\1", p["data"])  # digits4: digits 4×4
-        network = f"{data}, {p['n']} examples, hidden widths {widths}, {moment}"
+        network = f"{data}, {p['n']} examples, hidden widths {widths}, {moment(p['steps'])}"
         return f"{network}, λ = {number(p['damping'])}; median and range of {p['repeats']} seeds"

@@ -18,7 +18,7 @@ from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
 from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers, styled
 from . import problems
-from .curves import Curve, Study, curve, rounded, seeds, share
+from .curves import Curve, Study, curve, moment, rounded, seeds, share
 from .exercises import exercise
 from .setting import Setting, all_shares, iterations, largest_eigenvalue
 from .threads import one_thread
@@ -82,8 +82,7 @@ class DepthResult(Study):
     @property
     def where(self) -> str:
         p = self.parameters
-        moment = f"after {p['steps']} Adam steps" if p["steps"] else "untrained"
-        return (f"{NETWORKS[p['data']]}, {p['n']} examples, width {p['width']}, {moment}, "
+        return (f"{NETWORKS[p['data']]}, {p['n']} examples, width {p['width']}, {moment(p['steps'])}, "
                 f"λ = {number(p['damping_share'])} λ_max, {p['per_layer']} columns per layer; {p['repeats']} seeds")
 
     def table(self) -> pandas.DataFrame:

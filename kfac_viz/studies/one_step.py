@@ -20,7 +20,7 @@ from ..method.likelihood import checked_nll
 from ..parameters import Device, Examples, Seed, Widths, check, number
 from ..show import FAINT, INK, METHODS, MUTED, Plot
 from .coarse_space import ORDER, Correction, Moments, PerLayer, Space, architecture, directions
-from .curves import rounded, share
+from .curves import moment, rounded, share
 from .exercises import exercise
 from .setting import Damping, Data, Rule, Setting, chosen, setting, space
 from .threads import one_thread
@@ -77,8 +77,7 @@ class OneStepResult:
     @property
     def where(self) -> str:
         p = self.parameters
-        moment = f"after {p['steps']} Adam steps" if p["steps"] else "untrained"
-        return f"{self.problem}, {architecture(self.partition)}, {moment}, λ = {number(p['damping'])}"
+        return f"{self.problem}, {architecture(self.partition)}, {moment(p['steps'])}, λ = {number(p['damping'])}"
 
     def table(self) -> pandas.DataFrame:
         """Tidy: ``quantity``, ``item``, ``along``, ``value``."""

@@ -24,7 +24,6 @@ from .setting import Shares, all_shares
 from .threads import one_thread
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
@@ -87,20 +86,17 @@ class PdeResult(Study):
         return (f"{name}, widths {widths}, {P} parameters, {N} points, λ = {number(p['damping'], 1)}; {k} columns in "
                 f"all, effective dimension {number(self.dimension)}")  # fmt: skip
 
-    def table(self) -> pandas.DataFrame:
-        """One row per point of a curve, per field's error, and per cell of the map."""
-        import pandas
-
-        curves = super().table()
+    def others(self) -> list[tuple]:
+        """A row for each field's error, for what is measured at the moment, and for each cell of the map."""
         at = self.parameters["moment"]
-        rows = [("error", name, at, *[float(rounded(x))] * 3) for name, x in self.errors.items()]
-        rows += [("effective dimension", "both", at, *[self.dimension] * 3), ("claims", "both", at, *[self.claims] * 3)]
+        rows = [("error", name, at, float(rounded(x))) for name, x in self.errors.items()]
+        rows += [("effective dimension", "both", at, self.dimension), ("claims", "both", at, self.claims)]
         for name, found in self.worth.items():
-            rows += [(kind, name, at, *[x] * 3) for kind, x in found._asdict().items()]
+            rows += [(kind, name, at, x) for kind, x in found._asdict().items()]
         for cell in self.cells:
             for method, loss in cell.losses.items():
-                rows.append((f"map, {cell.parameters} parameters", method, cell.points, *[loss] * 3))
-        return pandas.concat([curves, pandas.DataFrame(rows, columns=curves.columns)], ignore_index=True)
+                rows.append((f"map, {cell.parameters} parameters", method, cell.points, loss))
+        return rows
 
 
 class Cell(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from .curves import TUNING_SEED, Curve, Study, curve, last_losses, loss_of, meas
 from .exercises import exercise
 from .exhibits import FAULTS
 from .problem import ACTIVATIONS, Problem, multilayer_perceptron
-
-if TYPE_CHECKING:
-    import pandas
 
 REGIMES = ("tanh, growing batch", "ReLU, batches of 1,000")
 EPOCH = 60  # steps of 1,000 images, an epoch of the 60,000 of MNIST
@@ -64,21 +61,19 @@ class PublishedResult(Study):
         return (f"above: toy problem, {p['problem']}, {p['layers']} layers, median and range of 10 seeds; every method "
                 "tuned by one rule on a seed apart")  # fmt: skip
 
-    def table(self) -> pandas.DataFrame:
-        """The curves, and a row for each last loss, ratio and count."""
-        import pandas
-
-        curves, rows = super().table(), []
+    def others(self) -> list[tuple]:
+        """A row for each last loss, ratio and count."""
+        rows: list[tuple] = []
         for (problem, layers, method), found in self.ends.items():
             rows.append((f"last loss, {problem}", method, layers, *found))
-            rows.append((f"over K-FAC, {problem}", method, layers, *[self.ratio(problem, layers, method)] * 3))
+            rows.append((f"over K-FAC, {problem}", method, layers, self.ratio(problem, layers, method)))
         for method, (count, chance) in self.lower.items():
-            rows.append(("lower than K-FAC", method, self.runs, *[count] * 3))
-            rows.append(("chance of that", method, self.runs, *[chance] * 3))
+            rows.append(("lower than K-FAC", method, self.runs, count))
+            rows.append(("chance of that", method, self.runs, chance))
         rows += [(f"last loss, {regime}", method, "", *found) for (regime, method), found in self.large.items()]
-        rows += [("loss after one epoch", method, EPOCH, *[loss] * 3) for method, loss in self.epoch.items()]
-        rows += [("loss of K-FAC in Goldfarb et al. 2020", "K-FAC", k, *[loss] * 3) for k, loss in GOLDFARB.items()]
-        return pandas.concat([curves, pandas.DataFrame(rows, columns=curves.columns)], ignore_index=True)
+        rows += [("loss after one epoch", method, EPOCH, loss) for method, loss in self.epoch.items()]
+        rows += [("loss of K-FAC in Goldfarb et al. 2020", "K-FAC", k, loss) for k, loss in GOLDFARB.items()]
+        return rows
 
 
 def run_published(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from ..parameters import Device, Seed, number
 from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers
 from .curves import TUNING_SEED, Curve, Study, last_losses, loss_of, measured_rows, over_runs, rounded
 from .exercises import exercise
-
-if TYPE_CHECKING:
-    import pandas
 
 PROBLEMS = ("classifier", "autoencoder", "deep classifier", "attention", "convolutional")
 REGIMES = {"mini": "mini-batches of 100", "full": "full batch of 1,500"}
@@ -61,21 +58,18 @@ class TrainingResult(Study):
         return (f"{p['problem']} on digits, {REGIMES[p['regime']]}; rate and λ of every method tuned on a seed apart; "
                 "median and range of 5 seeds")  # fmt: skip
 
-    def table(self) -> pandas.DataFrame:
-        """The curves, and a row for each last loss, ratio, tuning run and variation."""
-        import pandas
-
-        curves = super().table()
+    def others(self) -> list[tuple]:
+        """A row for each last loss, ratio, tuning run and variation."""
         rows: list[tuple] = []
         for (regime, problem, method), (median, low, high, seconds) in self.ends.items():
             rows.append((f"last loss, {regime}, {problem}", method, "", median, low, high))
-            rows.append((f"seconds, {regime}, {problem}", method, "", *[seconds] * 3))
-            rows.append((f"over K-FAC, {regime}, {problem}", method, "", *[self.ratio(regime, problem, method)] * 3))
-        rows += [(f"tuning, rate {rate:g}", method, λ, *[loss] * 3) for (method, rate, λ), loss in self.grids.items()]
+            rows.append((f"seconds, {regime}, {problem}", method, "", seconds))
+            rows.append((f"over K-FAC, {regime}, {problem}", method, "", self.ratio(regime, problem, method)))
+        rows += [(f"tuning, rate {rate:g}", method, λ, loss) for (method, rate, λ), loss in self.grids.items()]
         for (problem, cause, method), loss in self.causes.items():
-            rows.append((f"{cause}, {problem}", method, "", *[loss] * 3))
-            rows.append((f"{cause}, {problem}, over K-FAC", method, "", *[self.changed(problem, cause, method)] * 3))
-        return pandas.concat([curves, pandas.DataFrame(rows, columns=curves.columns)], ignore_index=True)
+            rows.append((f"{cause}, {problem}", method, "", loss))
+            rows.append((f"{cause}, {problem}, over K-FAC", method, "", self.changed(problem, cause, method)))
+        return rows
 
 
 def run_training(
