@@ -162,9 +162,7 @@ SERIES = {"a": Style("a", "#0072B2"), "b": Style("b", "#D55E00", "s", "--")}
 def view_of(curves, **options):
     with matplotlib.rc_context(rc()):
         ax = Figure().subplots()
-        view = CurveView(ax, SERIES, curves, "title", x="x", xlim=(0.5, 5), ylim=(1, 10), **options)
-    view.update(curves)
-    return view
+        return CurveView(ax, SERIES, curves, "title", x="x", xlim=(0.5, 5), ylim=(1, 10), **options)
 
 
 def test_bands_reach_from_the_lowest_to_the_highest_seed():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,23 @@ if TYPE_CHECKING:
 MARKERS = 8  # on a line, at most
 
 
+class Curve(NamedTuple):
+    """Median over seeds at each x, with the lowest and the highest seed; every array is (n,)."""
+
+    x: NDArray
+    y: NDArray
+    low: NDArray
+    high: NDArray
+
+    def at(self, x: float, scale: tuple[str, str] = ("log", "linear")) -> float:
+        """The median at x, between its points on these scales of x and y; NaN beyond its ends."""
+        log_x, log_y = (kind == "log" for kind in scale)
+        with np.errstate(divide="ignore"):
+            xs, ys = (np.log(part) if log else part for part, log in ((self.x, log_x), (self.y, log_y)))
+        found = float(np.interp(np.log(x) if log_x and x > 0 else x, xs, ys, left=np.nan, right=np.nan))
+        return float(np.exp(found)) if log_y else found
+
+
 class CurveView:
     """One axes with a line and a band for each series; ``artists`` change, axes and ticks stay.
 
@@ -28,14 +45,14 @@ class CurveView:
 
     Args:
         series: how each is drawn, the lowest first.
-        curves: x, median, lowest and highest, each (n,), by series; those without a style are not drawn.
+        curves: by series; those without a style are not drawn.
     """
 
     def __init__(
         self,
         ax: Axes,
         series: Mapping[str, Style],
-        curves: Mapping[str, Sequence[NDArray]],
+        curves: Mapping[str, Curve],
         title: str,
         *,
         x: str,
@@ -71,6 +88,7 @@ class CurveView:
         for axis, kind in zip((ax.xaxis, ax.yaxis), scale, strict=True):
             if kind == "log":
                 plain_numbers(axis)
+        self.update(curves)
 
     def words(self) -> str:
         """Title, and where each curve begins and ends."""
@@ -84,11 +102,12 @@ class CurveView:
     def artists(self) -> list[Artist]:
         return [*self.bands.values(), *self.lines.values(), self.cursor, *self.leaves, self.rings]
 
-    def update(self, curves: Mapping[str, Sequence[NDArray]], at: float | None = None) -> None:
+    def update(self, curves: Mapping[str, Curve], at: float | None = None) -> None:
         """Move to these curves, of the same series, and the upright line to x = ``at``, with a ring on each curve."""
         self.cursor.set_xdata([np.nan if at is None else at] * 2)
         (left, right), (low_end, high_end) = self.ax.get_xlim(), self.ax.get_ylim()
-        self.at = {} if at is None else {name: self._value(curves[name], at) for name in self.lines}
+        scale = self.ax.get_xscale(), self.ax.get_yscale()
+        self.at = {} if at is None else {name: curves[name].at(at, scale) for name in self.lines}
         rings = [(at, y, self.lines[name].get_color()) for name, y in self.at.items() if low_end <= y <= high_end]
         self.rings.set_offsets(np.array([ring[:2] for ring in rings]).reshape(-1, 2))
         self.rings.set_edgecolor([ring[2] for ring in rings])
@@ -106,14 +125,6 @@ class CurveView:
         for marks, points in zip(self.leaves, (above, below), strict=True):
             marks.set_offsets(np.array([point[:2] for point in points]).reshape(-1, 2))
             marks.set_facecolor([point[2] for point in points])
-
-    def _value(self, c: Sequence[NDArray], at: float) -> float:
-        """The curve at x = ``at``, between its points on the scales of the axes; NaN beyond its ends."""
-        log_x, log_y = (axis.get_scale() == "log" for axis in (self.ax.xaxis, self.ax.yaxis))
-        x, y = (np.log(part) if log else part for part, log in zip(c[:2], (log_x, log_y), strict=True))
-        with np.errstate(divide="ignore"):
-            found = float(np.interp(np.log(at) if log_x and at > 0 else at, x, y, left=np.nan, right=np.nan))
-        return float(np.exp(found)) if log_y else found
 
 
 def _leaving(outside: NDArray) -> NDArray:

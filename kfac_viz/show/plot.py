@@ -21,7 +21,8 @@ class Plot(ABC):
     """Builds a figure once, without pyplot, and fills it from one result after the other.
 
     A result has ``headline``, a sentence with its numbers, and ``where``, a line with network, data, λ and seeds. A
-    subclass draws axes in :meth:`build`, hands what will change to :meth:`add`, and changes it in :meth:`move`.
+    subclass draws axes in :meth:`build`, hands what will change to :meth:`add`, and changes it in :meth:`move`,
+    where anything moves.
 
     Attributes:
         fixed: the fields or parameters that a result must share with the first to be shown in its place.
@@ -63,8 +64,7 @@ class Plot(ABC):
     def build(self, result: Any) -> None:
         """Make axes and artists for results like this one."""
 
-    @abstractmethod
-    def move(self, result: Any) -> None:
+    def move(self, result: Any) -> None:  # noqa: B027
         """Put the numbers of ``result`` into the artists."""
 
     def update(self, result: Any) -> None:

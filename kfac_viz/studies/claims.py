@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .. import BlockDiagonal, Dense, Partition
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..show import INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers
-from .curves import Curve, Study, by_key, curve, rounded, seeds, value
+from .curves import Curve, Study, over_seeds, rounded, seeds
 from .exercises import exercise
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, setting, shares
 from .threads import one_thread
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 MOMENTS = ("untrained", "trained")
+COMPARED = DAMPINGS.positions[::4]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +44,9 @@ class ClaimsResult(Study):
 
     @property
     def headline(self) -> str:
-        λ, found = self.parameters["damping"], {}
-        for quantity in ("claims", "length"):
-            found[quantity] = [value(self.of(quantity)[moment], λ) for moment in MOMENTS]
-        first, then = (number(round(x, 1)) for x in found["claims"])
-        before, after = (number(round(1 / x, 1)) for x in found["length"])
+        λ = self.parameters["damping"]
+        first, then = (number(round(self.curves["claims", moment].at(λ), 1)) for moment in MOMENTS)
+        before, after = (number(round(1 / self.curves["length", moment].at(λ), 1)) for moment in MOMENTS)
         return (f"{first} of {self.layers} layers claim one direction, {then} after training: exact blocks step "
                 f"{before} and {after} times too far")  # fmt: skip
 
@@ -69,23 +71,19 @@ def run_claims(
     """
     p = check(run_claims, locals())
     networks = [[chosen(p, seed=s, steps=k) for k in (0, p["steps"])] for s in seeds(p)]
-    rows = by_key(_measure(*pair) for pair in networks)
+    curves = over_seeds(COMPARED, (_measure(*pair) for pair in networks))
     pairs = {moment: _pairs(setting(*network), damping) for moment, network in zip(MOMENTS, networks[0], strict=True)}
-    return ClaimsResult(p, {key: curve(_dampings(), y) for key, y in rows.items()}, pairs, len(pairs["trained"]))
-
-
-def _dampings() -> NDArray:
-    return np.array(DAMPINGS.positions[::4])
+    return ClaimsResult(p, curves, pairs, len(pairs["trained"]))
 
 
 @lru_cache(maxsize=64)
-def _measure(*networks: tuple) -> dict[tuple[str, str], NDArray]:
+def _measure(*networks: tuple) -> dict[tuple[str, str], list[float]]:
     """Every curve of one network at the two moments."""
-    found: dict[tuple[str, str], list[float]] = {}
+    found = defaultdict(list)
     for moment, network in zip(MOMENTS, networks, strict=True):
         s = setting(*network)
         M = BlockDiagonal(s.matrix, 1.0)
-        for λ in _dampings().tolist():
+        for λ in COMPARED:
             A = s.matrix.damped(λ)
             v = M.with_damping(λ) @ s.g
             both, claims = shares(A, s.g, v), A.claims()
@@ -97,8 +95,8 @@ def _measure(*networks: tuple) -> dict[tuple[str, str], NDArray]:
                 "at_best_length": both.at_best_length,
             }
             for quantity, x in numbers.items():
-                found.setdefault((quantity, moment), []).append(x)
-    return {key: np.array(values) for key, values in found.items()}
+                found[quantity, moment].append(x)
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -136,24 +134,23 @@ class ClaimsPlot(Plot):
         grid = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.05))
         above, below = (grid[i].subgridspec(1, k) for i, k in ((0, 4), (1, 2)))
         axes = [self.figure.add_subplot(above[i]) for i in range(4)]
-        L = result.layers
-
-        def view(i: int, series: dict[str, Style], title: str, ylim: tuple, scale: str = "linear") -> CurveView:
-            curves = shown(result, QUANTITIES[i])
-            return self.add(CurveView(axes[i], series, curves, title, ylim=ylim, scale=("log", scale), **OVER_DAMPINGS))
-
-        self.views = [
-            view(0, LINES, "Layers that claim one", (0, L + 0.4)),
-            view(1, INVERSE | STEPS, "Best factor of the step", (0, 1.05)),
-            view(2, STEPS, "Captured as it is", (-2, 1.05)),
-            view(3, STEPS, "Captured, best length", (0, 1.05)),
-        ]
-        axes[0].axhline(L, color=INK, linewidth=0.6)
+        curves = {  # series, title, and ends of the upright axis
+            "claims": (LINES, "Layers that claim one", (0, result.layers + 0.4)),
+            "length": (INVERSE | STEPS, "Best factor of the step", (0, 1.05)),
+            "captured": (STEPS, "Captured as it is", (-2, 1.05)),
+            "at_best_length": (STEPS, "Captured, best length", (0, 1.05)),
+        }
+        self.views = {
+            quantity: self.add(CurveView(ax, series, shown(result, quantity), title, ylim=ends, scale=("log", "linear"),
+                                         **OVER_DAMPINGS))
+            for ax, (quantity, (series, title, ends)) in zip(axes, curves.items(), strict=True)
+        }  # fmt: skip
+        axes[0].axhline(result.layers, color=INK, linewidth=0.6)
         axes[2].axhline(0, color=INK, linewidth=0.6)
         for ax in axes:
             plain_numbers(ax.xaxis, (1e-4, 1e-2, 1, 100))
-        lines = self.views[1].lines
-        self.legend([*self.views[0].lines.values(), *(lines[name] for name in (*STEPS, *INVERSE))], 3)
+        lines = self.views["length"].lines
+        self.legend([*self.views["claims"].lines.values(), *(lines[name] for name in (*STEPS, *INVERSE))], 3)
         self.maps = {
             moment: self.add(MapView(
                 self.figure.add_subplot(below[i]), _points(result.pairs[moment]),
@@ -162,13 +159,10 @@ class ClaimsPlot(Plot):
         }  # fmt: skip
 
     def move(self, result: ClaimsResult) -> None:
-        for view, quantity in zip(self.views, QUANTITIES, strict=True):
+        for quantity, view in self.views.items():
             view.update(shown(result, quantity), at=result.parameters["damping"])
         for moment, view in self.maps.items():
             view.update(_points(result.pairs[moment]))
-
-
-QUANTITIES = ("claims", "length", "captured", "at_best_length")
 
 
 def shown(result: ClaimsResult, quantity: str) -> dict[str, Curve]:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..parameters import number
+from ..show import Curve
 
 if TYPE_CHECKING:
     import pandas
@@ -21,15 +22,6 @@ if TYPE_CHECKING:
 
 TUNING_SEED = "99"  # of the measured runs that choose rates and λ, and are not shown
 MEASURED = Path(__file__).parents[2] / "figures" / "benchmarks"
-
-
-class Curve(NamedTuple):
-    """Median over seeds at each x, with the lowest and the highest seed; every array is (n,)."""
-
-    x: NDArray
-    y: NDArray
-    low: NDArray
-    high: NDArray
 
 
 def curve(x: ArrayLike, seeds: ArrayLike | Sequence[Sequence[float]]) -> Curve:
@@ -70,11 +62,6 @@ def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
     """``values`` to significant digits: what is drawn does not depend on the last bits of a sum."""
     values = np.asarray(values, dtype=float)
     return np.reshape([float(f"{v:.{digits}g}") for v in values.ravel()], values.shape)
-
-
-def value(c: Curve, x: float) -> float:
-    """The curve at x, between its points on a logarithmic scale of x."""
-    return float(np.interp(np.log(x), np.log(c.x), c.y))
 
 
 def last_losses(by_seed: Mapping[Any, list[dict[str, str]]]) -> tuple[float, float, float]:

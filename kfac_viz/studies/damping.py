@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import KFAC
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers
-from .curves import Study, by_key, curve, seeds, value
+from .curves import Study, by_key, curve, seeds
 from .exercises import exercise
 from .problems import Problem
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, at_best_length, chosen, first_network, setting, shares
@@ -45,8 +45,8 @@ class DampingResult(Study):
     @property
     def headline(self) -> str:
         λ, after = self.parameters["damping"], MOMENTS[1]
-        size, *falls = (value(self.curves[key], λ) for key in (
-            ("dimension", after), ("decrease", f"{after}, exact"), ("decrease", f"{after}, kfac")))  # fmt: skip
+        size = self.curves["dimension", after].at(λ)
+        falls = (self.curves["decrease", f"{after}, {method}"].at(λ) for method in ("exact", "kfac"))
         exact, kfac = (f"{fall:.0%}".replace("-", "−") for fall in falls)
         return (f"At λ = {number(λ)} the data decide {size:.0f} of {self.size} directions; the exact step takes "
                 f"{exact} off the loss, K-FAC's {kfac}")  # fmt: skip

@@ -345,7 +345,7 @@ class PdePlot(Plot):
         CurveView(
             self.figure.add_subplot(middle[2]), STYLES, result.of("seconds"), "Loss over seconds, measured",
             x="processor seconds", xlim=(0.1, 4), ylim=losses, scale=both,
-        ).update(result.of("seconds"))  # fmt: skip
+        )  # fmt: skip
         self.legend([*self.loss.lines.values(), *self._missing(self.loss)], 6)
         below = grid[2].subgridspec(1, 2, width_ratios=(1, 1))
         self._build_columns(self.figure.add_subplot(below[0]), result)

@@ -256,18 +256,16 @@ class PublishedPlot(Plot):
         losses = result.of("step")
         last = max(c.x[-1] for c in losses.values())
         chosen = [c.y for name, c in losses.items() if name in STYLES]
-        self.loss = CurveView(
+        loss = CurveView(
             self.figure.add_subplot(above[0]), STYLES, losses, "Toy problem: loss over steps", x="steps",
             xlim=(0, last), ylim=(min(map(np.min, chosen)) / 2, 2 * max(map(np.max, chosen))), scale=("linear", "log"),
         )  # fmt: skip
         shares = {name: c for name, c in result.of("coarse").items() if name in ("as published", "+ triangle", MENDED)}
-        share = CurveView(
+        CurveView(
             self.figure.add_subplot(above[1]), STYLES, shares, "What the coarse part adds to the slope", x="steps",
             xlim=(0, last), ylim=(1e-10, 10), scale=("linear", "log"),
         )  # fmt: skip
-        self.loss.update(losses)
-        share.update(shares)
-        self.legend(self.loss.lines.values(), 4)
+        self.legend(loss.lines.values(), 4)
         points = [(told, f"{problem} {layers}", result.ratio(problem, layers, method)) for method, told in ROWS.items()
                   for problem, layers, name in result.ends if name == method]  # fmt: skip
         MapView(
@@ -282,11 +280,7 @@ class PublishedPlot(Plot):
                 self.figure.add_subplot(right[i]), STYLES, curves, f"Autoencoder: {regime}",
                 x="processor seconds" if i else "", xlim=(0, seconds), ylim=(60, 900), scale=("linear", "log"),
             )  # fmt: skip
-            view.update(curves)
             plain_numbers(view.ax.yaxis, (100, 200, 500))
-
-    def move(self, result: PublishedResult) -> None:
-        """Measured tables do not move."""
 
     def words(self, result: PublishedResult) -> str:
         told = "; ".join(f"{ROWS[method]} {count}" for method, (count, _) in result.lower.items())

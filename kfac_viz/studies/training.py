@@ -178,14 +178,12 @@ class TrainingPlot(Plot):
                 self.figure.add_subplot(above[i]), STYLES, curves, title, x=x, xlim=(0, last), ylim=limits,
                 scale=("linear", "log"),
             )  # fmt: skip
-            view.update(curves)
         name = "autoencoder" if result.parameters["problem"] == "autoencoder" else "classifier"
         curves = result.of(f"steps to target, {name}")
         sizes = CurveView(
             self.figure.add_subplot(above[2]), STYLES, curves, f"Steps to target, {name}", x="examples in a batch",
             xlim=(20, 2000), ylim=(5, 1200),
         )  # fmt: skip
-        sizes.update(curves)
         plain_numbers(sizes.ax.xaxis, (25, 100, 400, 1500))
         self.legend(view.lines.values(), 4)
         self._build_maps(below, result)
@@ -216,9 +214,6 @@ class TrainingPlot(Plot):
             self.figure.add_subplot(grid[2]), ratios, "The same, one thing changed", limits=(1e-2, 1e2),
             colour=np.log10, palette="RdBu_r", form=lambda x: number(x, 2), tilt=30,
         )  # fmt: skip
-
-    def move(self, result: TrainingResult) -> None:
-        """Measured tables do not move."""
 
     def words(self, result: TrainingResult) -> str:
         told = "; ".join(f"{problem}, {regime}: {number(result.ratio(regime, problem), 2)}" for regime in REGIMES

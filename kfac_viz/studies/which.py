@@ -117,9 +117,6 @@ class WhichPlot(Plot):
             colour=np.log10, palette="Blues_r", form=lambda x: "" if x != x else number(x, 2),
         )  # fmt: skip
 
-    def move(self, result: WhichResult) -> None:
-        """Measured tables do not move."""
-
     def words(self, result: WhichResult) -> str:
         best = (f"{situation}: {min(found, key=found.get)}" for situation, found in result.losses.items())
         return f"First: {'; '.join(best)}."
