@@ -18,7 +18,7 @@ from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
 from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers, styled
 from . import problems
-from .curves import Curve, Study, curve, moment, rounded, seeds, share
+from .curves import Curve, Study, curve, moment, rounded, rows_of, seeds, share
 from .exercises import exercise
 from .setting import Setting, all_shares, iterations, largest_eigenvalue
 from .threads import one_thread
@@ -269,14 +269,11 @@ def _stored(path: str) -> dict[Case, Found]:
 
 def read(file: Path) -> dict[Case, Found]:
     """A table that rows of :func:`rows` were written to."""
-    import csv
-
-    kinds = get_type_hints(Case).values()
+    kinds = get_type_hints(Case).items()
     found: dict[Case, Found] = defaultdict(dict)
-    with file.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            case = Case(*(kind(row[name]) for kind, name in zip(kinds, Case._fields, strict=True)))
-            found[case] |= {(quantity, row["series"]): float(row[quantity]) for quantity in QUANTITIES if row[quantity]}
+    for row in rows_of(file):
+        case = Case(*(kind(row[name]) for name, kind in kinds))
+        found[case] |= {(quantity, row["series"]): float(row[quantity]) for quantity in QUANTITIES if row[quantity]}
     return dict(found)
 
 # ---- the picture --------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 from .. import KFAC, CoarseCorrection, Dense, TwoLevel
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Range, Seed, check, number
-from ..show import INK, METHODS, CurveView, MapView, Plot, Style
+from ..show import INK, METHODS, CurveView, MapView, Plot, Style, empty_line
 from . import equations
-from .curves import TUNING_SEED, Curve, Study, curve, loss_of, measured_rows, rounded
+from .curves import TUNING_SEED, Curve, Run, Study, curve, grouped, loss_of, measured_rows, rounded
 from .descent import Method, columns, training
 from .equations import Equation
 from .exercises import exercise
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 EQUATIONS = {
-    "poisson": ("Poisson in 2 dimensions", lambda *a, **k: equations.poisson(2, *a, **k)),
-    "heat": ("heat in 1 + 1 dimensions", lambda *a, **k: equations.heat(1, *a, **k)),
+    "poisson": ("Poisson in 2 dimensions", partial(equations.poisson, 2)),
+    "heat": ("heat in 1 + 1 dimensions", partial(equations.heat, 1)),
     "burgers": ("Burgers", equations.burgers),
 }
 LIVE = ("kfac", "coarse", "both", "exact")  # methods that the panel trains
@@ -37,7 +37,7 @@ GRID = 40  # points along each side of a picture
 
 
 class Trained(NamedTuple):
-    """A run of one method: the loss after 0, 1, 2, … steps, and what the network is at the moment."""
+    """A run of one method: the loss after 0, 1, 2, … steps; at the moment its field, less the solution, and error."""
 
     losses: NDArray
     field: NDArray
@@ -133,7 +133,7 @@ def run_pde(
     p = check(run_pde, locals())
     p["moment"] = min(p["moment"], p["steps"])
     kind = kind_of(p)
-    runs = {name: run_of(p, name, per_layer, [p["moment"]]) for name in LIVE}
+    runs = {name: run_of(p, name, per_layer, p["moment"]) for name in LIVE}
     at = (damping, p["coarse"], per_layer, p["steps"], p["moment"])
     spectra, worth, dimension, claims, sizes = _at(kind, *at)
     curves = {("loss", name): curve(np.arange(len(run.losses)), run.losses) for name, run in runs.items()}
@@ -141,7 +141,7 @@ def run_pde(
     problem = build(kind)
     return PdeResult(
         p, curves | measured_curves(), on_grid(problem, problem.model.solution),
-        {name: run.fields[0] for name, run in runs.items()}, {name: run.errors[0] for name, run in runs.items()},
+        {name: run.field for name, run in runs.items()}, {name: run.error for name, run in runs.items()},
         worth, dimension, claims, sizes, cells(), problem.box,
     )  # fmt: skip
 
@@ -188,20 +188,10 @@ def _trained(kind: tuple, name: str, damping: float, coarse: str, per_layer: int
     return Trained(losses, field, problem.error())
 
 
-class Race(NamedTuple):
-    """A run of one method with its pictures: losses after every step, fields and relative errors at some moments."""
-
-    losses: NDArray
-    fields: list[NDArray]
-    errors: list[float]
-
-
-def run_of(p: dict[str, Any], method: str, per_layer: int, moments: Sequence[int]) -> Race:
-    """The run of one of LIVE with so many columns, where it has any; the parameters p say the rest."""
-    kind = kind_of(p)
-    which = p["damping"], *((p["coarse"], per_layer) if method in ("coarse", "both") else ("spectral", 0)), p["steps"]
-    found = [_trained(kind, method, *which, moment) for moment in moments]
-    return Race(found[0].losses, [x.field for x in found], [x.error for x in found])
+def run_of(p: dict[str, Any], method: str, per_layer: int, moment: int) -> Trained:
+    """The run of one of LIVE, with so many columns where it has any, at a moment; the parameters p say the rest."""
+    columns = (p["coarse"], per_layer) if method in ("coarse", "both") else ("spectral", 0)
+    return _trained(kind_of(p), method, p["damping"], *columns, p["steps"], moment)
 
 
 @lru_cache(maxsize=64)
@@ -211,26 +201,24 @@ def _at(kind: tuple, damping: float, coarse: str, per_layer: int, steps: int, mo
     path, _ = _path(kind, "both", damping, coarse, per_layer, steps)
     problem = build(kind)
     _set(problem, path[moment])
-    F, g = problem.capture(), problem.gradient()
-    A = Dense(F.damped(damping).dense(), F.partition)
-    M = KFAC(F, damping)
-    Z = columns(coarse, F.damped(damping), M, g, per_layer, kind[3] + moment)
-    operators = {"kfac": M, "both": TwoLevel(A, M, Z)}
+    F, g, seed = problem.capture(), problem.gradient(), kind[3] + moment
+    damped, M = F.damped(damping), KFAC(F, damping)
+    A = Dense(damped.dense(), F.partition)
+    Z = columns(coarse, damped, M, g, per_layer, seed)
+    T = TwoLevel(A, M, Z)
+    operators, directions = {"kfac": M, "both": T}, {"kfac": M @ g}
     if Z.size:
         operators["coarse"] = CoarseCorrection(A, Z)
-    directions = {"kfac": M @ g}
-    if Z.size:
         directions["coarse"] = operators["coarse"] @ g
-        directions |= {name: operators["both"].with_correction(name) @ g for name in CORRECTIONS}
-        other = columns("random", F.damped(damping), M, g, per_layer, kind[3] + moment)
+        directions |= {name: T.with_correction(name) @ g for name in CORRECTIONS}
+        other = columns("random", damped, M, g, per_layer, seed)
         directions["random columns, balanced"] = TwoLevel(A, M, other) @ g
-    worth = {name: x.rounded() for name, x in all_shares(F.damped(damping), g, directions).items()}
+    worth = {name: x.rounded() for name, x in all_shares(damped, g, directions).items()}
     L = torch.linalg.cholesky(A.dense())  # kv.spectrum refuses the least λ of the slider, for its smallest eigenvalues
     spectra = {}
-    for name, T in operators.items():
-        inner = L.T @ T.dense() @ L
+    for name, operator in operators.items():
+        inner = L.T @ operator.dense() @ L
         spectra[name] = np.linalg.eigvalsh(((inner + inner.T) / 2).cpu().numpy())[::-1].clip(1e-16)
-    damped = F.damped(damping)
     dimension, claims = float(rounded(damped.effective_dimension())), float(rounded(damped.claims()))
     return spectra, worth, dimension, claims, (F.partition.size, F.N, Z.size)
 
@@ -258,26 +246,17 @@ SHOWN = {  # in the measured curves
 @lru_cache(maxsize=1)
 def measured_curves() -> dict[tuple[str, str], Curve]:
     """Loss over seconds on Poisson in two dimensions, and the last loss over columns per layer on every equation."""
-    rows = measured_rows("pde_runs.csv")
-    tuning: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for row in rows:
-        if row["seed"] == TUNING_SEED and row["loss"] != "nan":
-            tuning.setdefault((row["problem"], row["method"]), []).append((float(row["loss"]), row["damping"]))
-    runs: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for row in rows:
-        best = min(tuning.get((row["problem"], row["method"]), [(0.0, row["damping"])]))[1]
-        if row["seed"] != TUNING_SEED and row["damping"] == best:
-            runs.setdefault((row["problem"], row["method"], row["seed"]), []).append(row)
+    runs: dict[tuple[str, ...], Collection[Run]] = {}
+    for key, rows in grouped(measured_rows("pde_runs.csv"), "problem", "method").items():
+        tried = [(loss_of(row), row["damping"]) for row in rows if row["seed"] == TUNING_SEED]
+        best = min(tried, default=(0.0, rows[0]["damping"]))[1]  # L-BFGS has nothing to tune
+        kept = [row for row in rows if row["seed"] != TUNING_SEED and row["damping"] == best]
+        runs[key] = grouped(kept, "seed").values()
     first = next(iter(runs))[0]
-    curves = {}
     times = np.geomspace(0.1, 3.9, 14)
-    for name, key in SHOWN.items():
-        seeds = [_loss_at(times, rows) for (*which, _), rows in runs.items() if which == [first, name]]
-        if seeds:
-            curves["seconds", key] = curve(times, seeds)
-    last: dict[tuple[str, str], list[float]] = {}
-    for (problem, method, _), rows in runs.items():
-        last.setdefault((problem, method), []).append(float(rows[-1]["loss"]))
+    curves = {("seconds", key): curve(times, [_loss_at(times, run) for run in runs[first, name]])
+              for name, key in SHOWN.items() if (first, name) in runs}  # fmt: skip
+    last = {key: [float(run[-1]["loss"]) for run in found] for key, found in runs.items()}
     for problem in dict.fromkeys(problem for problem, _ in last):
         for key, name in (("coarse", "coarse alone"), ("both", "two levels")):
             found = {k: last.get((problem, f"{name}, {k}")) for k in (4, 16, 64)}
@@ -289,9 +268,9 @@ def measured_curves() -> dict[tuple[str, str], Curve]:
     return curves
 
 
-def _loss_at(times: NDArray, rows: list[dict[str, str]]) -> NDArray:
+def _loss_at(times: NDArray, run: Run) -> NDArray:
     """The loss at these seconds, between the looks at a run on logarithmic scales."""
-    seconds, losses = (np.log([max(float(row[key]), 1e-30) for row in rows]) for key in ("seconds", "loss"))
+    seconds, losses = (np.log([max(float(row[key]), 1e-30) for row in run]) for key in ("seconds", "loss"))
     return np.exp(np.interp(np.log(times), seconds, losses))
 
 
@@ -346,7 +325,9 @@ class PdePlot(Plot):
             self.figure.add_subplot(middle[2]), STYLES, result.of("seconds"), "Loss over seconds, measured",
             x="processor seconds", xlim=(0.1, 4), ylim=losses, scale=both,
         )  # fmt: skip
-        self.legend([*self.loss.lines.values(), *self._missing(self.loss)], 6)
+        others = [empty_line(self.loss.ax, style, marker=style.marker)
+                  for name, style in STYLES.items() if name not in LIVE]  # fmt: skip
+        self.legend([*self.loss.lines.values(), *others], 6)
         below = grid[2].subgridspec(1, 2, width_ratios=(1, 1))
         self._build_columns(self.figure.add_subplot(below[0]), result)
         self._build_map(self.figure.add_subplot(below[1]), result)
@@ -409,10 +390,6 @@ class PdePlot(Plot):
             cell = names.get((view.rows[int(y)], view.columns[int(x)]))
             if cell:
                 text.set_text(f"{text.get_text()}\n{cell.first.replace(', ', ': ')}")
-
-    def _missing(self, view: CurveView) -> list:
-        return [view.ax.plot([], [], color=s.color, linestyle=s.line, marker=s.marker, label=s.label)[0]
-                for name, s in STYLES.items() if name not in view.lines]  # fmt: skip
 
     def move(self, result: PdeResult) -> None:
         for name, image in self.images.items():

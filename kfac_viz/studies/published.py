@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import comb
 from typing import Annotated, Literal
 
@@ -15,7 +14,7 @@ from torch import nn
 from ..method.checks import check_count, check_seed
 from ..parameters import Device, Seed, number
 from ..show import METHODS, SPACES, CurveView, MapView, Plot, Style, plain_numbers
-from .curves import TUNING_SEED, Curve, Study, curve, last_losses, loss_of, measured_rows, over_runs, rounded
+from .curves import WITHOUT_EFFECT, Curve, Run, Study, curve, last_losses, loss_of, measured_runs, over_runs, rounded
 from .exercises import exercise
 from .exhibits import FAULTS
 from .problem import ACTIVATIONS, Problem, multilayer_perceptron
@@ -80,21 +79,18 @@ def run_published(
     *,
     problem: Annotated[Literal["linear", "tanh"], "which toy problem the curves show."] = "linear",
     layers: Annotated[Literal[4, 10, 18], "Linear layers of it."] = 10,
-    seed: Seed = 0,
-    device: Device = "cpu",
+    seed: Annotated[Seed, WITHOUT_EFFECT] = 0,
+    device: Annotated[Device, WITHOUT_EFFECT] = "cpu",
 ) -> PublishedResult:
     """Read what ``make bench ARGS=published`` has measured.
-
-    Args:
-        seed: has no effect; training is measured, and every notebook has this parameter.
-        device: has no effect either.
 
     Raises:
         ValueError: the tables are missing.
     """
     parameters = dict(locals())
     curves: dict[tuple[str, str], Curve] = {}
-    toys, large = _runs("published_toy.csv"), _runs("published_autoencoder.csv")
+    toys = measured_runs("published_toy.csv", "problem", "layers", "method")
+    large = measured_runs("published_autoencoder.csv", "problem", "method")
     for (what, depth, method), by_seed in toys.items():
         if (what, depth) == (problem, str(layers)):
             runs = list(by_seed.values())
@@ -104,30 +100,20 @@ def run_published(
                 steps = [float(row["step"]) for row in runs[0]]
                 curves["coarse", method] = curve(steps, np.maximum(shares, 1e-12))
     for (regime, method), by_seed in large.items():
-        curves[regime, method] = over_runs("seconds", list(by_seed.values()))
-    ends = {(what, int(depth), method): last_losses(by_seed) for (what, depth, method), by_seed in toys.items()}
+        curves[regime, method] = over_runs("seconds", by_seed.values())
+    ends = {
+        (what, int(depth), method): last_losses(by_seed.values())
+        for (what, depth, method), by_seed in toys.items()
+    }
     lower, runs = _lower(toys)
     return PublishedResult(
-        parameters, curves, ends, lower, runs, {key: last_losses(by_seed) for key, by_seed in large.items()},
+        parameters, curves, ends, lower, runs,
+        {key: last_losses(by_seed.values()) for key, by_seed in large.items()},
         _after_an_epoch({method: by_seed for (regime, method), by_seed in large.items() if regime == REGIMES[1]}),
     )  # fmt: skip
 
 
-Runs = dict[str, list[dict[str, str]]]  # the rows of a run, by its seed
-
-
-@lru_cache(maxsize=2)
-def _runs(table: str) -> dict[tuple[str, ...], Runs]:
-    """The measured runs by problem, layers where there are several, and method; none of the tuning."""
-    found: dict[tuple[str, ...], Runs] = {}
-    for row in measured_rows(table):
-        if row["seed"] != TUNING_SEED:
-            key = tuple(row[name] for name in ("problem", "layers", "method") if name in row)
-            found.setdefault(key, {}).setdefault(row["seed"], []).append(row)
-    return found
-
-
-def _lower(toys: Mapping[tuple[str, ...], Runs]) -> tuple[dict[str, tuple[int, float]], int]:
+def _lower(toys: Mapping[tuple[str, ...], Mapping[str, Run]]) -> tuple[dict[str, tuple[int, float]], int]:
     """How many runs of each method end lower than K-FAC with that seed, and of how many."""
     counts: dict[str, list[bool]] = {}
     for (problem, layers, method), by_seed in toys.items():
@@ -149,7 +135,7 @@ def two_sided(count: int, of: int) -> float:
     return min(1.0, float(rounded(2 * sum(comb(of, k) for k in range(far + 1)) / 2**of, 2)))
 
 
-def _after_an_epoch(runs: Mapping[str, Runs]) -> dict[str, float]:
+def _after_an_epoch(runs: Mapping[str, Mapping[str, Run]]) -> dict[str, float]:
     """The loss after so many steps as an epoch has, between the looks at each run; the median over seeds."""
     found: dict[str, list[float]] = {}
     for method, by_seed in runs.items():

@@ -34,7 +34,7 @@ def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **c
     first = run(**choices)
     p = first.parameters
     moments = [*range(0, p["steps"], EVERY), p["steps"]]
-    runs = {(method, size): run_of(p, method, size, moments) for method in LIVE
+    runs = {f"{method} {size}": [run_of(p, method, size, moment) for moment in moments] for method in LIVE
             for size in (SIZES if method in ("coarse", "both") else (0,))}  # fmt: skip
     data = {
         "where": f"{EQUATIONS[p['equation']][0]}: {first.sizes[0]} parameters, {first.sizes[1]} points, "
@@ -45,12 +45,10 @@ def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **c
         "methods": [[key, STYLES[key].label, STYLES[key].color] for key in LIVE],
         "axes": [name.strip("$") for name in AXES[p["equation"]]],
         "solution": _picture(first.solution, first.solution.min(), first.solution.max(), "viridis"),
-        "losses": {f"{method} {size}": [float(f"{x:.3g}") for x in found.losses]
-                   for (method, size), found in runs.items()},
-        "errors": {f"{method} {size}": [float(f"{x:.2g}") for x in found.errors]
-                   for (method, size), found in runs.items()},
-        "fields": {f"{method} {size}": [_picture(np.log10(np.abs(field).clip(1e-16)), -DECADES, 0, "magma")
-                                        for field in found.fields] for (method, size), found in runs.items()},
+        "losses": {name: [float(f"{x:.3g}") for x in found[0].losses] for name, found in runs.items()},
+        "errors": {name: [float(f"{x.error:.2g}") for x in found] for name, found in runs.items()},
+        "fields": {name: [_picture(np.log10(np.abs(x.field).clip(1e-16)), -DECADES, 0, "magma") for x in found]
+                   for name, found in runs.items()},
     }  # fmt: skip
     return write_page(TEMPLATE, data, name, out_dir)
 

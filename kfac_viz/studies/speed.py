@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
 from ..parameters import Device, Seed
 from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers, styled
-from .curves import Curve, Study, curve, measured_rows, rounded
+from .curves import WITHOUT_EFFECT, Curve, Study, curve, grouped, measured_rows, rounded
 from .exercises import exercise
 
 if TYPE_CHECKING:
@@ -45,11 +44,10 @@ class SpeedResult(Study):
         return f"{self.machine}; autoencoder of the 2020 paper, and perceptrons; range over several rounds"
 
 
-def run_speed(*, seed: Seed = 0, device: Device = "cpu") -> SpeedResult:
+def run_speed(*, seed: Annotated[Seed, WITHOUT_EFFECT] = 0, device: Device = "cpu") -> SpeedResult:
     """Read the timings that ``make bench`` has written for this kind of device.
 
     Args:
-        seed: has no effect; timings are measured, and every notebook has this parameter.
         device: whose measurements to show.
 
     Raises:
@@ -62,14 +60,12 @@ def run_speed(*, seed: Seed = 0, device: Device = "cpu") -> SpeedResult:
         for kind in ("counted", "alone"):
             if row[f"{kind}_ms"]:
                 curves[f"autoencoder, {kind}", row["method"]] = curve([0], [float(row[f"{kind}_ms"])])
-    growth = defaultdict(list)
-    for row in measured_rows(f"growth_{device}.csv"):
-        growth[row["axis"], row["method"]].append(row)
-    for (axis, method), rows in growth.items():
+    growth = measured_rows(f"growth_{device}.csv")
+    for (axis, method), rows in grouped(growth, "axis", "method").items():
         curves[axis, method] = _curve(rows, "ms")
         x = curves[axis, method].x
         curves[f"{axis}, counted", method] = curve(x, [float(row["counted_ms"]) for row in rows])
-    return SpeedResult(parameters, curves, f"{row['machine']}, PyTorch {row['torch']}")
+    return SpeedResult(parameters, curves, f"{growth[-1]['machine']}, PyTorch {growth[-1]['torch']}")
 
 
 def _curve(rows: list[dict[str, str]], time: str, x: str | None = "value") -> Curve:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
@@ -12,7 +12,20 @@ import numpy as np
 
 from ..parameters import Device, Seed, number
 from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers
-from .curves import TUNING_SEED, Curve, Study, last_losses, loss_of, measured_rows, over_runs, rounded
+from .curves import (
+    TUNING_SEED,
+    WITHOUT_EFFECT,
+    Curve,
+    Run,
+    Study,
+    grouped,
+    last_losses,
+    loss_of,
+    measured_rows,
+    measured_runs,
+    over_runs,
+    rounded,
+)
 from .exercises import exercise
 
 PROBLEMS = ("classifier", "autoencoder", "deep classifier", "attention", "convolutional")
@@ -78,75 +91,57 @@ def run_training(
         Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"], "what is trained."
     ] = "deep classifier",
     regime: Annotated[Literal["mini", "full"], "mini-batches of 100 examples, or all 1,500 in every step."] = "mini",
-    seed: Seed = 0,
-    device: Device = "cpu",
+    seed: Annotated[Seed, WITHOUT_EFFECT] = 0,
+    device: Annotated[Device, WITHOUT_EFFECT] = "cpu",
 ) -> TrainingResult:
     """Read what ``make bench ARGS=training`` has measured.
-
-    Args:
-        seed: has no effect; training is measured, and every notebook has this parameter.
-        device: has no effect either.
 
     Raises:
         ValueError: the tables are missing.
     """
     parameters = dict(locals())
-    runs = _runs()
+    runs = measured_runs("training.csv", "cause", "regime", "problem", "method")
+    tuning = [row for row in measured_rows("training.csv") if row["seed"] == TUNING_SEED]
     curves: dict[tuple[str, str], Curve] = {}
     for (cause, where, what, method), by_seed in runs.items():
         if (cause, where, what) == ("method", regime, problem):
             for quantity in ("step", "seconds"):
-                curves[quantity, method] = over_runs(quantity, list(by_seed.values()))
-    for (what, method), points in _steps_to_target().items():
-        curves[f"steps to target, {what}", method] = points
-    ends = {key[1:]: _last(by_seed) for key, by_seed in runs.items() if key[0] == "method"}
+                curves[quantity, method] = over_runs(quantity, by_seed.values())
+    curves |= _steps_to_target()
+    ends = {key[1:]: _last(by_seed.values()) for key, by_seed in runs.items() if key[0] == "method"}
     grids = {
-        (method, float(rows[-1]["lr"]), float(rows[-1]["damping"])): loss_of(rows[-1])
-        for (_, where, what, method), by_setting in _runs(tuning=True).items()
-        for rows in by_setting.values()
+        (method, float(rate), float(damping)): loss_of(run[-1])
+        for (where, what, method, rate, damping), run in grouped(
+            tuning, "regime", "problem", "method", "lr", "damping"
+        ).items()
         if (where, what) == ("mini", problem) and method in CURVED
     }
     varied = {what for cause, _, what, _ in runs if cause != "method"}
     causes = {
-        (what, "tuned" if cause == "method" else cause, method): _last(by_seed)[0]
+        (what, "tuned" if cause == "method" else cause, method): last_losses(by_seed.values())[0]
         for (cause, where, what, method), by_seed in runs.items()
         if where == "mini" and method in CURVED and what in varied
     }
     return TrainingResult(parameters, curves, ends, grids, causes)
 
 
-@lru_cache(maxsize=2)
-def _runs(tuning: bool = False) -> dict[tuple[str, str, str, str], dict[tuple[str, ...], list[dict[str, str]]]]:
-    """Rows of every run, by (cause, regime, problem, method) and then seed and settings; tuning runs only if asked."""
-    found: dict[tuple, dict] = {}
-    for row in measured_rows("training.csv"):
-        if (row["cause"] == "tuning") == tuning:
-            key = tuple(row[name] for name in ("cause", "regime", "problem", "method"))
-            setting = tuple(row[name] for name in ("seed", "lr", "damping"))
-            found.setdefault(key, {}).setdefault(setting, []).append(row)
-    return found
-
-
-def _last(by_seed: Mapping[Any, list[dict[str, str]]]) -> tuple[float, float, float, float]:
-    seconds = np.median([float(rows[-1]["seconds"]) for rows in by_seed.values()])
-    return *last_losses(by_seed), float(rounded(seconds))
+def _last(runs: Collection[Run]) -> tuple[float, float, float, float]:
+    """Median, least and largest last loss, and median seconds."""
+    seconds = np.median([float(run[-1]["seconds"]) for run in runs])
+    return *last_losses(runs), float(rounded(seconds))
 
 
 @lru_cache(maxsize=1)
 def _steps_to_target() -> dict[tuple[str, str], Curve]:
     """Median over seeds, by problem and method; sizes at which the target was not reached are left out."""
-    found: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for row in measured_rows("training_batches.csv"):
-        if row["seed"] != TUNING_SEED:
-            steps = float(row["step"]) if row["reached"] == "1" else inf
-            found.setdefault((row["problem"], row["method"]), {}).setdefault(int(row["batch"]), []).append(steps)
-    curves = {}
-    for key, sizes in found.items():
-        reached = {size: steps for size, steps in sizes.items() if np.median(steps) < inf}
-        if reached:
-            found_at = [(float(np.median(x)), min(x), min(max(x), 1e4)) for x in reached.values()]
-            curves[key] = Curve(np.array([*reached], dtype=float), *rounded(np.array(found_at).T))
-    return curves
+    found: dict[tuple[str, str], dict[float, tuple[float, float, float]]] = {}
+    runs = measured_runs("training_batches.csv", "problem", "method", "batch")
+    for (problem, method, batch), by_seed in runs.items():
+        steps = [float(row["step"]) if row["reached"] == "1" else inf for (row,) in by_seed.values()]
+        if np.median(steps) < inf:
+            sizes = found.setdefault((f"steps to target, {problem}", method), {})
+            sizes[float(batch)] = float(np.median(steps)), min(steps), min(max(steps), 1e4)
+    return {key: Curve(np.array([*sizes]), *rounded([*sizes.values()]).T) for key, sizes in found.items()}
 
 
 # ---- the picture --------------------------------------------------------------------------------------

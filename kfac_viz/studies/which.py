@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from ..parameters import Device, Seed, number
 from ..show import MapView, Plot
-from .curves import rounded
+from .curves import WITHOUT_EFFECT, rounded
 from .exercises import exercise
 from .pde import measured_curves
 from .published import MENDED, run_published
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import pandas
 
 METHODS = ("SGD", "Adam", "L-BFGS", "K-FAC", "two levels", "coarse alone", "exact step")
+NAMES = {  # of these methods, in the studies that measured them
+    "two-level": "two levels", MENDED: "two levels", "both": "two levels", "coarse": "coarse alone",
+    "kfac": "K-FAC", "lbfgs": "L-BFGS", "exact": "exact step",
+}  # fmt: skip
 WORTH = 1.25  # times the lowest loss: what counts as nearly as good
 
 
@@ -64,12 +68,10 @@ class WhichResult:
         return pandas.DataFrame(rows, columns=["situation", "budget", "method", "loss", "over best"])
 
 
-def run_which(*, seed: Seed = 0, device: Device = "cpu") -> WhichResult:
+def run_which(
+    *, seed: Annotated[Seed, WITHOUT_EFFECT] = 0, device: Annotated[Device, WITHOUT_EFFECT] = "cpu"
+) -> WhichResult:
     """Read the tables of the other studies.
-
-    Args:
-        seed: has no effect; everything is measured, and every notebook has this parameter.
-        device: has no effect either.
 
     Raises:
         ValueError: a table is missing.
@@ -82,21 +84,18 @@ def run_which(*, seed: Seed = 0, device: Device = "cpu") -> WhichResult:
 def _measured() -> dict[tuple[str, str], dict[str, float]]:
     """Median last losses by (situation, budget) and method."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
-    names = {"two-level": "two levels"}
     for (regime, problem, method), (median, *_) in run_training().ends.items():
         batch, budget = ("mini-batches", "600 steps") if regime == "mini" else ("full batch", "100 steps")
-        rows.setdefault((f"{problem}, {batch}", budget), {})[names.get(method, method)] = median
+        rows.setdefault((f"{problem}, {batch}", budget), {})[NAMES.get(method, method)] = median
     for (regime, method), (median, *_) in run_published().large.items():
-        if method in ("SGD", "Adam", "K-FAC", MENDED):
-            name = "two levels" if method == MENDED else method
+        name = NAMES.get(method, method)
+        if name in METHODS:
             rows.setdefault((f"deep autoencoder, {regime}", "60 seconds"), {})[name] = median
     curves = measured_curves()
     equations = dict.fromkeys(name.removeprefix("columns, ") for name, _ in curves if name.startswith("columns, "))
     for equation in equations:
-        mine = {key: c.y.min() for (name, key), c in curves.items() if name == f"columns, {equation}"}
-        told = {"lbfgs": "L-BFGS", "kfac": "K-FAC", "both": "two levels", "coarse": "coarse alone"}
-        told |= {"exact": "exact step"}
-        rows[f"{equation}, to the end", "4 seconds"] = {told[key]: float(y) for key, y in mine.items()}
+        mine = {NAMES[key]: float(c.y.min()) for (name, key), c in curves.items() if name == f"columns, {equation}"}
+        rows[f"{equation}, to the end", "4 seconds"] = mine
     return rows
 
 
