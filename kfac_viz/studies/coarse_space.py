@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import KFAC, Diagonal, Fisher, Partition, TwoLevel, captured_decrease, coarse
+from .. import KFAC, Damped, Diagonal, Fisher, Partition, TwoLevel, captured_decrease, coarse
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Examples, Range, Seed, Widths, check, number
 from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, StepBars, limit_of, plain_numbers
@@ -35,43 +35,74 @@ Moments = Annotated[Literal[0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], "Adam 
 
 
 @dataclass(frozen=True, eq=False)
-class CoarseSpaceResult:
-    """What the figure shows, for one λ and one coarse space; matrices are (P, P) in parameter order.
+class Captured:
+    """What steps capture for one λ and one coarse space: what the playground shows of a network of any size.
 
     Attributes:
-        fisher: the exact Fisher F; ``blocks``: what K-FAC keeps of it, ``G ⊗ A`` in each layer.
-        missed: ``A⁻¹ − M``, with ``A = F + λI`` and M = K-FAC; ``added``: ``T − M``, with T the two-level method; and
-            ``left``, ``A⁻¹ − T``, what is missing still.
-        spectra: ascending eigenvalues (P,) of M A ("kfac") and T A (the correction's name).
-        captured: captured decrease of each direction as it is; ``at_best_length``: with one best length for all of it;
-            ``at_layer_lengths``: with one for each layer's piece.
-        errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ ("kfac") and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
-            correction's name), in the Frobenius norm.
-        norms: of every block of these five, layer by layer.
+        problem: its name.
+        shares: of every direction, with K-FAC under "kfac" and two levels under the correction's name.
         T, gradient: the two-level preconditioner of the picture, and the gradient (P,) that it is applied to.
     """
 
     parameters: dict[str, Any]
     partition: Partition
     problem: str
-    size: int  # of the coarse space
+    shares: dict[str, Shares]
+    T: TwoLevel
+    gradient: Tensor
+
+    @property
+    def size(self) -> int:
+        """Of the coarse space."""
+        return self.T.Z.size
+
+    @property
+    def captured(self) -> dict[str, float]:
+        """Captured decrease of each direction as it is."""
+        return {name: found.captured for name, found in self.shares.items()}
+
+    @property
+    def at_best_length(self) -> dict[str, float]:
+        """The same with one best length for all of it."""
+        return {name: found.at_best_length for name, found in self.shares.items()}
+
+    @property
+    def at_layer_lengths(self) -> dict[str, float]:
+        """The same with the best length for each layer's piece."""
+        return {name: found.at_layer_lengths for name, found in self.shares.items()}
+
+    @property
+    def headline(self) -> str:
+        p, kinds = self.parameters, (self.at_best_length, self.captured)
+        one, two = ([share(found[name]) for found in kinds] for name in ("kfac", p["correction"]))
+        if not self.size:
+            return f"Without coarse space: K-FAC captures {one[0]} at its best length (unscaled {one[1]})"
+        space = f"{p['per_layer']} {SPACES[p['coarse']].label}, {p['correction']}"
+        return f"{space}, capture {two[0]} at best length (unscaled {two[1]}); K-FAC {one[0]} ({one[1]})"
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseSpaceResult(Captured):
+    """What the figure shows; matrices are (P, P) in parameter order.
+
+    Attributes:
+        fisher: the exact Fisher F; ``blocks``: what K-FAC keeps of it, ``G ⊗ A`` in each layer.
+        missed: ``A⁻¹ − M``, with ``A = F + λI`` and M = K-FAC; ``added``: ``T − M``, with T the two-level method; and
+            ``left``, ``A⁻¹ − T``, what is missing still.
+        spectra: ascending eigenvalues (P,) of M A ("kfac") and T A (the correction's name).
+        errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ ("kfac") and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
+            correction's name), in the Frobenius norm.
+        norms: of every block of these five, layer by layer.
+    """
+
     fisher: Tensor
     blocks: Tensor
     missed: Tensor
     added: Tensor
     left: Tensor
     spectra: dict[str, Tensor]
-    captured: dict[str, float]
-    at_best_length: dict[str, float]
-    at_layer_lengths: dict[str, float]
     errors: dict[str, float]
     norms: dict[str, list[list[float]]]
-    T: TwoLevel
-    gradient: Tensor
-
-    @property
-    def headline(self) -> str:
-        return captured_by(self.parameters, self.size, self.at_best_length, self.captured)
 
     @property
     def where(self) -> str:
@@ -94,17 +125,6 @@ class CoarseSpaceResult:
         for item, values in self.spectra.items():
             rows += [("eigenvalue", item, str(i + 1), value) for i, value in enumerate(values.tolist())]
         return pandas.DataFrame(rows, columns=["quantity", "item", "position", "value"])
-
-
-def captured_by(
-    p: Mapping[str, Any], size: int, at_best_length: Mapping[str, float], captured: Mapping[str, float]
-) -> str:
-    """What one step of K-FAC captures, without and with the chosen coarse space of ``size`` columns."""
-    one, two = ([share(found[name]) for found in (at_best_length, captured)] for name in ("kfac", p["correction"]))
-    if not size:
-        return f"Without coarse space: K-FAC captures {one[0]} at its best length (unscaled {one[1]})"
-    space = f"{p['per_layer']} {SPACES[p['coarse']].label}, {p['correction']}"
-    return f"{space}, capture {two[0]} at best length (unscaled {two[1]}); K-FAC {one[0]} ({one[1]})"
 
 
 @one_thread()
@@ -167,25 +187,24 @@ def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
         spectrum = other_core.submit(levels.spectrum, network, T)  # at the same time: it is half of the work
         one = _one_level(network, p["rule"], damping)
         added = _without_noise(T.contribution(), one.scale)
-        found = _shares(network, T)
+        shares = shares_of(network, T, network.matrix.damped(damping))
         left = _without_noise(one.missed - added, one.scale)
         _, _, error, norms = _of_network(network)
     return CoarseSpaceResult(
         parameters=p,
         partition=network.F.partition,
         problem=network.problem.name,
-        size=T.Z.size,
+        shares=shares,
+        T=T,
+        gradient=network.g,
         fisher=network.dense.cpu(),
         blocks=network.blocks.cpu(),
         missed=one.missed.cpu(),
         added=added.cpu(),
         left=left.cpu(),
         spectra={"kfac": one.spectrum, correction: spectrum.result()},
-        **{kind: {name: getattr(shares, kind) for name, shares in found.items()} for kind in Shares._fields},
         errors={"blocks": error, "kfac": one.error, correction: _share(left.norm(), one.missed.norm())},
         norms=norms | {"missed": one.norms, "added": _norms(T.partition, added), "left": _norms(T.partition, left)},
-        T=T,
-        gradient=network.g,
     )
 
 
@@ -240,19 +259,18 @@ class _Levels:
 
 @lru_cache(maxsize=24)
 def _levels(network: Setting, per_layer: int, coarse: str, rule: str, damping: float | None) -> _Levels:
-    """``damping`` is None network the columns do not depend on it: what is kept then serves every λ."""
+    """``damping`` is None where the columns do not depend on it: what is kept then serves every λ."""
     A, M = network.matrix.damped(damping or 1.0), KFAC(network.F, damping or 1.0, rule)
     T = TwoLevel(A, M, space(coarse, A, M, network.g, per_layer, network.seed))
     basis = _of_network(network)[0]
     return _Levels(T, basis.T @ T.Q.columns, basis.T @ T.image_columns)
 
 
-def _shares(network: Setting, T: TwoLevel) -> dict[str, Shares]:
-    """What every direction captures."""
-    g = network.g
-    exact = network.F.damped(T.damping).solve(g)
-    found = directions(network.F, T, g) | {"exact": exact}
-    worth = all_shares(network.matrix.damped(T.damping), g, found, exact)
+def shares_of(network: Setting, T: TwoLevel, A: Damped) -> dict[str, Shares]:
+    """What every direction captures of the best decrease; A is the damped Fisher, in the form that is quicker."""
+    F, g = network.F, network.g
+    exact = F.damped(T.damping).solve(g)
+    worth = all_shares(A, g, directions(F, T, g) | {"exact": exact}, exact)
     return {name: x.rounded() for name, x in worth.items()}
 
 

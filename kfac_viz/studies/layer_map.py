@@ -10,55 +10,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import KFAC, Fisher, Partition, TwoLevel
+from .. import KFAC, Fisher, TwoLevel
 from ..method.krylov import LARGEST as MOST_SCORES
 from ..parameters import number
 from ..show import INK, METHODS, Plot, StepBars, plain_numbers
 from ..show.parts import LayerMap
-from .coarse_space import ORDER, architecture, captured_by, directions
+from .coarse_space import ORDER, Captured, architecture, shares_of
 from .curves import rounded, share
-from .setting import Setting, Shares, all_shares, space
+from .setting import Setting, space
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, eq=False)
-class LayerMapResult:
+class LayerMapResult(Captured):
     """One position of the sliders.
 
     Attributes:
-        size: of the coarse space.
         norms: ``‖F_lm‖`` ("fisher") and ``‖F_lm − K_lm‖`` ("missed"), with K what K-FAC keeps, (L, L) each.
         eigenvalues: of F that are not zero, descending.
         dimension: effective dimension at this λ.
         claims: how many layers claim one direction.
-        shares: what each direction captures.
         how: where the exact step was found, and its residual.
-        T, gradient: the two-level preconditioner of the picture, and the gradient (P,) that it is applied to.
     """
 
-    parameters: dict[str, Any]
-    partition: Partition
-    problem: str
-    size: int
     norms: dict[str, NDArray]
     eigenvalues: NDArray
     dimension: float
     claims: float
-    shares: dict[str, Shares]
     how: str
-    T: TwoLevel
-    gradient: Tensor
-
-    @property
-    def headline(self) -> str:
-        return captured_by(self.parameters, self.size, self.by_length("at_best_length"), self.by_length("captured"))
-
-    def by_length(self, kind: str) -> dict[str, float]:
-        """One of the fields of :class:`Shares`, by direction."""
-        return {name: getattr(found, kind) for name, found in self.shares.items()}
 
     @property
     def where(self) -> str:
@@ -111,21 +94,18 @@ def layer_map(network: Setting, p: dict[str, Any]) -> LayerMapResult:
     A, M = F.damped(damping), KFAC(F, damping, p["rule"])
     T = TwoLevel(A, M, space(p["coarse"], A, M, g, p["per_layer"], network.seed), p["correction"])
     eigenvalues = _eigenvalues(network)  # first: the decomposition serves A.solve at every λ
-    exact = A.solve(g)
-    worth = all_shares(A, g, directions(F, T, g) | {"exact": exact}, exact)
     return LayerMapResult(
         parameters=p,
         partition=F.partition,
         problem=network.problem.name,
-        size=T.Z.size,
+        shares=shares_of(network, T, A),
+        T=T,
+        gradient=g,
         norms=_norms(network),
         eigenvalues=eigenvalues,
         dimension=float(rounded(A.effective_dimension())),
         claims=float(rounded(A.claims())),
-        shares={name: x.rounded() for name, x in worth.items()},
         how=repr(F.exact),
-        T=T,
-        gradient=g,
     )
 
 
@@ -158,7 +138,7 @@ class LayerMapPlot(Plot):
         self._build_spectrum(self.axes(0.8, 4.3, 3.9, 1.4), result)
         self._build_shares(self.axes(6.6, 4.3, 2.2, 1.6))
 
-    def _build_spectrum(self, ax, result: LayerMapResult) -> None:
+    def _build_spectrum(self, ax: Axes, result: LayerMapResult) -> None:
         d = result.eigenvalues
         ax.plot(np.arange(1, len(d) + 1), d, color=INK)
         ax.set(xscale="log", yscale="log", xlabel="rank", title=f"The {len(d)} eigenvalues of F that are not zero")
@@ -167,7 +147,7 @@ class LayerMapPlot(Plot):
         self.level = self.add(ax.axhline(1.0, color=METHODS["balanced"].color, linewidth=1))
         self.told = self.add(ax.text(0.03, 0.06, "", transform=ax.transAxes, color=METHODS["balanced"].ink))
 
-    def _build_shares(self, ax) -> None:
+    def _build_shares(self, ax: Axes) -> None:
         ax.set_title("Captured: bars best length, ○ one per layer, | as it is", x=-0.7)
         self.steps = self.add(StepBars(ax, ORDER, share))
 
@@ -177,9 +157,9 @@ class LayerMapPlot(Plot):
             view.update(result.norms[name], limit)
         self.level.set_ydata([result.parameters["damping"]] * 2)
         self.told.set_text(f"λ: effective dimension {number(result.dimension)}")
-        self.steps.update(*map(result.by_length, ("at_best_length", "at_layer_lengths", "captured")))
+        self.steps.update(result.at_best_length, result.at_layer_lengths, result.captured)
 
     def words(self, result: LayerMapResult) -> str:
-        told = "; ".join(f"{METHODS[name].label} {share(result.shares[name].at_best_length)} "
-                         f"({share(result.shares[name].captured)})" for name in ORDER)  # fmt: skip
+        told = "; ".join(f"{METHODS[name].label} {share(result.at_best_length[name])} ({share(result.captured[name])})"
+                         for name in ORDER)  # fmt: skip
         return f"{super().words(result)} Captured at the best length, and unscaled: {told}. Found in {result.how}."
