@@ -2,12 +2,12 @@
 
 from .bars import StepBars
 from .curves import Curve, CurveView, empty_line, plain_numbers
-from .maps import MapView
+from .maps import MapView, ratios
 from .parts import ColourBar, MatrixView, PairView, limit_of
 from .plot import Plot
 from .style import FAINT, INK, METHODS, MUTED, SPACES, Style, styled
 
 __all__ = [
     "FAINT", "INK", "METHODS", "MUTED", "SPACES", "ColourBar", "Curve", "CurveView", "MapView", "MatrixView",
-    "PairView", "Plot", "StepBars", "Style", "empty_line", "limit_of", "plain_numbers", "styled",
+    "PairView", "Plot", "StepBars", "Style", "empty_line", "limit_of", "plain_numbers", "ratios", "styled",
 ]  # fmt: skip

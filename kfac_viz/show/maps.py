@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..parameters import number
 from .style import words_on
 
 if TYPE_CHECKING:
@@ -83,6 +84,14 @@ class MapView:
         values = np.array([[at[row, column] for column in self.columns] for row in self.rows])
         self.mesh.set_array(np.asarray(self.colour(values)))
         write(self.mesh, self.texts, values, self.form)
+
+
+def ratios(ax: Axes, points: Sequence[tuple[str, str, float]], title: str, largest: float) -> MapView:
+    """A map of ratios from 1 / largest to largest: blue below 1, red above."""
+    return MapView(
+        ax, points, title, limits=(1 / largest, largest), colour=np.log10, palette="RdBu_r",
+        form=lambda x: number(x, 2), tilt=30,
+    )  # fmt: skip
 
 
 def write(mesh: QuadMesh, texts: Sequence[Text], values: NDArray, form: Callable[[float], str]) -> None:

@@ -24,6 +24,7 @@ from .threads import one_thread
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+COMPARED = np.array(DAMPINGS.positions[::2])
 FOLLOWED = ("exact", "kfac", "factored")
 QUANTITIES = ("length", "captured", "at_best_length", "ratio", "decrease")
 MOMENTS = ("at the start", "after training")
@@ -71,9 +72,8 @@ def run_damping(
         steps: of Adam that count as training.
     """
     p = check(run_damping, locals())
-    λs = np.array(DAMPINGS.positions[::2])
     rows = by_key(_measure(chosen(p, seed=s, steps=0), chosen(p, seed=s)) for s in seeds(p))
-    curves = {key: curve(1 + np.arange(len(y[0])) if key[0] == "spectrum" else λs, y) for key, y in rows.items()}
+    curves = {key: curve(1 + np.arange(len(y[0])) if key[0] == "spectrum" else COMPARED, y) for key, y in rows.items()}
     return DampingResult(p, curves, len(curves["spectrum", MOMENTS[0]].x))
 
 
@@ -89,15 +89,15 @@ def loss_after(problem: Problem, v: Tensor) -> float:
 @lru_cache(maxsize=64)
 def _measure(start: tuple, trained: tuple) -> dict[tuple[str, str], NDArray]:
     """Every curve of one network at the two moments."""
-    λs, found = np.array(DAMPINGS.positions[::2]), {}
+    found: dict[tuple[str, str], NDArray] = {}
     for moment, network in zip(MOMENTS, (start, trained), strict=True):
         s = setting(*network)
         d = s.F.eigen.d.flip(0).cpu().numpy()
         found["spectrum", moment] = d = np.where(d < 1e-12 * d[0], 0, d)
-        found["dimension", moment] = (d / (d + λs[:, None])).sum(1)
-        found["gradient", moment] = float(s.g.norm()) / λs
+        found["dimension", moment] = (d / (d + COMPARED[:, None])).sum(1)
+        found["gradient", moment] = float(s.g.norm()) / COMPARED
         for method in FOLLOWED:
-            for quantity, values in zip(QUANTITIES, _follow(s, method, λs), strict=True):
+            for quantity, values in zip(QUANTITIES, _follow(s, method, COMPARED), strict=True):
                 found[quantity, f"{moment}, {method}"] = values
     return found
 

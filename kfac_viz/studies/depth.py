@@ -20,7 +20,7 @@ from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_n
 from . import problems
 from .curves import Curve, Study, curve, moment, rounded, rows_of, seeds, share
 from .exercises import exercise
-from .setting import Setting, all_shares, iterations, largest_eigenvalue
+from .setting import Setting, all_shares, iterations, largest_eigenvalue, space
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -176,16 +176,13 @@ def methods(A: Damped, M: KFAC, g: torch.Tensor, per_layer: int) -> dict[str, Op
             "constants, additive": constants.with_correction("additive"),
             "constants, balanced": constants,
         }
-    T = TwoLevel(A, M, coarse.spectral(M, per_layer))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pieces that depend on earlier ones
-        pieces = coarse.krylov(A, M, g, per_layer)
+    leading, pieces = (TwoLevel(A, M, space(name, A, M, g, per_layer, 0)) for name in ("spectral", "krylov"))
     return {
-        "leading, additive": T.with_correction("additive"),
-        "leading, a-def1": T.with_correction("a-def1"),
-        "leading, a-def2": T.with_correction("a-def2"),
-        "leading, balanced": T,
-        "krylov, balanced": TwoLevel(A, M, pieces),
+        "leading, additive": leading.with_correction("additive"),
+        "leading, a-def1": leading.with_correction("a-def1"),
+        "leading, a-def2": leading.with_correction("a-def2"),
+        "leading, balanced": leading,
+        "krylov, balanced": pieces,
     }
 
 

@@ -87,7 +87,7 @@ def run_fisher(
     """
     parameters = check(run_fisher, locals())
     partition, matrices, curves, largest = _network(chosen(parameters), samples, repeats)
-    plane = _plane(damping, samples, (weight, bias), likelihood, seed, device)
+    plane = _plane(damping, samples, likelihood, seed, device, weight=weight, bias=bias)
     steps = {("plane", name): curve([damping], [share]) for name, share in plane.shares.items()}
     return FisherResult(parameters, curves | steps, partition, matrices, largest, plane)
 
@@ -112,7 +112,9 @@ def sampling_error(F: Fisher, probabilities: Tensor) -> float:
 
 
 @lru_cache(maxsize=4)
-def _network(network: tuple, samples: int, repeats: int):
+def _network(
+    network: tuple, samples: int, repeats: int
+) -> tuple[Partition, dict[str, Tensor], dict[tuple[str, str], Curve], float]:
     """What λ and the small model do not change: partition, matrices, curves over samples and λ, largest eigenvalue."""
     s = setting(*network)
 
@@ -146,9 +148,11 @@ def _network(network: tuple, samples: int, repeats: int):
     return s.F.partition, {name: matrix.cpu() for name, matrix in matrices.items()}, curves, largest
 
 
-def _plane(damping, samples, point, likelihood, seed, device) -> Plane:
+def _plane(
+    damping: float, samples: int, likelihood: str, seed: int, device: str, *, weight: float, bias: float
+) -> Plane:
     """Regression with one weight and one bias; the noise grows with x, so no point makes the model right."""
-    problem = small_problem(likelihood, seed, device, weight=point[0], bias=point[1])
+    problem = small_problem(likelihood, seed, device, weight=weight, bias=bias)
     g, generator = problem.gradient(), torch.Generator(device).manual_seed(seed)
     F = {
         "exact": problem.capture(),

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..method.checks import check_count, check_seed
-from ..parameters import Device, Seed, number
-from ..show import METHODS, SPACES, CurveView, MapView, Plot, Style, plain_numbers
+from ..parameters import Device, Seed
+from ..show import METHODS, SPACES, CurveView, Plot, Style, plain_numbers, ratios
 from .curves import WITHOUT_EFFECT, Curve, Run, Study, curve, last_losses, loss_of, measured_runs, over_runs, rounded
 from .exercises import exercise
 from .exhibits import FAULTS
@@ -254,10 +254,7 @@ class PublishedPlot(Plot):
         self.legend(loss.lines.values(), 4)
         points = [(told, f"{problem} {layers}", result.ratio(problem, layers, method)) for method, told in ROWS.items()
                   for problem, layers, name in result.ends if name == method]  # fmt: skip
-        MapView(
-            self.figure.add_subplot(below[0]), points, "Last loss over that of K-FAC", limits=(0.25, 4),
-            colour=np.log, palette="RdBu_r", form=lambda x: number(x, 2), tilt=30,
-        )  # fmt: skip
+        ratios(self.figure.add_subplot(below[0]), points, "Last loss over that of K-FAC", 4)
         right = below[1].subgridspec(2, 1)
         for i, regime in enumerate(REGIMES):
             curves = result.of(regime)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..parameters import Device, Seed
 from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers, styled
-from .curves import WITHOUT_EFFECT, Curve, Study, curve, grouped, measured_rows, rounded
+from .curves import WITHOUT_EFFECT, Curve, Row, Study, curve, grouped, measured_rows, rounded
 from .exercises import exercise
 
 if TYPE_CHECKING:
@@ -56,21 +56,21 @@ def run_speed(*, seed: Annotated[Seed, WITHOUT_EFFECT] = 0, device: Device = "cp
     parameters = dict(locals())
     curves = {}
     for row in measured_rows(f"speed_{device}.csv"):
-        curves["autoencoder", row["method"]] = _curve([row], "amortised_ms", x=None)
+        curves["autoencoder", row["method"]] = _curve([0.0], [row], "amortised_ms")
         for kind in ("counted", "alone"):
             if row[f"{kind}_ms"]:
                 curves[f"autoencoder, {kind}", row["method"]] = curve([0], [float(row[f"{kind}_ms"])])
     growth = measured_rows(f"growth_{device}.csv")
     for (axis, method), rows in grouped(growth, "axis", "method").items():
-        curves[axis, method] = _curve(rows, "ms")
-        x = curves[axis, method].x
+        x = [float(row["value"]) for row in rows]
+        curves[axis, method] = _curve(x, rows, "ms")
         curves[f"{axis}, counted", method] = curve(x, [float(row["counted_ms"]) for row in rows])
     return SpeedResult(parameters, curves, f"{growth[-1]['machine']}, PyTorch {growth[-1]['torch']}")
 
 
-def _curve(rows: list[dict[str, str]], time: str, x: str | None = "value") -> Curve:
-    columns = [[float(row[key]) for row in rows] for key in (time, "low_ms", "high_ms")]
-    return Curve(np.array([float(row[x]) if x else 0.0 for row in rows]), *map(rounded, columns))
+def _curve(x: list[float], rows: list[Row], time: str) -> Curve:
+    """What is in the column ``time``, with the least and the largest of the rounds."""
+    return Curve(np.array(x), *(rounded([float(row[key]) for row in rows]) for key in (time, "low_ms", "high_ms")))
 
 
 # ---- the picture --------------------------------------------------------------------------------------

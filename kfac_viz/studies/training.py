@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
 from ..parameters import Device, Seed, number
-from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers
+from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers, ratios
 from .curves import (
     TUNING_SEED,
     WITHOUT_EFFECT,
@@ -28,7 +28,8 @@ from .curves import (
 )
 from .exercises import exercise
 
-PROBLEMS = ("classifier", "autoencoder", "deep classifier", "attention", "convolutional")
+Problem = Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"]
+PROBLEMS = get_args(Problem)
 REGIMES = {"mini": "mini-batches of 100", "full": "full batch of 1,500"}
 CURVED = ("K-FAC", "two-level")
 
@@ -60,8 +61,8 @@ class TrainingResult(Study):
     def headline(self) -> str:
         lower = {}
         for regime in REGIMES:
-            ratios = [self.ratio(regime, what) for what in PROBLEMS if (regime, what, "two-level") in self.ends]
-            lower[regime] = f"{sum(x < 1 for x in ratios)} of {len(ratios)}"
+            found = [self.ratio(regime, what) for what in PROBLEMS if (regime, what, "two-level") in self.ends]
+            lower[regime] = f"{sum(x < 1 for x in found)} of {len(found)}"
         return (f"Two levels end lower than K-FAC on {lower['mini']} problems in mini-batches, on {lower['full']} with "
                 "full batches")  # fmt: skip
 
@@ -87,9 +88,7 @@ class TrainingResult(Study):
 
 def run_training(
     *,
-    problem: Annotated[
-        Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"], "what is trained."
-    ] = "deep classifier",
+    problem: Annotated[Problem, "what is trained."] = "deep classifier",
     regime: Annotated[Literal["mini", "full"], "mini-batches of 100 examples, or all 1,500 in every step."] = "mini",
     seed: Annotated[Seed, WITHOUT_EFFECT] = 0,
     device: Annotated[Device, WITHOUT_EFFECT] = "cpu",
@@ -185,14 +184,10 @@ class TrainingPlot(Plot):
 
     def _build_maps(self, grid: Any, result: TrainingResult) -> None:
         points = [
-            (f"{what}, {regime}", STYLES[method].label.split(",")[0].replace("one-level ", ""),
-             result.ratio(regime, what, method))
+            (f"{what}, {regime}", method.replace("two-level", "two levels"), result.ratio(regime, what, method))
             for regime in REGIMES for what in PROBLEMS for method in STYLES if (regime, what, method) in result.ends
         ]  # fmt: skip
-        MapView(
-            self.figure.add_subplot(grid[0]), points, "Last loss over that of K-FAC", limits=(1e-2, 1e2),
-            colour=np.log10, palette="RdBu_r", form=lambda x: number(x, 2), tilt=30,
-        )  # fmt: skip
+        ratios(self.figure.add_subplot(grid[0]), points, "Last loss over that of K-FAC", 100)
         best = {key: loss for key, loss in result.grids.items() if key[0] == "two-level"}
         tuning = [(f"{rate:g}", f"{λ:g}", min(loss, 1e6)) for (_, rate, λ), loss in best.items()]
         low, high = min(x for *_, x in tuning), max(x for *_, x in tuning)
@@ -203,12 +198,9 @@ class TrainingPlot(Plot):
         )  # fmt: skip
         names = list(dict.fromkeys(problem for problem, *_ in result.causes))
         rows = dict.fromkeys(cause for _, cause, _ in result.causes)
-        ratios = [(cause, problem, result.changed(problem, cause)) for cause in rows for problem in names
-                  if (problem, cause, "two-level") in result.causes]  # fmt: skip
-        MapView(
-            self.figure.add_subplot(grid[2]), ratios, "The same, one thing changed", limits=(1e-2, 1e2),
-            colour=np.log10, palette="RdBu_r", form=lambda x: number(x, 2), tilt=30,
-        )  # fmt: skip
+        changed = [(cause, problem, result.changed(problem, cause)) for cause in rows for problem in names
+                   if (problem, cause, "two-level") in result.causes]  # fmt: skip
+        ratios(self.figure.add_subplot(grid[2]), changed, "The same, one thing changed", 100)
 
     def words(self, result: TrainingResult) -> str:
         told = "; ".join(f"{problem}, {regime}: {number(result.ratio(regime, problem), 2)}" for regime in REGIMES
