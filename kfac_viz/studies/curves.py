@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import inf
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,72 +56,6 @@ def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
     """``values`` to significant digits: what is drawn does not depend on the last bits of a sum."""
     values = np.asarray(values, dtype=float)
     return np.reshape([float(f"{v:.{digits}g}") for v in values.ravel()], values.shape)
-
-
-# ---- what make bench has measured -----------------------------------------------------------------------
-
-Row = dict[str, str]
-Run = list[Row]  # what was written while it went on
-TUNING_SEED = "99"  # of the runs that choose rates and λ, and are not shown
-MEASURED = Path(__file__).parents[2] / "figures" / "benchmarks"
-WITHOUT_EFFECT = "has no effect; all of it is measured, and every notebook has this parameter."
-
-
-def rows_of(table: Path) -> list[Row]:
-    """The rows of a CSV file."""
-    import csv
-
-    with table.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-@cache
-def measured_rows(name: str) -> list[Row]:
-    """The rows of a table that ``make bench`` has written; a ValueError says which is missing."""
-    if not (MEASURED / name).exists():
-        raise ValueError(f"There are no timings in figures/benchmarks/{name}; measure them with make bench.")
-    return rows_of(MEASURED / name)
-
-
-def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
-    """The rows by what they say in these columns, in the order in which they come."""
-    found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        found[tuple(row[name] for name in names)].append(row)
-    return dict(found)
-
-
-@cache
-def measured_runs(name: str, *names: str) -> dict[tuple[str, ...], dict[str, Run]]:
-    """The runs of a measured table by these columns, and then by their seed; none of the tuning."""
-    shown = [row for row in measured_rows(name) if row["seed"] != TUNING_SEED]
-    return {
-        key: {seed: run for (seed,), run in grouped(rows, "seed").items()}
-        for key, rows in grouped(shown, *names).items()
-    }
-
-
-def loss_of(row: Row) -> float:
-    """The loss of a measured row; inf where the run had blown up."""
-    return inf if row["loss"] == "nan" else float(row["loss"])
-
-
-def last_losses(runs: Iterable[Run]) -> tuple[float, float, float]:
-    """Median, least and largest of the last losses."""
-    losses = [loss_of(run[-1]) for run in runs]
-    return tuple(map(float, rounded([np.median(losses), min(losses), max(losses)])))
-
-
-def over_runs(quantity: str, runs: Collection[Run]) -> Curve:
-    """The loss over a column of measured rows, such as ``step``, or ``seconds`` as they were in the median; a run that
-    blew up is at the top."""
-    whole = max(runs, key=len)
-    losses = [[loss_of(row) for row in run] + [inf] * (len(whole) - len(run)) for run in runs]
-    x = [np.median([float(run[i][quantity]) for run in runs if i < len(run)]) for i in range(len(whole))]
-    return curve(x, np.minimum(losses, 1e6))
-
-
-# ---- what a study says ----------------------------------------------------------------------------------
 
 
 def moment(steps: int) -> str:

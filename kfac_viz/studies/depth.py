@@ -18,8 +18,9 @@ from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
 from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers, styled
 from . import problems
-from .curves import Curve, Study, curve, moment, rounded, rows_of, seeds, share
+from .curves import Curve, Study, curve, moment, rounded, seeds, share
 from .exercises import exercise
+from .measured import rows_of
 from .setting import Setting, all_shares, iterations, largest_eigenvalue, space
 from .threads import one_thread
 

@@ -16,10 +16,11 @@ from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Range, Seed, check, number
 from ..show import INK, METHODS, CurveView, MapView, Plot, Style, empty_line
 from . import equations
-from .curves import TUNING_SEED, Curve, Run, Study, curve, grouped, loss_of, measured_rows, rounded
+from .curves import Curve, Study, curve, rounded
 from .descent import Method, columns, training
 from .equations import Equation
 from .exercises import exercise
+from .measured import TUNING_SEED, Run, grouped, loss_of, measured_rows
 from .setting import Shares, all_shares
 from .threads import one_thread
 

@@ -14,9 +14,10 @@ from torch import nn
 from ..method.checks import check_count, check_seed
 from ..parameters import Device, Seed
 from ..show import METHODS, SPACES, CurveView, Plot, Style, plain_numbers, ratios
-from .curves import WITHOUT_EFFECT, Curve, Run, Study, curve, last_losses, loss_of, measured_runs, over_runs, rounded
+from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
 from .exhibits import FAULTS
+from .measured import WITHOUT_EFFECT, Run, last_losses, loss_of, measured_runs, over_runs
 from .problem import ACTIVATIONS, Problem, multilayer_perceptron
 
 REGIMES = ("tanh, growing batch", "ReLU, batches of 1,000")

@@ -9,8 +9,9 @@ import numpy as np
 
 from ..parameters import Device, Seed
 from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers, styled
-from .curves import WITHOUT_EFFECT, Curve, Row, Study, curve, grouped, measured_rows, rounded
+from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
+from .measured import WITHOUT_EFFECT, Row, grouped, measured_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

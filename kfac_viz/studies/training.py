@@ -12,21 +12,9 @@ import numpy as np
 
 from ..parameters import Device, Seed, number
 from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers, ratios
-from .curves import (
-    TUNING_SEED,
-    WITHOUT_EFFECT,
-    Curve,
-    Run,
-    Study,
-    grouped,
-    last_losses,
-    loss_of,
-    measured_rows,
-    measured_runs,
-    over_runs,
-    rounded,
-)
+from .curves import Curve, Study, rounded
 from .exercises import exercise
+from .measured import TUNING_SEED, WITHOUT_EFFECT, Run, last_losses, loss_of, measured_runs, over_runs
 
 Problem = Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"]
 PROBLEMS = get_args(Problem)
@@ -100,7 +88,7 @@ def run_training(
     """
     parameters = dict(locals())
     runs = measured_runs("training.csv", "cause", "regime", "problem", "method")
-    tuning = [row for row in measured_rows("training.csv") if row["seed"] == TUNING_SEED]
+    tuning = measured_runs("training.csv", "regime", "problem", "method", "lr", "damping", tuning=True)
     curves: dict[tuple[str, str], Curve] = {}
     for (cause, where, what, method), by_seed in runs.items():
         if (cause, where, what) == ("method", regime, problem):
@@ -109,10 +97,8 @@ def run_training(
     curves |= _steps_to_target()
     ends = {key[1:]: _last(by_seed.values()) for key, by_seed in runs.items() if key[0] == "method"}
     grids = {
-        (method, float(rate), float(damping)): loss_of(run[-1])
-        for (where, what, method, rate, damping), run in grouped(
-            tuning, "regime", "problem", "method", "lr", "damping"
-        ).items()
+        (method, float(rate), float(damping)): loss_of(by_seed[TUNING_SEED][-1])
+        for (where, what, method, rate, damping), by_seed in tuning.items()
         if (where, what) == ("mini", problem) and method in CURVED
     }
     varied = {what for cause, _, what, _ in runs if cause != "method"}

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..parameters import Device, Seed, number
 from ..show import MapView, Plot
-from .curves import WITHOUT_EFFECT, rounded
+from .curves import rounded
 from .exercises import exercise
+from .measured import WITHOUT_EFFECT
 from .pde import measured_curves
 from .published import MENDED, run_published
 from .training import run_training
