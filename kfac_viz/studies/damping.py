@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import KFAC
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers
-from .curves import Study, by_key, curve, seeds
+from .curves import Curve, Study, by_key, curve, seeds
 from .exercises import exercise
 from .problems import Problem
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, at_best_length, chosen, first_network, setting, shares
@@ -140,24 +140,24 @@ class DampingPlot(Plot):
         upper, lower = self.figure.add_gridspec(2, 1)
         grids = (*upper.subgridspec(1, 3), *lower.subgridspec(1, 4))
         axes = [self.figure.add_subplot(place) for place in grids]
-
-        def view(i: int, quantity: str, series: dict[str, Style], title: str, ylim: tuple, scale: str) -> CurveView:
-            return self.add(CurveView(axes[i], series, shown(result, quantity), title, ylim=ylim, scale=("log", scale),
-                                      **OVER_DAMPINGS))  # fmt: skip
-
         self.spectrum = self.add(CurveView(
             axes[0], MOMENT, result.of("spectrum"), "Spectrum of F, and λ", x="rank", xlim=(0.9, 1.1 * result.size),
             ylim=(1e-8, 100),
         ))  # fmt: skip
         self.level = self.add(axes[0].axhline(1, color=INK, linewidth=0.9, alpha=0.6))
-        self.views = {
-            "dimension": view(1, "dimension", MOMENT, f"Σ d/(d + λ), of {result.size}", (0, result.size), "linear"),
-            "length": view(2, "length", LIMIT | SERIES, "Length of the step ‖v‖", (1e-3, 1e3), "log"),
-            "at_best_length": view(3, "at_best_length", SERIES, "Captured, best length", (0.3, 1.02), "linear"),
-            "captured": view(4, "captured", SERIES, "Captured as it is", (-1, 1.05), "linear"),
-            "ratio": view(5, "ratio", SERIES, "Actual / predicted", (-1, 1.5), "linear"),
-            "decrease": view(6, "decrease", SERIES, "Actual decrease / loss", (-0.2, 0.5), "linear"),
+        curves = {  # series, title, ends and scale of the upright axis
+            "dimension": (MOMENT, f"Σ d/(d + λ), of {result.size}", (0, result.size), "linear"),
+            "length": (LIMIT | SERIES, "Length of the step ‖v‖", (1e-3, 1e3), "log"),
+            "at_best_length": (SERIES, "Captured, best length", (0.3, 1.02), "linear"),
+            "captured": (SERIES, "Captured as it is", (-1, 1.05), "linear"),
+            "ratio": (SERIES, "Actual / predicted", (-1, 1.5), "linear"),
+            "decrease": (SERIES, "Actual decrease / loss", (-0.2, 0.5), "linear"),
         }
+        self.views = {
+            quantity: self.add(CurveView(ax, series, shown(result, quantity), title, ylim=ends, scale=("log", scale),
+                                         **OVER_DAMPINGS))
+            for ax, (quantity, (series, title, ends, scale)) in zip(axes[1:], curves.items(), strict=True)
+        }  # fmt: skip
         for ax in axes[4:]:
             ax.axhline(0, color=INK, linewidth=0.6)
         for ax in axes[3:]:
@@ -175,7 +175,7 @@ class DampingPlot(Plot):
             view.update(shown(result, quantity), at=λ)
 
 
-def shown(result: DampingResult, quantity: str) -> dict:
+def shown(result: DampingResult, quantity: str) -> dict[str, Curve]:
     """The curves of one axes: the length of the step goes with what the gradient alone would give."""
     return result.of(quantity) | (result.of("gradient") if quantity == "length" else {})
 
