@@ -345,6 +345,14 @@ def test_studies_take_lists_and_refuse_what_is_out_of_range(name):
         run(**small | {"repeats": 0})
 
 
+@pytest.mark.parametrize("run", dict.fromkeys(kv.studies.NOTEBOOKS.values()))
+def test_every_study_refuses_what_is_out_of_range_in_words(run):
+    with pytest.raises(ValueError, match="seed must be a whole number from 0 to 2147483647; -1 came"):
+        run(seed=-1)
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda, mps; abacus came"):
+        run(device="abacus")
+
+
 @pytest.mark.parametrize("name", ["04a", "04b", "05b", "05c", "05d", "06a"])
 def test_exercises_know_right_from_wrong(name):
     truth = kv.exercises.TRUTHS[name].truth()

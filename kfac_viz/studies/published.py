@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..method.checks import check_count, check_seed
-from ..parameters import Device, Seed
+from ..parameters import Device, Seed, check
 from ..show import METHODS, SPACES, CurveView, Plot, Style, plain_numbers, ratios
 from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
@@ -88,7 +88,7 @@ def run_published(
     Raises:
         ValueError: the tables are missing.
     """
-    parameters = dict(locals())
+    parameters = check(run_published, locals())
     curves: dict[tuple[str, str], Curve] = {}
     toys = measured_runs("published_toy.csv", "problem", "layers", "method")
     large = measured_runs("published_autoencoder.csv", "problem", "method")

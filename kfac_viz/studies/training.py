@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
-from ..parameters import Device, Seed, number
+from ..parameters import Device, Seed, check, number
 from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers, ratios
 from .curves import Curve, Study, rounded
 from .exercises import exercise
@@ -86,7 +86,7 @@ def run_training(
     Raises:
         ValueError: the tables are missing.
     """
-    parameters = dict(locals())
+    parameters = check(run_training, locals())
     runs = measured_runs("training.csv", "cause", "regime", "problem", "method")
     tuning = measured_runs("training.csv", "regime", "problem", "method", "lr", "damping", tuning=True)
     curves: dict[tuple[str, str], Curve] = {}

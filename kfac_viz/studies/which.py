@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from ..parameters import Device, Seed, number
+from ..parameters import Device, Seed, check, number
 from ..show import MapView, Plot
 from .curves import rounded
 from .exercises import exercise
@@ -77,8 +77,9 @@ def run_which(
     Raises:
         ValueError: a table is missing.
     """
+    parameters = check(run_which, locals())
     losses = {situation: dict(methods) for (situation, _), methods in _measured().items()}
-    return WhichResult({"seed": seed, "device": device}, losses, dict(_measured().keys()))
+    return WhichResult(parameters, losses, dict(_measured().keys()))
 
 
 @lru_cache(maxsize=1)
