@@ -174,6 +174,18 @@ class Partition:
         """Views of ``v`` (..., P), whose vectors are rows, as one matrix (..., out, features) per layer."""
         return [v[..., s].unflatten(-1, layer.shape) for s, layer in zip(self.slices, self.layers, strict=True)]
 
+    def norms(self, matrix: Tensor) -> Tensor:
+        """The Frobenius norm of each block of a matrix (P, P), (L, L).
+
+        >>> Partition.from_sizes([1, 2]).norms(torch.tensor([[5.0, 0, 0], [0, 3, 0], [0, 0, 4]]))
+        tensor([[5., 0.],
+                [0., 5.]])
+        """
+        scale = matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)  # so that no square over- or underflows
+        squares = (matrix / scale).square_()
+        rows = torch.stack([squares[s].sum(0) for s in self.slices])
+        return scale * torch.stack([rows[:, s].sum(1) for s in self.slices], 1).sqrt()
+
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`split`."""
         if not isinstance(pieces, Sequence) or not all(isinstance(piece, Tensor) for piece in pieces):

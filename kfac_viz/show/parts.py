@@ -7,6 +7,7 @@ from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from ..parameters import number
 from .maps import write
@@ -94,18 +95,19 @@ class MatrixView:
         for l, m in np.ndindex(len(self.partition), len(self.partition)):
             place = x + cuts[m] * width, 1 - y - (1 - cuts[l]) * height
             size = (cuts[m + 1] - cuts[m]) * width, (cuts[l + 1] - cuts[l]) * height
-            found.append((*place, *size, words(l, m) if words else self._norm(l, m)))
+            found.append((*place, *size, (words or self._norm)(l, m)))
         return found
 
     def _norm(self, l: int, m: int) -> str:
-        slices, names = self.partition.slices, self.partition.names
-        norm = np.linalg.norm(np.asarray(self._matrix)[slices[l], slices[m]])
+        if self._norms is None:
+            self._norms = self.partition.norms(torch.as_tensor(self._matrix)).tolist()
+        names, norm = self.partition.names, self._norms[l][m]
         return f"{self.name}, layers {l + 1} ({names[l]}) and {m + 1} ({names[m]}): Frobenius norm {number(norm)}"
 
     def update(self, matrix: ArrayLike, limit: float) -> None:
         """Draw another matrix; ``limit`` is the modulus at which the colours end."""
         if (shown := (id(matrix), limit)) != self._shown:
-            self._matrix, self._shown = matrix, shown  # while it is held no other matrix has its id
+            self._matrix, self._shown, self._norms = matrix, shown, None  # while it is held no other matrix has its id
             self.image.set_data(self.shade(pooled(matrix, self._group), limit))
 
     def shade(self, values: NDArray, limit: float) -> NDArray:

@@ -300,8 +300,7 @@ def _whitened(network: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
 
 
 def _norms(partition: Partition, matrix: Tensor) -> list[list[float]]:
-    slices = partition.slices
-    return rounded([[float(matrix[rows, columns].norm()) for columns in slices] for rows in slices]).tolist()
+    return rounded(partition.norms(matrix).cpu()).tolist()
 
 
 def _eigenvalues(S: Tensor) -> Tensor:
