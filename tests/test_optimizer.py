@@ -701,6 +701,26 @@ def test_a_step_that_goes_up_is_undone():
     assert float(kv.nll(model(X), Y, "categorical")) < float(kv.nll(mlp()(X), Y, "categorical"))
 
 
+def test_a_closure_that_fails_behind_the_step_leaves_everything_as_it_was():
+    model = mlp()
+    opt = TwoLevelKFAC(model, likelihood="categorical", step_rule="quadratic")
+    closure, calls = closure_of(opt, model), []
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("the disk is full")
+        return closure()
+
+    closure()
+    opt.observe(X)
+    opt.step(closure)
+    before, told = weights(model), opt.diagnostics
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        opt.step(failing)
+    assert torch.equal(weights(model), before) and opt.diagnostics == told
+
+
 def test_overshooting_is_counted_told_once_or_shortened():
     options = FIXED | {"lr": 500.0, "fisher": "exact"}
     model = mlp()

@@ -277,13 +277,13 @@ class TwoLevelKFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        kept = copy.copy(self.curvature)
+        kept, facts = copy.copy(self.curvature), dict(self._facts)
         kept.counters = dict(kept.counters)
         try:
             self._follow()
             self._take(closure if judged else None, loss)
         except BaseException:
-            self.curvature = kept  # a refresh that was due still is
+            self.curvature, self._facts = kept, facts  # a refresh that was due still is
             raise
         unseen = [name for name in self.partition.names if name not in self.curvature.factors.weight]
         self.curvature.counters["layers without statistics"] += len(unseen)
