@@ -240,7 +240,8 @@ class Panel(widgets.VBox):
             for i, values in enumerate(ways):
                 if stop.wait((PAUSE, REST)[i] if i < 2 else 0) or self._view(values, here=False) is None:
                     return
-                if self._slow or time.monotonic() > end or not _spare_core():
+                ending = not threading.main_thread().is_alive()  # the interpreter waits for this thread
+                if ending or self._slow or time.monotonic() > end or not _spare_core():
                     return
 
     def _put(self, view: View) -> None:
