@@ -228,7 +228,7 @@ def test_pictures_drawn_ahead_are_those_where_the_slider_may_go(spare_core):
     panel.controls["per_layer"].value = 5
     drawn_ahead(panel)
     drawn = [dict(key) for key in panel._seen]
-    assert [values["per_layer"] for values in drawn[:6]] == [4, 5, 6, 7, 8, 9]  # on in the same direction, and near
+    assert [values["per_layer"] for values in drawn[:6]] == [5, 6, 7, 4, 8, 9]  # on in the same direction, and near
     assert {values["per_layer"] for values in drawn} == set(range(17))  # and then the other large slider
     assert {values["damping"] for values in drawn if values["per_layer"] == 5} > {panel._values["damping"]}
     assert {values["correction"] for values in drawn} == {"balanced"}
@@ -244,11 +244,90 @@ def test_where_no_core_is_free_one_picture_is_drawn_ahead(monkeypatch):
 
 def test_few_pictures_are_remembered(monkeypatch):
     monkeypatch.setattr("kfac_viz.show.panel.KEPT", 3)
+    monkeypatch.setattr("kfac_viz.show.panel._spare_core", lambda: False)
     panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["per_layer"], **SMALL)
-    for size in (5, 6, 7, 4):
+    for size, kept in ((5, [2, 5, 6]), (6, [5, 6, 7]), (5, [6, 5, 4]), (9, [4, 9, 10])):
         panel.controls["per_layer"].value = size
         drawn_ahead(panel)
-        assert len(panel._seen) <= 3 and f"{size} " in panel._below.value
+        assert [dict(key)["per_layer"] for key in panel._seen][-2:] == kept[-2:] and len(panel._seen) == 3
+        assert f"per_layer={size}" in panel.command
+
+
+class Slow:
+    """A run that may take its time, or refuse, where it is told to."""
+
+    def __init__(self):
+        self.result, self.entered, self.go_on = run_coarse_space(**SMALL), threading.Event(), threading.Event()
+        self.slow, self.bad = None, None
+
+        def run(*, per_layer: Annotated[int, Range(0, 9)] = 5, damping: Annotated[float, Range(1, 9, steps=9)] = 1.0):
+            if per_layer == self.slow:
+                self.entered.set()
+                assert self.go_on.wait(30)
+            if per_layer == self.bad:
+                raise ValueError("Not this one.")
+            return self.result
+
+        self.panel = kv.panel(run, CoarseSpacePlot)
+
+
+def test_a_picture_that_is_there_does_not_wait_for_one_that_is_drawn_ahead():
+    slow = Slow()
+    moved = slow.panel.controls["per_layer"]
+    slow.slow = 7
+    moved.value = 6
+    assert slow.entered.wait(30)
+    moved.value = 5  # while 7 is being computed
+    assert "per_layer" not in slow.panel.command and not slow.go_on.is_set()
+    slow.go_on.set()
+    slow.panel.close()
+
+
+def test_what_cannot_be_drawn_ahead_does_not_end_it(spare_core):
+    slow = Slow()
+    slow.bad = 7
+    slow.panel.controls["per_layer"].value = 6
+    drawn_ahead(slow.panel)
+    drawn = [dict(key) for key in slow.panel._seen]
+    assert {values["per_layer"] for values in drawn} == {*range(10)} - {7} and slow.panel.error == ""
+    assert {values["damping"] for values in drawn} == {float(x) for x in range(1, 10)}
+    slow.panel.controls["per_layer"].value = 7
+    assert slow.panel.error == "Not this one." and "per_layer=6" in slow.panel.command
+
+
+def test_drawing_ahead_leaves_the_random_state_and_other_panels_alone(spare_core):
+    first, second = (kv.panel(run_coarse_space, CoarseSpacePlot, ["damping", "n"], **SMALL) for _ in "ab")
+    first.controls["n"].index += 1  # a new network: nothing is computed that nobody asked for
+    drawn_ahead(first)
+    assert len(first._seen) == 2
+    first.controls["damping"].index += 1
+    second.controls["damping"].index += 1
+    drawn_ahead(first)
+    assert len(first._seen) <= 4  # and rests while the other is moved
+    state = torch.random.get_rng_state()
+    drawn_ahead(second)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_command_that_cannot_be_made_changes_nothing():
+    def reproduce(values):
+        if values["per_layer"] == 3:
+            raise ValueError("No command for three.")
+        return f"size {values['per_layer']}"
+
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["per_layer"], reproduce=reproduce, **SMALL)
+    before = picture(panel), panel._below.value, panel.result.size
+    panel.controls["per_layer"].value = 3
+    assert panel.error == "No command for three."
+    assert (picture(panel), panel._below.value, panel.result.size) == before and panel.command == "size 2"
+
+
+def test_an_interrupt_is_said():
+    slow = Slow()
+    slow.panel.run = lambda **_: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        slow.panel.controls["per_layer"].value = 8
+    assert slow.panel.error == "Interrupted." and "kfac-late" not in slow.panel._picture._dom_classes
 
 
 def test_words_under_the_picture_are_its_alternative_text(panel):

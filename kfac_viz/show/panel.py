@@ -35,8 +35,8 @@ PACKAGE = Path(__file__).parents[1]
 LATE = 0.25  # seconds after which a picture that has not come is dimmed
 PAUSE = 0.06  # seconds in which the browser shows a picture, before the next one is drawn ahead
 REST = 1.0  # seconds without a move, after which those further off are drawn too
-AHEAD = 10.0  # seconds in which that ends; of what takes LATE or longer only the next one is drawn
-KEPT = 250  # pictures that a panel remembers, of some 80 kB each
+AHEAD = 10.0  # seconds in which that ends, as it does after a picture that took LATE or longer
+KEPT = 150  # pictures that a panel remembers, of 80 to 170 kB each
 LABELS = {
     "damping": "damping λ", "per_layer": "columns per layer", "coarse": "kind of columns",
     "rule": "K-FAC's damping", "fisher": "Fisher", "data": "network and data", "widths": "hidden widths",
@@ -81,7 +81,7 @@ class Panel(widgets.VBox):
 
     Args:
         run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result, the same one
-            whenever it is called with the same values.
+            whenever it is called with the same values, also from a second thread.
         plot: how it is drawn.
         controls: names of the parameters to move, all by default; ``damping`` and ``per_layer`` come first.
         notebook: whose figure the command makes; the first that is registered with ``run`` by default.
@@ -99,6 +99,8 @@ class Panel(widgets.VBox):
         ValueError, TypeError: an unknown name, or a value out of its range.
     """
 
+    _stop = threading.Event()  # of all panels: nothing is drawn ahead while somebody moves one of them
+
     @refused_outside
     def __init__(
         self,
@@ -111,7 +113,7 @@ class Panel(widgets.VBox):
         **fixed: Any,
     ) -> None:
         self.run, self._plot_type, self._lock, self._busy = run, plot, threading.RLock(), True
-        self._other_core, self._stop = ThreadPoolExecutor(1), threading.Event()
+        self._other_core = ThreadPoolExecutor(1)
         self._drawing, self._seen, self._live = threading.RLock(), {}, None
         self._telling, self._computing = threading.Lock(), False
         self._known = known = parameters.read(run)
@@ -122,7 +124,7 @@ class Panel(widgets.VBox):
         names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
         notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
         self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
-        view = self._view(self._values)
+        view, self.command = self._view(self._values), self._reproduce(self._values)
         self.controls = {name: _control(known[name], self._values[name]) for name in names}
         self._picture = widgets.Image(format="jpeg")
         self._below, self._alert = widgets.HTML(), widgets.HTML()
@@ -154,7 +156,7 @@ class Panel(widgets.VBox):
             return
         with self._lock:
             self._busy = True  # for a move that is on its way
-            self._stop.set()
+            Panel._stop.set()
             with contextlib.suppress(RuntimeError):  # the interpreter is ending
                 self._other_core.submit(_forget)  # once what is being computed there has come to its end
             self._other_core.shutdown(wait=False)
@@ -169,7 +171,7 @@ class Panel(widgets.VBox):
         with self._lock:
             if not self._busy:
                 self._busy = True
-                self._stop.set()
+                Panel._stop.set()
                 late = threading.Timer(LATE, self._dim, [change["owner"]])
                 late.daemon = True
                 late.start()
@@ -194,58 +196,66 @@ class Panel(widgets.VBox):
         try:
             read = {name: _read(self._known[name], control.value) for name, control in self.controls.items()}
             values = self._values | read
-            view = self._view(values)
-            self._values = values
+            view, command = self._view(values), self._reproduce(values)
+            self._values, self.command = values, command
             self._put(view)
             self._tell("")
         except (ValueError, TypeError) as error:
             self._tell(str(error), moved)
         except Exception as error:  # Jupyter would write it into a hidden log
             self._tell(f"{type(error).__name__}: {error}", moved)
+        except BaseException:
+            self._tell("Interrupted.", moved)
+            raise
 
     def _view(self, values: dict[str, Any], here: bool = True) -> View | None:
         """The picture for these values, drawn or remembered; None where it needs a figure that cannot be made here:
         styles are those of the process and not of a thread."""
         key = tuple(values.items())
+        if view := self._seen.get(key):  # without waiting for what is being drawn ahead
+            self._seen[key] = self._seen.pop(key, view)  # the latest that was wanted is the last to go
+            return view
         with self._drawing:
             if key not in self._seen:
-                start = time.monotonic()
                 result = self.run(**values)
                 if here:
                     self._live, self._computed = Live.of(self._plot_type, result, self._live), (values, result)
                 elif not self._live.plot.fits(result):
                     return None
                 self._seen[key] = self._live.show(result)
-                self._slow = time.monotonic() - start > LATE
                 if len(self._seen) > KEPT:
                     del self._seen[next(iter(self._seen))]
             return self._seen[key]
 
     def _look_ahead(self, change: dict[str, Any]) -> None:
-        """Draw what comes next if the slider moves on, and then what lies further off, until the next move."""
-        if self.error:
-            return
+        """Draw what comes next if the slider moves on, and then what lies further off, until the next move.
+
+        The large controls alone: others make new networks, whose seeds pass through the random state of the process.
+        """
         moved = next(name for name, control in self.controls.items() if control is change["owner"])
+        if self.error or moved not in self._large:
+            return
         ways = [self._values | {moved: value} for value in _positions(change["owner"], change["old"], change["new"])]
         for name in self._large:
             if name != moved:
                 here = self.controls[name].value
                 ways += [self._values | {name: value} for value in _positions(self.controls[name], here, here)]
-        self._stop = threading.Event()
-        self._other_core.submit(self._draw_ahead, ways, self._stop)
+        Panel._stop = threading.Event()
+        self._other_core.submit(self._draw_ahead, ways, Panel._stop)
 
     def _draw_ahead(self, ways: list[dict[str, Any]], stop: threading.Event) -> None:
         end = time.monotonic() + AHEAD
-        with contextlib.suppress(Exception):  # it is told when the slider is there
-            for i, values in enumerate(ways):
-                if stop.wait((PAUSE, REST)[i] if i < 2 else 0) or self._view(values, here=False) is None:
-                    return
-                ending = not threading.main_thread().is_alive()  # the interpreter waits for this thread
-                if ending or self._slow or time.monotonic() > end or not _spare_core():
-                    return
+        for i, values in enumerate(ways):
+            if stop.wait((PAUSE, REST)[i] if i < 2 else 0):
+                return
+            start = time.monotonic()
+            with contextlib.suppress(Exception):  # it is told when the slider is there
+                self._view(values, here=False)
+            slow, ending = time.monotonic() - start > LATE, not threading.main_thread().is_alive()
+            if slow or ending or time.monotonic() > end or not _spare_core():
+                return
 
     def _put(self, view: View) -> None:
-        self.command = self._reproduce(self._values)
         alt = html.escape(view.words)
         spans = (
             f'<span style="left:{100 * x:.2f}%;top:{100 * y:.2f}%;width:{100 * w:.2f}%;height:{100 * h:.2f}%" '
@@ -342,7 +352,8 @@ def _positions(control: widgets.Widget, before: Any, here: Any) -> list[Any]:
 
 def _spare_core() -> bool:
     """Whether this machine, which a class may share, has less to do than it could."""
-    return not hasattr(os, "getloadavg") or os.getloadavg()[0] < os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return not hasattr(os, "getloadavg") or os.getloadavg()[0] < cores
 
 
 def _row(controls: list[widgets.Widget]) -> widgets.Box:

@@ -2,7 +2,7 @@
 
 Three seats one after the other: seconds until the panel is there, its memory (what it shares with others counted in
 parts), and the processor time of a move to a new position, the picture drawn ahead included. ``seats_per_core`` is how
-many people can move once a second.
+many people can move once a second. What a panel draws further ahead while a core is free is not counted.
 
     python tests/benchmarks classroom
 """
