@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
-from ..parameters import Device, Seed, check
+from ..parameters import Device, Seed, check, read
 from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers, styled
 from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
@@ -54,7 +54,8 @@ def run_speed(*, seed: Annotated[Seed, WITHOUT_EFFECT] = 0, device: Device = "cp
     Raises:
         ValueError: there are none.
     """
-    parameters = check(run_speed, locals())
+    parameters = check(run_speed, {"seed": seed})
+    parameters["device"] = read(run_speed)["device"].check(device)  # measured there, and read anywhere
     curves = {}
     for row in measured_rows(f"speed_{device}.csv"):
         curves["autoencoder", row["method"]] = _curve([0.0], [row], "amortised_ms")
