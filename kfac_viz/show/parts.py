@@ -72,7 +72,8 @@ class MatrixView:
         if all(name.isdecimal() for name in names):  # as in a Sequential
             names = [f"{layer.features - layer.bias}→{layer.out}\n{layer.size}" for layer in layers]
         if len(layers) <= (6 if "\n" in names[0] else 16):
-            self.ax.set_yticklabels([f"{l + 1}: {name}" for l, name in enumerate(names)], linespacing=1.4)
+            places = self._apart(24 if "\n" in names[0] else 12)
+            self.ax.set_yticks(places, [f"{l + 1}: {name}" for l, name in enumerate(names)], linespacing=1.4)
             self.ax.set_ylabel("")
 
     def _apart(self, points: float) -> NDArray:
@@ -81,8 +82,10 @@ class MatrixView:
 
         middles = np.array([(s.start + s.stop) / 2 for s in self.partition.slices])
         side = 72 * self.ax.get_position().height * self.ax.figure.get_figheight()
-        steps = np.arange(len(middles)) * min(points / side, 1 / len(middles)) * self.partition.size
-        return isotonic_regression(middles - steps).x + steps
+        step = min(points / side, 1 / len(middles)) * self.partition.size
+        steps = step * np.arange(len(middles))
+        inside = step / 2, self.partition.size - step / 2 - steps[-1]
+        return np.clip(isotonic_regression(middles - steps).x, *inside) + steps
 
     def words(self) -> str:
         return f"{self.name}: a matrix of {self.partition.size} × {self.partition.size} with lines between layers."

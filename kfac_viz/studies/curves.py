@@ -60,7 +60,7 @@ def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
 
 def moment(steps: int) -> str:
     """When a network is looked at, in words."""
-    return f"after {steps} Adam steps" if steps else "untrained"
+    return f"after {steps} Adam step{'s' * (steps > 1)}" if steps else "untrained"
 
 
 def share(x: float) -> str:
