@@ -1,6 +1,7 @@
 """What every picture keeps: a sentence above, type that can be read, one colour for one thing, marks where it clips."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import kfac_viz as kv
-from kfac_viz.show import METHODS, SPACES, CurveView, MapView, Style
+from kfac_viz.show import METHODS, SPACES, CurveView, MapView, Plot, Style
 from kfac_viz.show.live import Live
 from kfac_viz.show.style import luminance, rc
 from kfac_viz.studies.curves import curve
@@ -185,3 +186,19 @@ def test_of_two_equal_curves_both_can_be_seen():
     first, second = lines.values()
     assert first.get_linewidth() > second.get_linewidth() and first.get_markersize() > second.get_markersize()
     assert first.get_markevery() != second.get_markevery()
+
+
+def test_a_plot_that_adds_what_changes_and_cannot_change_it_is_refused():
+    class Still(Plot):
+        def build(self, result):
+            self.words = lambda result: ""
+
+    class Forgetful(Still):
+        def build(self, result):
+            super().build(result)
+            self.add(self.text(1, 1, "0.5"))
+
+    result = SimpleNamespace(headline="One half", where="Here", partition=1)
+    assert Still(result).figure.get_label()
+    with pytest.raises(TypeError, match="Forgetful adds what changes, and has no move"):
+        Forgetful(result)

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,7 +115,8 @@ class Panel(widgets.VBox):
     ) -> None:
         self.run, self._plot_type, self._lock, self._busy = run, plot, threading.RLock(), True
         self._other_core = ThreadPoolExecutor(1)
-        self._drawing, self._seen, self._live = threading.RLock(), {}, None
+        self._drawing, self._live = threading.Lock(), None
+        self._seen: OrderedDict[tuple, View] = OrderedDict()  # the one that was wanted longest ago first
         self._telling, self._computing = threading.Lock(), False
         self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
@@ -164,7 +166,7 @@ class Panel(widgets.VBox):
                 widget.unobserve_all()
                 (super() if widget is self else widget).close()
             self.run, self._reproduce, self._live = None, None, None
-            self._computed, self._seen = (self._values, None), {}
+            self._computed, self._seen = (self._values, None), OrderedDict()
         _forget()
 
     def _moved(self, change: dict[str, Any]) -> None:
@@ -213,7 +215,7 @@ class Panel(widgets.VBox):
         styles are those of the process and not of a thread."""
         key = tuple(values.items())
         if view := self._seen.get(key):  # without waiting for what is being drawn ahead
-            self._seen[key] = self._seen.pop(key, view)  # the latest that was wanted is the last to go
+            self._seen[key] = self._seen.pop(key, view)
             return view
         with self._drawing:
             if key not in self._seen:
@@ -224,7 +226,7 @@ class Panel(widgets.VBox):
                     return None
                 self._seen[key] = self._live.show(result)
                 if len(self._seen) > KEPT:
-                    del self._seen[next(iter(self._seen))]
+                    self._seen.popitem(last=False)
             return self._seen[key]
 
     def _look_ahead(self, change: dict[str, Any]) -> None:

@@ -51,8 +51,8 @@ class Plot(ABC):
             self.subtitle = self.add(self.text(0.1, 0.43, color=MUTED, va="center"))
             self._first = self._fixed(result)
             self.build(result)
-            if self.parts and type(self).move is Plot.move:
-                raise TypeError(f"{type(self).__name__} has parts that change, and no move() that changes them.")
+            if self.animated[2:] and type(self).move is Plot.move:  # more than the two lines above
+                raise TypeError(f"{type(self).__name__} adds what changes, and has no move() that changes it.")
             self.update(result)
             self.figure.canvas.draw()  # lays out once; afterwards nothing may jump
             self.figure.set_layout_engine("none")
