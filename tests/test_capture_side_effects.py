@@ -1,6 +1,7 @@
 """What a capture leaves as it was, and what surrounds it without reaching in."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -81,6 +82,25 @@ def test_model_inputs_and_random_state_are_as_before(fisher, device):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert cuda is None or torch.equal(torch.cuda.get_rng_state(), cuda)
     assert torch.is_grad_enabled()
+
+
+def test_a_capture_beside_the_main_thread_takes_back_nothing_that_was_drawn_there_meanwhile():
+    entered, drawn = threading.Event(), threading.Event()
+
+    class Waits(nn.Linear):
+        def forward(self, x):
+            entered.set()
+            assert drawn.wait(30)
+            return super().forward(x)
+
+    other = threading.Thread(target=kv.capture, args=(Waits(3, 2), torch.ones(4, 3)), kwargs={"likelihood": "gaussian"})
+    other.start()
+    assert entered.wait(30)
+    torch.rand(1)
+    state = torch.random.get_rng_state()
+    drawn.set()
+    other.join()
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 class Raises(nn.Module):

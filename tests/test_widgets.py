@@ -203,7 +203,7 @@ def drawn_ahead(panel) -> None:
 
 @pytest.fixture
 def spare_core(monkeypatch):
-    monkeypatch.setattr("kfac_viz.show.panel._spare_core", lambda: True)
+    monkeypatch.setattr("kfac_viz.show.panel._spare_core", lambda *_: True)
 
 
 def test_looking_ahead_gives_what_computing_gives(spare_core):
@@ -234,8 +234,31 @@ def test_pictures_drawn_ahead_are_those_where_the_slider_may_go(spare_core):
     assert {values["correction"] for values in drawn} == {"balanced"}
 
 
+def test_a_panel_that_is_opened_draws_ahead_for_each_large_control(spare_core, capsys):
+    names = ["damping", "per_layer", "correction"]
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, names, large=["per_layer", "correction"], **SMALL)
+    assert [control.description for control in panel.children[1].children] == ["columns per layer", "correction"]
+    assert len(panel._seen) == 1
+    panel._ipython_display_()
+    drawn_ahead(panel)
+    drawn = [dict(key) for key in panel._seen]
+    assert {values["per_layer"] for values in drawn} == set(range(17))
+    assert len({values["correction"] for values in drawn}) == 4 and len({values["damping"] for values in drawn}) == 1
+
+
+def test_a_control_whose_pictures_take_long_is_drawn_ahead_only_where_it_is_moved(spare_core, monkeypatch):
+    monkeypatch.setattr("kfac_viz.show.panel.LATE", 0.0)
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer"], **SMALL)
+    panel.controls["per_layer"].value += 1
+    drawn_ahead(panel)
+    assert len(panel._seen) == 4  # two that were asked for, and one for each control
+    panel.controls["per_layer"].value += 1  # is there
+    drawn_ahead(panel)
+    assert len(panel._seen) == 5
+
+
 def test_where_no_core_is_free_one_picture_is_drawn_ahead(monkeypatch):
-    monkeypatch.setattr("kfac_viz.show.panel._spare_core", lambda: False)
+    monkeypatch.setattr("kfac_viz.show.panel._spare_core", lambda *_: False)
     panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["per_layer"], **SMALL | dict(per_layer=4))
     panel.controls["per_layer"].value = 5
     drawn_ahead(panel)
@@ -244,7 +267,7 @@ def test_where_no_core_is_free_one_picture_is_drawn_ahead(monkeypatch):
 
 def test_few_pictures_are_remembered(monkeypatch):
     monkeypatch.setattr("kfac_viz.show.panel.KEPT", 3)
-    monkeypatch.setattr("kfac_viz.show.panel._spare_core", lambda: False)
+    monkeypatch.setattr("kfac_viz.show.panel._spare_core", lambda *_: False)
     panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["per_layer"], **SMALL)
     for size, kept in ((5, [2, 5, 6]), (6, [5, 6, 7]), (5, [6, 5, 4]), (9, [4, 9, 10])):
         panel.controls["per_layer"].value = size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import current_thread, main_thread
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,9 @@ def capture(
 
     One forward pass in eval mode and one batched backward pass to the results of every product with a weight, wherever
     in the model it is: in a module, a function, or PyTorch's own attention; reused, transposed (tied) or packed. No
-    weight gradient is formed. Training flags, ``.grad``, ``requires_grad``, batch-norm statistics and the caller's
-    random state are afterwards what they were. Autocast is off inside; half precisions are kept in float32 once
-    captured.
+    weight gradient is formed. Training flags, ``.grad``, ``requires_grad``, batch-norm statistics and, in the main
+    thread, the random state are afterwards what they were. Autocast is off inside; half precisions are kept in float32
+    once captured.
 
     Args:
         model: weights and ``inputs`` share one floating dtype and one device.
@@ -87,9 +88,10 @@ def capture(
         if generator.device.type != inputs[0].device.type:
             raise ValueError(f"The generator is on {generator.device}, the inputs are on {inputs[0].device}.")
     device = inputs[0].device
+    alone = current_thread() is main_thread()  # beside it, what that has drawn meanwhile would be taken back
     with (
         evaluation(model),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=alone),
         own_precision(device),
     ):
         F, _ = observed(

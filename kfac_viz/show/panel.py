@@ -2,7 +2,8 @@
 
 A panel calls the same two functions as a regenerated figure. Its picture is one image widget, encoded in the
 kernel; comm callbacks may run in a thread beside a busy cell, so there is no pyplot here, and a lock. Pictures are
-remembered, and those where a slider may come next are drawn ahead, while nobody waits and a core is free.
+remembered, and those where a slider may come next are drawn ahead, from the opening on, while nobody waits and a core
+is free.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import base64
 import contextlib
 import functools
 import html
-import os
 import sys
 import threading
 import time
@@ -19,6 +19,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ from ..parameters import Parameter, Range, to_text
 from .live import Live, View
 from .plot import Plot
 
-FIRST = ("damping", "damping_share", "per_layer")  # where a run has them
+LARGE = ("damping", "damping_share", "per_layer")  # where a run has them
 MANY = 200  # positions from which a slider of whole numbers is logarithmic
 PACKAGE = Path(__file__).parents[1]
 LATE = 0.25  # seconds after which a picture that has not come is dimmed
 PAUSE = 0.06  # seconds in which the browser shows a picture, before the next one is drawn ahead
 REST = 1.0  # seconds without a move, after which those further off are drawn too
-AHEAD = 10.0  # seconds in which that ends, as it does after a picture that took LATE or longer
+AHEAD = 10.0  # seconds in which that ends
 KEPT = 150  # pictures that a panel remembers, of 80 to 170 kB each
 LABELS = {
     "damping": "damping λ", "per_layer": "columns per layer", "coarse": "kind of columns",
@@ -84,7 +85,8 @@ class Panel(widgets.VBox):
         run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result, the same one
             whenever it is called with the same values, also from a second thread.
         plot: how it is drawn.
-        controls: names of the parameters to move, all by default; ``damping`` and ``per_layer`` come first.
+        controls: names of the parameters to move, all by default.
+        large: those of them that come first and are not folded away; the first two where there is none.
         notebook: whose figure the command makes; the first that is registered with ``run`` by default.
         reproduce: from all values to the line that makes this figure again, in place of that command.
         fixed: values of the others, and first values of these.
@@ -109,6 +111,7 @@ class Panel(widgets.VBox):
         plot: type[Plot],
         controls: Sequence[str] | None = None,
         *,
+        large: Sequence[str] = LARGE,
         notebook: str | None = None,
         reproduce: Callable[[dict[str, Any]], str] | None = None,
         **fixed: Any,
@@ -117,13 +120,14 @@ class Panel(widgets.VBox):
         self._other_core = ThreadPoolExecutor(1)
         self._drawing, self._live = threading.Lock(), None
         self._seen: OrderedDict[tuple, View] = OrderedDict()  # the one that was wanted longest ago first
+        self._slow: set[str] = set()  # controls of which a picture has taken LATE or longer
         self._telling, self._computing = threading.Lock(), False
         self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
         names = list(known if controls is None else controls)
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{run.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
-        names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+        names.sort(key=lambda name: large.index(name) if name in large else len(large))
         notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
         self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
         view, self.command = self._view(self._values), self._reproduce(self._values)
@@ -136,7 +140,7 @@ class Panel(widgets.VBox):
         self._put(view)
         self._tell("")
         W, H = (str(round(inches * self._live.plot.figure.dpi)) for inches in plot.size)
-        self._large = few = [name for name in names if name in FIRST] or names[:2]
+        self._large = few = [name for name in names if name in large] or names[:2]
         style = widgets.HTML(f"<style>{_CSS.replace('WIDTH', W).replace('HEIGHT', H)}</style>")
         rows = [_row([self.controls[name] for name in few])]
         if others := [name for name in names if name not in few]:
@@ -179,7 +183,7 @@ class Panel(widgets.VBox):
                 late.start()
                 try:
                     self._update(change["owner"])
-                    self._look_ahead(change)
+                    self._look_ahead(change["owner"], change["old"])
                 finally:
                     self._busy = False
                     late.cancel()
@@ -229,32 +233,36 @@ class Panel(widgets.VBox):
                     self._seen.popitem(last=False)
             return self._seen[key]
 
-    def _look_ahead(self, change: dict[str, Any]) -> None:
+    def _look_ahead(self, moved: widgets.Widget | None = None, before: Any = None) -> None:
         """Draw what comes next if the slider moves on, and then what lies further off, until the next move.
 
-        The large controls alone: others make new networks, whose seeds pass through the random state of the process.
+        The large controls alone: others make new networks.
         """
-        moved = next(name for name, control in self.controls.items() if control is change["owner"])
-        if self.error or moved not in self._large:
+        large = {name: self.controls[name] for name in self._large}
+        if self.error or not (moved is None or moved in large.values()):
             return
-        ways = [self._values | {moved: value} for value in _positions(change["owner"], change["old"], change["new"])]
-        for name in self._large:
-            if name != moved:
-                here = self.controls[name].value
-                ways += [self._values | {name: value} for value in _positions(self.controls[name], here, here)]
+        ways = {name: [(name, value) for value in _positions(control, before if control is moved else control.value)]
+                for name, control in large.items()}  # fmt: skip
+        first = next((ways.pop(name) for name, control in large.items() if control is moved), [])
+        others = [way for ranked in zip_longest(*ways.values()) for way in ranked if way]
+        Panel._stop.set()
         Panel._stop = threading.Event()
-        self._other_core.submit(self._draw_ahead, ways, Panel._stop)
+        self._other_core.submit(self._draw_ahead, self._values, first + others, Panel._stop)
 
-    def _draw_ahead(self, ways: list[dict[str, Any]], stop: threading.Event) -> None:
+    def _draw_ahead(self, here: dict[str, Any], ways: list[tuple[str, Any]], stop: threading.Event) -> None:
         end = time.monotonic() + AHEAD
-        for i, values in enumerate(ways):
+        for i, (name, value) in enumerate(ways):
             if stop.wait((PAUSE, REST)[i] if i < 2 else 0):
                 return
-            start = time.monotonic()
+            if i and name in self._slow:  # somebody who moves another control would wait for it
+                continue
+            start, used = time.monotonic(), time.process_time()
             with contextlib.suppress(Exception):  # it is told when the slider is there
-                self._view(values, here=False)
-            slow, ending = time.monotonic() - start > LATE, not threading.main_thread().is_alive()
-            if slow or ending or time.monotonic() > end or not _spare_core():
+                self._view(here | {name: value}, here=False)
+            took, used = time.monotonic() - start, time.process_time() - used
+            if took > LATE:
+                self._slow.add(name)
+            if time.monotonic() > end or not (_spare_core(took, used) and threading.main_thread().is_alive()):
                 return
 
     def _put(self, view: View) -> None:
@@ -299,6 +307,7 @@ class Panel(widgets.VBox):
             f"picture has ended.</p><img src='data:image/jpeg;base64,{picture}' alt='{alt}'></div>"
         ))  # fmt: skip
         display(data, metadata=metadata, raw=True)
+        self._look_ahead()
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
         """The live view, and beside it the picture for pages without a kernel."""
@@ -338,7 +347,7 @@ def _control(parameter: Parameter, value: Any) -> widgets.Widget:
     return widgets.Text(to_text(value), continuous_update=False, **about, layout={"width": "14em"})
 
 
-def _positions(control: widgets.Widget, before: Any, here: Any) -> list[Any]:
+def _positions(control: widgets.Widget, before: Any) -> list[Any]:
     """Where this control may go next, the likeliest first: near, and on in the same direction."""
     if isinstance(control, widgets.IntSlider):
         values = list(range(control.min, control.max + 1))
@@ -346,16 +355,16 @@ def _positions(control: widgets.Widget, before: Any, here: Any) -> list[Any]:
         values = [value for _, value in control._options_full]
     else:
         return []
-    at = values.index(here)
+    at = values.index(control.value)
     on = -1 if values.index(before) > at else 1
     order = sorted(range(len(values)), key=lambda i: max(on * (i - at), 3 * on * (at - i)))
     return [values[i] for i in order[1:]]
 
 
-def _spare_core() -> bool:
-    """Whether this machine, which a class may share, has less to do than it could."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return not hasattr(os, "getloadavg") or os.getloadavg()[0] < cores
+def _spare_core(took: float, used: float) -> bool:
+    """Whether work that took so many seconds, of so much processor time, had a core to itself: a class may share
+    this machine, or the reader's own code may run."""
+    return used > 0.8 * took - 0.02
 
 
 def _row(controls: list[widgets.Widget]) -> widgets.Box:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .. import Partition
 
 ALONG, ASTRAY = np.linspace(-0.2, 2.0, 23), np.linspace(-1.1, 1.1, 23)  # where the loss is evaluated
+AT_ONCE = 67  # of these points: few enough for what the network makes of them to stay in the caches
 
 
 class Place(NamedTuple):
@@ -159,15 +160,15 @@ def _gain(network: Setting, damping: float, rule: str) -> NDArray:
         """At some of the points; on a copy, since another core moves the weights of its own."""
         model = copy.deepcopy(problem.model)
 
-        def loss(weights: dict[str, Tensor]) -> Tensor:
-            return checked_nll(functional_call(model, weights, problem.arguments), problem.targets, problem.likelihood)
-
         with evaluation(model), torch.no_grad():
-            return vmap(loss)({name: w[points] for name, w in moved.items()})
+            outputs = vmap(lambda weights: functional_call(model, weights, problem.arguments))(
+                {name: w[points] for name, w in moved.items()}
+            )
+            return torch.stack([checked_nll(f, problem.targets, problem.likelihood) for f in outputs])  # vmap is slower
 
     with torch.no_grad(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as cores:
-        halves = cores.map(losses, (slice(len(x) // 2), slice(len(x) // 2, None)))
-        before, after = problem.loss(), torch.cat(list(halves))
+        some = [slice(i, i + AT_ONCE) for i in range(0, len(x), AT_ONCE)]
+        before, after = problem.loss(), torch.cat(list(cores.map(losses, some)))
     return rounded(((before - after) / (0.5 * float(network.g @ exact))).view(len(ASTRAY), len(ALONG)).cpu())
 
 
@@ -188,7 +189,7 @@ class OneStepPlot(Plot):
         scale = 4.1 / (right - left)  # inches for a unit, the same on every axis: circles are round
         model = self.axes(0.7, 1.0, 4.1, scale * (up + 0.05))
         real = self.axes(5.3, 1.0, 4.1, scale * (up - down))
-        model.set(xlim=SIDES, ylim=(-0.05, up), xlabel="along the exact step", ylabel="astray",
+        model.set(xlim=SIDES, ylim=(-0.05, up), xlabel="along the exact step", ylabel="astray; hollow: leads further",
                   title="The quadratic model: share of the best decrease")  # fmt: skip
         real.set(title="The real loss on the plane of the exact step and K-FAC's",
                  xlabel="along the exact step; blue: lower, ±1: the best that the model predicts")  # fmt: skip
@@ -199,7 +200,7 @@ class OneStepPlot(Plot):
             model.text(1, radius - 0.02, f"{level:g}", color=MUTED, ha="center", va="top", size=9)
         self.image = self.add(real.imshow(
             np.zeros(result.gain.shape), cmap="RdBu", vmin=-1, vmax=1, origin="lower", aspect="auto",
-            interpolation="bilinear", extent=(ALONG[0], ALONG[-1], down, up),
+            interpolation="bilinear", extent=(left - 0.05, right + 0.05, down - 0.05, up + 0.05),  # pixels have a size
         ))  # fmt: skip
         real.set(xlim=SIDES, ylim=(down, up), yticks=[-1, -0.5, 0, 0.5, 1])
         bar = self.figure.colorbar(self.image, cax=self.axes(9.47, 1.0, 0.1, scale * (up - down)), ticks=[-1, 0, 1])
@@ -207,13 +208,11 @@ class OneStepPlot(Plot):
         bar.outline.set_visible(False)
         self.rays, self.dots, self.real = {}, {}, {}
         for name, style in ((name, METHODS[name]) for name in ORDER):
-            marked = {"color": style.color, "marker": style.marker, "markersize": 8}
+            marked = {"color": style.color, "marker": style.marker, "markersize": 8, "clip_on": False}
             self.rays[name] = self.add(model.plot([], [], color=style.color, linewidth=1.2, linestyle=style.line)[0])
             self.dots[name] = self.add(model.plot([], [], **marked, linestyle="none", label=style.label)[0])
             if name in ("kfac", "exact"):
                 self.real[name] = self.add(real.plot([], [], **marked, markevery=[1])[0])
-        self.edges = [self.add(model.plot([], [], color=INK, marker=mark, linestyle="none", clip_on=False)[0])
-                      for mark in "^>"]  # a step that lies beyond
         for ax in (model, real):
             ax.axhline(0, color=INK, linewidth=0.6)
             ax.plot([0], [0], color=INK, marker="+", markersize=9)
@@ -221,17 +220,14 @@ class OneStepPlot(Plot):
                            bbox_to_anchor=(0.06, 1 - 4.25 / self.size[1]))  # fmt: skip
 
     def move(self, result: OneStepResult) -> None:
-        (_, right), up = SIDES, ASTRAY[-1]
+        (left, right), up = SIDES, ASTRAY[-1]
         for name in ORDER:
             x, y = result.places[name]
             best = x / (x**2 + y**2) if x or y else 0.0  # where its ray comes nearest to the exact step
             self.rays[name].set_data([0, max(1.0, best) * x], [0, max(1.0, best) * y])
-            self.dots[name].set_data([x], [y])
-        places = [result.places[name] for name in ORDER]
-        high = [x for x, y in places if y > up]
-        far = [min(y, up) for x, y in places if x > right >= 0 and y <= up]
-        self.edges[0].set_data([min(x, right) for x in high], [up] * len(high))
-        self.edges[1].set_data([right] * len(far), far)
+            inside = min(1.0, (right if x > 0 else left) / (x or left), up / (y or up))  # so much of the ray is seen
+            self.dots[name].set_data([inside * x], [inside * y])
+            self.dots[name].set_fillstyle("full" if inside == 1 else "none")
         self.image.set_data(result.gain)
         for name, line in self.real.items():
             line.set_data([0, result.places[name].along], [0, result.places[name].astray])

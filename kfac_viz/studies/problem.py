@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from ..method.capture import capture, evaluation
 from ..method.checks import check_choice, check_count, check_seed
@@ -120,12 +121,14 @@ def multilayer_perceptron(
     if activation is not None:
         act = ACTIVATIONS[check_choice("activation", activation, tuple(ACTIVATIONS))]
     modules: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(check_seed(seed))
-        for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            layer: list[nn.Module] = [nn.Linear(fan_in, fan_out, dtype=torch.float64)]
-            if hidden := i < len(widths) - 2:
-                layer.extend([nn.BatchNorm1d(fan_out, dtype=torch.float64)] if batch_norm else [])
-                layer.extend([act()] if act is not None else [])
-            modules.extend([WithInput(*layer)] if residual and hidden and fan_in == fan_out and i else layer)
+    generator = torch.Generator().manual_seed(check_seed(seed))  # the process's own may be in use in another thread
+    for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        linear = skip_init(nn.Linear, fan_in, fan_out, dtype=torch.float64)
+        nn.init.kaiming_uniform_(linear.weight, 5**0.5, generator=generator)
+        nn.init.uniform_(linear.bias, -1 / fan_in**0.5, 1 / fan_in**0.5, generator)
+        layer: list[nn.Module] = [linear]
+        if hidden := i < len(widths) - 2:
+            layer.extend([nn.BatchNorm1d(fan_out, dtype=torch.float64)] if batch_norm else [])
+            layer.extend([act()] if act is not None else [])
+        modules.extend([WithInput(*layer)] if residual and hidden and fan_in == fan_out and i else layer)
     return nn.Sequential(*modules)
