@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import benchmark
 
-from kfac_viz.studies.training import CURVED, PROBLEMS, REGIMES, TrainingPlot, run_training
+from kfac_viz.studies.training import CURVED, PROBLEMS, REGIMES, TOLD, TrainingPlot, run_training
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "figures" / "benchmarks"
@@ -63,4 +63,4 @@ def test_last_losses_and_ratios_are_those_of_the_table():
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_every_choice_can_be_drawn(problem, regime):
     plot = TrainingPlot(run_training(problem=problem, regime=regime))
-    assert problem in plot.subtitle.get_text() and "Last loss" in plot.figure.get_label()
+    assert TOLD[problem] in plot.subtitle.get_text() and "Last loss" in plot.figure.get_label()

@@ -15,7 +15,7 @@ from .. import BlockDiagonal, Dense, Partition
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..show import INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers
 from .curves import Curve, Study, over_seeds, rounded, seeds
-from .exercises import exercise
+from .exercises import crossing, exercise
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, setting, shares
 from .threads import one_thread
 
@@ -177,12 +177,12 @@ def _points(pairs: NDArray) -> list[tuple[str, str, float]]:
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
-@exercise("06c", "A projection has the eigenvalues 0 and 1. What has the sum of L equal ones?")
-def _equal_layers() -> int:
-    return 3
+@exercise("06c", "A projection has the eigenvalues 0 and 1. What has twice one, and what if another is added across?")
+def _two_pairs_of_equal_layers() -> float:
+    first, second = np.diag([1.0, 0.0]), np.diag([0.0, 1.0])
+    return float(np.linalg.eigvalsh(first + first + second + second)[-1])
 
 
-@exercise("06d", "The trained curve falls over λ: between which of its points does it pass 2?", 0.25)
-def _damping_where_two_claim() -> float:
-    c = run_claims(repeats=1).of("claims")["trained"]
-    return float(np.exp(np.interp(-2.0, -c.y, np.log(c.x))))
+@exercise("06d", "One layer takes κ / (κ + λ) of the residual away; two take twice as much.", 0.01)
+def _damping_where_two_do_half_too_much() -> float:
+    return crossing(lambda share: 2 / (1 + share) - 1.5, -3, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +15,7 @@ from .. import KFAC
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers
 from .curves import Curve, Study, by_key, curve, seeds
-from .exercises import exercise
+from .exercises import crossing, exercise
 from .problems import Problem
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, at_best_length, chosen, first_network, setting, shares
 from .threads import one_thread
@@ -50,7 +49,7 @@ class DampingResult(Study):
         falls = (self.curves["decrease", f"{after}, {method}"].at(λ) for method in ("exact", "kfac"))
         exact, kfac = (f"{fall:.0%}".replace("-", "−") for fall in falls)
         return (f"At λ = {number(λ)} the data decide {size:.0f} of {self.size} directions; the exact step takes "
-                f"{exact} off the loss, K-FAC's {kfac}")  # fmt: skip
+                f"{exact} off the loss, K-FAC's, scaled, {kfac}")  # fmt: skip
 
 
 @one_thread()
@@ -181,13 +180,6 @@ def shown(result: DampingResult, quantity: str) -> dict[str, Curve]:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
-
-def crossing(f: Callable[[float], float], low: float, high: float) -> float:
-    """The λ between 10^low and 10^high at which f changes its sign."""
-    from scipy.optimize import brentq
-
-    return 10 ** brentq(lambda exponent: f(10**exponent), low, high)
-
 
 @exercise("03a", "Σ d/(d + λ) falls as λ grows: try values, or halve an interval.", 0.05)
 def _damping_for_a_tenth_of_the_dimensions() -> float:

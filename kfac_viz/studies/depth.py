@@ -298,7 +298,7 @@ LENGTH_AND_DIRECTION = {
     for name in SEPARATED
     for quantity, (words, line) in LENGTHS.items()
 }
-ABOVE = {"eigenvalues": Style("eigenvalues of F above λ", FAINT, "")}
+ABOVE = {"eigenvalues": Style("eigenvalues of F above λ", "#000000", "", "-")}
 PLACES = {  # as names of columns
     data: name.removeprefix("planted").removeprefix(", ").replace(" and", "\nand") or "plain"
     for data, name in NETWORKS.items()
@@ -335,7 +335,7 @@ class DepthPlot(Plot):
             "lengths": (lengths, LENGTH_AND_DIRECTION, "Length or direction?", (-2000, 1.15), "symlog",
                         (1, 0.5, 0, -0.5, -1, -10, -100, -1000)),
             "largest": (largest, CLAIMS | SERIES, "Largest eigenvalue of M A", (0.9, 250), "log", (1, 3, 10, 30, 100)),
-            "iterations": (iterations, ABOVE | SERIES, "Iterations", (3, 300), "log", (3, 10, 30, 100, 300)),
+            "iterations": (iterations, SERIES | ABOVE, "Iterations", (3, 300), "log", (3, 10, 30, 100, 300)),
         }  # fmt: skip
         self.views = {}
         for quantity, (ax, series, title, ends, scale, numbers) in curves.items():

@@ -63,3 +63,10 @@ def check(name: str, answer: Any = None) -> Verdict:
             return Verdict(f"Exercise {name}: the answer has shape {truth.shape}; yours has {given.shape}.")
         right = bool(np.linalg.norm(given - truth) <= task.tolerance * np.linalg.norm(truth) + 1e-12)
     return Verdict(f"Exercise {name}: right." if right else f"Exercise {name}: not yet. {task.hint}")
+
+
+def crossing(f: Callable[[float], float], low: float, high: float) -> float:
+    """Where between 10^low and 10^high f changes its sign."""
+    from scipy.optimize import brentq
+
+    return 10 ** brentq(lambda exponent: f(10**exponent), low, high)

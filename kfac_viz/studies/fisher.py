@@ -52,9 +52,10 @@ class FisherResult(Study):
 
     @property
     def headline(self) -> str:
-        error = {name: c.y[0] for name, c in self.of("error").items()}
-        return (f"Drawn labels miss {error['mc']:.2f} of the Fisher, and more of them less; true ones (empirical) miss "
-                f"{error['empirical']:.2f}")
+        error = self.of("error")
+        one, many = (number(error["mc"].y[i], 2) for i in (0, -1))
+        return (f"One drawn label misses {one} of the Fisher, {error['mc'].x[-1]:.0f} miss {many}; the true one "
+                f"(empirical) {number(error['empirical'].y[0], 2)}")
 
 
 @one_thread()

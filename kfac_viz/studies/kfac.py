@@ -15,7 +15,7 @@ from .. import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Fisher, KroneckerFi
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Widths, check, number
 from ..show import INK, METHODS, CurveView, MatrixView, PairView, Plot, Style, limit_of, plain_numbers
 from .curves import Curve, Study, curve, over_seeds, rounded, seeds
-from .exercises import exercise
+from .exercises import crossing, exercise
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, first_network, kronecker_blocks, setting, shares
 from .threads import one_thread
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 COMPARED = DAMPINGS.positions[::6]
 MOMENTS = (0, 10, 30, 100, 300)  # steps of Adam
-PIECES: dict[str, Style] = {
-    "dropped": Style("blocks dropped", "#0072B2"),
-    "basis": Style("basis", "#009E73"),
-    "eigenvalues": Style("eigenvalues", "#56B4E9"),
-    "sampling": Style("sampled labels", "#CC79A7"),
-    "damping": Style("factored damping", "#E69F00"),
+PIECES: dict[str, Style] = {  # greys: colours belong to methods
+    "dropped": Style("blocks dropped", "#222222"),
+    "basis": Style("basis", "#5E5E5E"),
+    "eigenvalues": Style("eigenvalues", "#8C8C8C"),
+    "sampling": Style("sampled labels", "#B8B8B8"),
+    "damping": Style("factored damping", "#E0E0E0"),
 }
 METHODS_COMPARED = {
     "block-diagonal": BlockDiagonal,
@@ -59,7 +59,8 @@ class KfacResult(Study):
 
     @property
     def headline(self) -> str:
-        return f"K-FAC's error lies between the layers: {1 - float(np.trace(self.lost)):.0%} of its square"
+        between = 1 - float(np.trace(self.lost))
+        return f"In the first network {between:.0%} of K-FAC's squared error lie between the layers"
 
 
 @one_thread()
@@ -254,7 +255,8 @@ class Bars:
         ax.set_yscale("log")
         seaborn.barplot(
             table, x="step", y="value", hue="piece", palette={s.label: s.color for s in PIECES.values()}, saturation=1,
-            estimator="median", errorbar=("pi", 100), err_kws={"color": INK, "linewidth": 1}, ax=ax,
+            estimator="median", errorbar=("pi", 100), err_kws={"color": INK, "linewidth": 1},
+            edgecolor=INK, linewidth=0.5, ax=ax,
         )  # fmt: skip
         ax.set(title="Pieces of the squared error / ‖F‖²", ylim=(self.FLOOR, 1e4), xlabel="steps of Adam", ylabel="")
         seaborn.move_legend(ax, "upper left", ncols=2, title=None, columnspacing=1, handlelength=1)
@@ -283,8 +285,14 @@ def _best_block_diagonal_error() -> float:
     return (split(s.F, s.dense)[0] / float(s.dense.square().sum())) ** 0.5
 
 
-@exercise("02b", "Multiply the product out: both terms that are left over grow with the root of λ.", 0.01)
-def _growth_of_the_factored_excess() -> float:
+@exercise("02b", "Write π² with the mean eigenvalues of A and G: what mean eigenvalue has each of the two terms?", 0.01)
+def _damping_that_the_factored_rule_doubles() -> float:
     F = first_network().F
-    near, far = (kronecker_blocks(F, λ) - kronecker_blocks(F) - λ * F.eye() for λ in (1e-3, 1e-1))
-    return float(far.square().sum() / near.square().sum())
+    layer = F.partition.slices[0]
+    mean = float(kronecker_blocks(F)[layer, layer].diagonal().mean())
+
+    def excess(multiple: float) -> float:
+        λ = multiple * mean
+        return float(kronecker_blocks(F, λ)[layer, layer].diagonal().mean()) - mean - 2 * λ
+
+    return crossing(excess, -2, 2)

@@ -45,8 +45,8 @@ class OriginResult(Study):
     def headline(self) -> str:
         s, blocks, balanced = last(self, "poisson", "blocks", "balanced")
         k, none, clusters = last(self, "ridge", "none", "clusters")
-        return (f"A constant for each of {s} subdomains saves {blocks - balanced} of {blocks} iterations, one for each "
-                f"of {k} clusters {none - clusters} of {none}")
+        return (f"Constants of {s} subdomains save block Jacobi {blocks - balanced} of {blocks} iterations; of {k} "
+                f"clusters, alone, {none - clusters} of {none}")
 
     @property
     def where(self) -> str:

@@ -78,7 +78,7 @@ class PdeResult(Study):
         p = self.parameters
         losses = {name: number(c.y[p["moment"]], 1) for name, c in self.of("loss").items()}
         return (f"Loss after {p['moment']} steps: K-FAC {losses['kfac']}, {p['per_layer']} columns per layer alone "
-                f"{losses['coarse']}, both levels {losses['both']}")  # fmt: skip
+                f"{losses['coarse']}, two levels {losses['both']}")  # fmt: skip
 
     @property
     def where(self) -> str:
@@ -291,8 +291,8 @@ STYLES: dict[str, Style] = {
     "adam": METHODS["adam"]._replace(label="Adam, then L-BFGS"),
     "lbfgs": Style("L-BFGS", "#888888", "h", "--"),
     "kfac": METHODS["kfac"]._replace(label="K-FAC alone"),
-    "coarse": Style("coarse level alone", "#117733", "s", "--"),
-    "both": METHODS["balanced"]._replace(label="both levels, balanced"),
+    "coarse": Style("coarse alone", "#117733", "s", "--"),
+    "both": METHODS["balanced"]._replace(label="two levels, balanced"),
     "exact": METHODS["exact"]._replace(label="exact step"),
 }
 
@@ -383,7 +383,7 @@ class PdePlot(Plot):
         missing = {(row, column) for row, *_ in gains for _, column, _ in gains} - {g[:2] for g in gains}
         gains += [(row, column, np.nan) for row, column in missing]
         view = MapView(
-            ax, gains, "How many times less loss than K-FAC, and what is first", x="points", y="parameters",
+            ax, gains, "Times less loss than K-FAC, and what is first", x="points", y="parameters",
             limits=(1, 1e6), colour=np.log10, palette="Oranges", form=lambda x: "" if x != x else f"×{number(x, 1)}",
         )  # fmt: skip
         for text in ax.texts:
@@ -418,10 +418,6 @@ def _positions_of_a_point() -> int:
     return position
 
 
-@exercise("10b", "Move columns per layer upwards until the orange curve ends a hundred times lower than the blue one.")
-def _columns_for_a_hundredth() -> int:
-    for k in range(33):
-        losses = run_pde(per_layer=k).of("loss")
-        if losses["both"].y[-1] <= losses["kfac"].y[-1] / 100:
-            return k
-    raise ValueError("No coarse space of at most 32 columns per layer does it.")
+@exercise("10b", "With Z = I, what are E and Q? And P = I − A Q?")
+def _what_all_columns_make() -> str:
+    return "exact"

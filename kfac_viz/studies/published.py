@@ -223,10 +223,10 @@ STYLES: dict[str, Style] = {
 }
 ROWS = {  # of the map, in the order of the story
     "SGD": "SGD", "SGD, no momentum": "SGD without momentum", "Adam": "Adam", "Muon": "Muon",
-    "K-FAC, no momentum": "K-FAC without momentum", "as published": "2020: as published",
+    "K-FAC, no momentum": "K-FAC without momentum", "as published": "2020, as published",
     "+ triangle": "… triangle mended", "+ damping": "… and λ ZᵀZ", "+ operator": "… and exact Zᵀ A Z",
     "+ correction": "… and balanced", MENDED: "… and 4 eigenvectors",
-    "2023, smallest eigenvector": "2023: smallest eigenvector", "2023, residual": "2023: residual",
+    "2023, smallest eigenvector": "2023, smallest eigenvector", "2023, residual": "2023, residual",
     "ours, one level": "TwoLevelKFAC, one level", "ours, two levels": "TwoLevelKFAC, 4 columns",
 }  # fmt: skip
 
@@ -247,15 +247,18 @@ class PublishedPlot(Plot):
             self.figure.add_subplot(above[0]), STYLES, losses, "Toy problem: loss over steps", x="steps",
             xlim=(0, last), ylim=(min(map(np.min, chosen)) / 2, 2 * max(map(np.max, chosen))), scale=("linear", "log"),
         )  # fmt: skip
+        plain_numbers(loss.ax.yaxis, (0.03, 0.1, 0.3))
         shares = {name: c for name, c in result.of("coarse").items() if name in ("as published", "+ triangle", MENDED)}
         CurveView(
             self.figure.add_subplot(above[1]), STYLES, shares, "What the coarse part adds to the slope", x="steps",
             xlim=(0, last), ylim=(1e-10, 10), scale=("linear", "log"),
         )  # fmt: skip
         self.legend(loss.lines.values(), 4)
-        points = [(told, f"{problem} {layers}", result.ratio(problem, layers, method)) for method, told in ROWS.items()
+        rows = {method: f"{told}: {result.lower[method][0]}" for method, told in ROWS.items()}
+        points = [(told, f"{problem} {layers}", result.ratio(problem, layers, method)) for method, told in rows.items()
                   for problem, layers, name in result.ends if name == method]  # fmt: skip
-        ratios(self.figure.add_subplot(below[0]), points, "Last loss over that of K-FAC", 4)
+        title = f"Last loss over K-FAC's, and in how many of {result.runs} it is lower"
+        ratios(self.figure.add_subplot(below[0]), points, title, 4)
         right = below[1].subgridspec(2, 1)
         for i, regime in enumerate(REGIMES):
             curves = result.of(regime)

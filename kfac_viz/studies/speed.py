@@ -37,8 +37,8 @@ class SpeedResult(Study):
     def headline(self) -> str:
         ms = {name: c.y[0] for name, c in self.of("autoencoder").items()}
         one, least, most = (ms[name] for name in ("one-level K-FAC", "nicolaides additive", LARGEST))
-        return (f"A step with a coarse level costs {least / one:.2f} (constants) to {most / one:.2f} (4 eigenvectors) "
-                "times one-level K-FAC")
+        return (f"Autoencoder: a coarse level costs {least / one:.2f} (constants) to {most / one:.2f} (4 eigenvectors) "
+                "times a step of K-FAC")
 
     @property
     def where(self) -> str:

@@ -18,6 +18,7 @@ from .measured import TUNING_SEED, WITHOUT_EFFECT, Run, last_losses, loss_of, me
 
 Problem = Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"]
 PROBLEMS = get_args(Problem)
+TOLD = {what: "transformer" if what == "attention" else what for what in PROBLEMS}  # as the reader knows them
 REGIMES = {"mini": "mini-batches of 100", "full": "full batch of 1,500"}
 CURVED = ("K-FAC", "two-level")
 
@@ -57,8 +58,8 @@ class TrainingResult(Study):
     @property
     def where(self) -> str:
         p = self.parameters
-        return (f"{p['problem']} on digits, {REGIMES[p['regime']]}; rate and λ of every method tuned on a seed apart; "
-                "median and range of 5 seeds")  # fmt: skip
+        return (f"{TOLD[p['problem']]} on digits, {REGIMES[p['regime']]}; rate and λ of every method tuned on a seed "
+                "apart; median and range of 5 seeds")  # fmt: skip
 
     def others(self) -> list[tuple]:
         """A row for each last loss, ratio, tuning run and variation."""
@@ -170,7 +171,7 @@ class TrainingPlot(Plot):
 
     def _build_maps(self, grid: Any, result: TrainingResult) -> None:
         points = [
-            (f"{what}, {regime}", method.replace("two-level", "two levels"), result.ratio(regime, what, method))
+            (f"{TOLD[what]}, {regime}", method.replace("two-level", "two levels"), result.ratio(regime, what, method))
             for regime in REGIMES for what in PROBLEMS for method in STYLES if (regime, what, method) in result.ends
         ]  # fmt: skip
         ratios(self.figure.add_subplot(grid[0]), points, "Last loss over that of K-FAC", 100)
@@ -186,7 +187,7 @@ class TrainingPlot(Plot):
         rows = dict.fromkeys(cause for _, cause, _ in result.causes)
         changed = [(cause, problem, result.changed(problem, cause)) for cause in rows for problem in names
                    if (problem, cause, "two-level") in result.causes]  # fmt: skip
-        ratios(self.figure.add_subplot(grid[2]), changed, "The same, one thing changed", 100)
+        ratios(self.figure.add_subplot(grid[2]), changed, "Two levels, varied", 100)
 
     def words(self, result: TrainingResult) -> str:
         told = "; ".join(f"{problem}, {regime}: {number(result.ratio(regime, problem), 2)}" for regime in REGIMES

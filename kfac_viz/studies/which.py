@@ -16,7 +16,7 @@ from .exercises import exercise
 from .measured import WITHOUT_EFFECT
 from .pde import measured_curves
 from .published import MENDED, run_published
-from .training import run_training
+from .training import TOLD, run_training
 
 if TYPE_CHECKING:
     import pandas
@@ -88,7 +88,7 @@ def _measured() -> dict[tuple[str, str], dict[str, float]]:
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for (regime, problem, method), (median, *_) in run_training().ends.items():
         batch, budget = ("mini-batches", "600 steps") if regime == "mini" else ("full batch", "100 steps")
-        rows.setdefault((f"{problem}, {batch}", budget), {})[NAMES.get(method, method)] = median
+        rows.setdefault((f"{TOLD[problem]}, {batch}", budget), {})[NAMES.get(method, method)] = median
     for (regime, method), (median, *_) in run_published().large.items():
         name = NAMES.get(method, method)
         if name in METHODS:
