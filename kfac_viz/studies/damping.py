@@ -48,8 +48,8 @@ class DampingResult(Study):
         size = self.curves["dimension", after].at(λ)
         falls = (self.curves["decrease", f"{after}, {method}"].at(λ) for method in ("exact", "kfac"))
         exact, kfac = (f"{fall:.0%}".replace("-", "−") for fall in falls)
-        return (f"At λ = {number(λ)} the data decide {size:.0f} of {self.size} directions; the exact step takes "
-                f"{exact} off the loss, K-FAC's, scaled, {kfac}")  # fmt: skip
+        return (f"At λ = {number(λ)} data decide {size:.0f} of {self.size} directions; the exact step takes "
+                f"{exact} off the loss, scaled K-FAC {kfac}")  # fmt: skip
 
 
 @one_thread()
