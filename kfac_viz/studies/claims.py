@@ -183,6 +183,6 @@ def _two_pairs_of_equal_layers() -> float:
     return float(np.linalg.eigvalsh(first + first + second + second)[-1])
 
 
-@exercise("06d", "One layer takes κ / (κ + λ) of the residual away; two take twice as much.", 0.01)
+@exercise("06d", "One layer takes c / (c + λ) of the residual away; two take twice as much.", 0.01)
 def _damping_where_two_do_half_too_much() -> float:
     return crossing(lambda share: 2 / (1 + share) - 1.5, -3, 3)

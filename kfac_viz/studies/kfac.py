@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-COMPARED = DAMPINGS.positions[::6]
+COMPARED = DAMPINGS.positions[::5]
 MOMENTS = (0, 10, 30, 100, 300)  # steps of Adam
 PIECES: dict[str, Style] = {  # greys: colours belong to methods
     "dropped": Style("blocks dropped", "#222222"),

@@ -122,7 +122,7 @@ class SpeedPlot(Plot):
                 xlim=(x[0] / 1.15, x[-1] * 1.15), ylim=(min(ends) / 1.5, max(ends) * 1.5),
             ))  # fmt: skip
             plain_numbers(ax.xaxis, x)
-        (limit,) = ax.plot([], [], ":", color=INK, label="products alone")
+        (limit,) = ax.plot([], [], ":", color=INK, label="counted")
         self.legend([*(self.views["width"].lines[name] for name in STYLES), limit], 5)
 
     def _bars(self, ax: Axes, result: SpeedResult) -> None:

@@ -18,6 +18,7 @@ from .measured import TUNING_SEED, WITHOUT_EFFECT, Run, last_losses, loss_of, me
 
 Problem = Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"]
 PROBLEMS = get_args(Problem)
+LOWER = 0.95  # a ratio of two medians above it is no difference
 TOLD = {what: "transformer" if what == "attention" else what for what in PROBLEMS}  # as the reader knows them
 REGIMES = {"mini": "mini-batches of 100", "full": "full batch of 1,500"}
 CURVED = ("K-FAC", "two-level")
@@ -51,7 +52,7 @@ class TrainingResult(Study):
         lower = {}
         for regime in REGIMES:
             found = [self.ratio(regime, what) for what in PROBLEMS if (regime, what, "two-level") in self.ends]
-            lower[regime] = f"{sum(x < 1 for x in found)} of {len(found)}"
+            lower[regime] = f"{sum(x < LOWER for x in found)} of {len(found)}"
         return (f"Two levels end lower than K-FAC on {lower['mini']} problems in mini-batches, on {lower['full']} with "
                 "full batches")  # fmt: skip
 
@@ -190,7 +191,7 @@ class TrainingPlot(Plot):
         ratios(self.figure.add_subplot(grid[2]), changed, "Two levels, varied", 100)
 
     def words(self, result: TrainingResult) -> str:
-        told = "; ".join(f"{problem}, {regime}: {number(result.ratio(regime, problem), 2)}" for regime in REGIMES
+        told = "; ".join(f"{TOLD[problem]}, {regime}: {number(result.ratio(regime, problem), 2)}" for regime in REGIMES
                          for problem in PROBLEMS if (regime, problem, "two-level") in result.ends)  # fmt: skip
         return f"Last loss of two levels over that of K-FAC: {told}."
 
