@@ -3,11 +3,13 @@
 import ast
 import inspect
 import json
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 
+import kfac_viz as kv
 from kfac_viz import parameters
 from kfac_viz.studies import NOTEBOOKS
 
@@ -140,6 +142,20 @@ def test_the_published_figure_stands_in_the_first_cell(stem):
     assert (FOLDER.parent / "figures" / f"{stem}.png").exists()
 
 
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_a_solution_begins_with_the_answer(stem):
+    """So that a reader without a kernel can check it; a text stands in quotes of code, and an array is not printed."""
+    code = "\n".join(cell.source for cell in read(stem).cells if cell.cell_type == "code")
+    asked = re.findall(r'exercises\.check\("(\w+)", answer_(\w)\)', code)
+    (solutions,) = (cell.source for cell in read(stem).cells if cell.source.startswith("<details>"))
+    assert asked
+    for label, letter in asked:
+        if label != "01b":
+            number, word = re.search(rf"\*\*{letter}\.\*\* (?:(−?[\d.]*\d)|`([\w-]+)`)[.,:;]", solutions).groups()
+            answer = word or float(number.replace("−", "-"))
+            assert kv.exercises.check(label, answer) == f"Exercise {label}: right.", answer
+
+
 def test_the_playground_shows_no_file():
     """Voila refuses a picture outside of the notebook's folder; there the panel itself is on top."""
     assert "../figures" not in read("00_playground").cells[0].source
@@ -147,10 +163,6 @@ def test_the_playground_shows_no_file():
 
 def test_the_notation_names_what_there_is():
     """Every name of the package in the table exists, and every letter stands in one row of its table."""
-    import re
-
-    import kfac_viz as kv
-
     text = (FOLDER / "notation.md").read_text(encoding="utf-8")
     names = re.findall(r"`kv\.([\w.]+)", text)
     assert len(names) > 12
