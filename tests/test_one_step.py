@@ -1,6 +1,7 @@
 """The geometry of one step: along and astray against captured decreases, and the plane against losses one by one."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kfac_viz as kv
-from kfac_viz.studies.one_step import ALONG, ASTRAY, Place, _plane, run_one_step
+from kfac_viz.studies.one_step import ALONG, ASTRAY, OneStepPlot, Place, _plane, run_one_step
 from kfac_viz.studies.setting import setting
 
 SMALL = dict(widths=(5, 4), n=40)
@@ -58,3 +59,16 @@ def test_where_lambda_is_all_the_loss_is_linear_and_falls_by_twice_what_is_promi
     assert there == pytest.approx(2.0, abs=0.1)
     kfac = result.places["kfac"]
     torch.testing.assert_close(torch.tensor(kfac.along), torch.tensor(1.0), atol=0.05, rtol=0)
+
+
+def test_a_step_beyond_the_picture_is_hollow_at_its_border():
+    result = run_one_step(**SMALL)
+    plot = OneStepPlot(result)
+    for place, at, style in (
+        ((1.5, 0.5), (1.5, 0.5), "full"), ((4.0, 1.0), (2.0, 0.5), "none"), ((1.0, 2.2), (0.5, 1.1), "none"),
+        ((-0.4, 0.1), (-0.2, 0.05), "none"), ((0.0, 0.0), (0.0, 0.0), "full"), ((0.0, 2.2), (0.0, 1.1), "none"),
+    ):  # fmt: skip
+        plot.move(replace(result, places=result.places | {"kfac": Place(*place)}))
+        dot, line = plot.dots["kfac"], plot.real["kfac"]
+        assert np.ravel(dot.get_data()) == pytest.approx(at) and dot.get_fillstyle() == style
+        assert not dot.get_clip_on() and line.get_clip_on()

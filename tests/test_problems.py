@@ -1,11 +1,14 @@
 """Seeded problems: the same numbers on every machine, real data, gradients that fit."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import DEVICES, assert_close
 from torch import nn
 
 import kfac_viz as kv
+from kfac_viz.studies.problem import multilayer_perceptron
 
 PROBLEMS = {
     "digits": lambda **o: kv.problems.digits(n=60, **o),
@@ -34,6 +37,17 @@ def test_a_seed_decides_everything_and_the_global_generator_nothing(name):
     assert all(torch.equal(x, y) for x, y in zip(first, state(PROBLEMS[name](seed=3)), strict=True))
     other = state(PROBLEMS[name](seed=4))
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[2], other[2])
+
+
+@pytest.mark.parametrize("widths", [[16, 12, 12, 10], [2, 48, 1], [6000, 2]])
+def test_weights_are_those_that_pytorch_draws(widths):
+    """From a generator of its own, since the process's may be in use in another thread."""
+    mine = [m for m in multilayer_perceptron(widths, "tanh", seed=3) if isinstance(m, nn.Linear)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        theirs = [nn.Linear(*pair, dtype=torch.float64) for pair in pairwise(widths)]
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
 
 
 def test_numbers_do_not_depend_on_the_default_dtype():

@@ -5,6 +5,8 @@ import gc
 import os
 import re
 import shlex
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 import kfac_viz as kv
 from kfac_viz.__main__ import plan
 from kfac_viz.parameters import Range, read
+from kfac_viz.show.panel import _processor_time, _spare_core
 from kfac_viz.studies import CoarseSpacePlot
 from kfac_viz.studies.coarse_space import run_coarse_space
 from kfac_viz.studies.curves import share
@@ -197,8 +200,11 @@ def test_where_kfac_is_exact_nothing_is_missing():
 
 
 def drawn_ahead(panel) -> None:
-    """Wait until all that was to be drawn ahead is there."""
-    panel._other_core.submit(lambda: None).result()
+    """Wait until all that was to be drawn ahead is there: each picture has the next one drawn."""
+    work = None
+    while panel._ahead is not work:
+        work = panel._ahead
+        work.result()
 
 
 @pytest.fixture
@@ -244,6 +250,53 @@ def test_a_panel_that_is_opened_draws_ahead_for_each_large_control(spare_core, c
     drawn = [dict(key) for key in panel._seen]
     assert {values["per_layer"] for values in drawn} == set(range(17))
     assert len({values["correction"] for values in drawn}) == 4 and len({values["damping"] for values in drawn}) == 1
+    assert [(values["per_layer"], values["correction"]) for values in drawn[:4]] == [  # in turns, the nearest first
+        (2, "balanced"), (3, "balanced"), (2, "a-def2"), (4, "balanced")]  # fmt: skip
+
+
+def test_a_core_that_is_shared_is_not_spare():
+    assert _spare_core(1.0, 1.0) and _spare_core(0.1, 0.09)
+    assert not _spare_core(1.0, 0.5) and not _spare_core(0.03, 0.015)
+    before = _processor_time()
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    assert _processor_time() - before < 0.1, "what the main thread does is not the panel's"
+
+
+def test_what_is_not_among_the_controls_cannot_be_large():
+    for large in (["moments"], "damping"):
+        with pytest.raises(ValueError, match="large must list controls, which are damping, per_layer; "):
+            kv.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer"], large=large, **SMALL)
+
+
+def test_a_drop_down_may_come_from_nowhere(spare_core):
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["correction"], large=["correction"], **SMALL)
+    panel.controls["correction"].value = None
+    assert panel.error
+    panel.controls["correction"].value = "additive"
+    assert panel.error == ""
+
+
+def test_nothing_is_drawn_ahead_once_the_program_has_ended():
+    """Only the picture that is being drawn then."""
+    code = """
+import threading, time
+import kfac_viz as kv
+from kfac_viz.show import panel
+panel._spare_core = lambda *_: True
+panel.REST = 0.0
+view = panel.Panel._view
+def slow(self, *arguments, **options):
+    time.sleep(0.2)
+    return view(self, *arguments, **options)
+panel.Panel._view = slow
+shown = kv.panel(kv.studies.run_damping, kv.studies.DampingPlot, ["damping"], widths=(4,), n=30, repeats=1, steps=1)
+shown._look_ahead()
+print(time.time())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert time.time() - float(run.stdout) < 4, "sixty positions take twelve seconds"
 
 
 def test_a_control_whose_pictures_take_long_is_drawn_ahead_only_where_it_is_moved(spare_core, monkeypatch):

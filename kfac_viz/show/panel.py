@@ -18,7 +18,7 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class Panel(widgets.VBox):
             whenever it is called with the same values, also from a second thread.
         plot: how it is drawn.
         controls: names of the parameters to move, all by default.
-        large: those of them that come first and are not folded away; the first two where there is none.
+        large: those of them that come first and are not folded away, and for which pictures are drawn ahead, so that
+            they must not touch the random state of the process. Where there is none the first two come first.
         notebook: whose figure the command makes; the first that is registered with ``run`` by default.
         reproduce: from all values to the line that makes this figure again, in place of that command.
         fixed: values of the others, and first values of these.
@@ -103,6 +104,7 @@ class Panel(widgets.VBox):
     """
 
     _stop = threading.Event()  # of all panels: nothing is drawn ahead while somebody moves one of them
+    _turn = threading.Lock()  # to replace it
 
     @refused_outside
     def __init__(
@@ -120,6 +122,7 @@ class Panel(widgets.VBox):
         self._other_core = ThreadPoolExecutor(1)
         self._drawing, self._live = threading.Lock(), None
         self._seen: OrderedDict[tuple, View] = OrderedDict()  # the one that was wanted longest ago first
+        self._ahead: Future | None = None  # the last work that was handed to the other core
         self._slow: set[str] = set()  # controls of which a picture has taken LATE or longer
         self._telling, self._computing = threading.Lock(), False
         self._known = known = parameters.read(run)
@@ -127,6 +130,8 @@ class Panel(widgets.VBox):
         names = list(known if controls is None else controls)
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{run.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
+        if large is not LARGE and (isinstance(large, str) or any(name not in names for name in large)):
+            raise ValueError(f"large must list controls, which are {', '.join(names)}; {large!r} came.")
         names.sort(key=lambda name: large.index(name) if name in large else len(large))
         notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
         self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
@@ -140,7 +145,8 @@ class Panel(widgets.VBox):
         self._put(view)
         self._tell("")
         W, H = (str(round(inches * self._live.plot.figure.dpi)) for inches in plot.size)
-        self._large = few = [name for name in names if name in large] or names[:2]
+        self._large = [name for name in names if name in large]
+        few = self._large or names[:2]
         style = widgets.HTML(f"<style>{_CSS.replace('WIDTH', W).replace('HEIGHT', H)}</style>")
         rows = [_row([self.controls[name] for name in few])]
         if others := [name for name in names if name not in few]:
@@ -163,8 +169,7 @@ class Panel(widgets.VBox):
         with self._lock:
             self._busy = True  # for a move that is on its way
             Panel._stop.set()
-            with contextlib.suppress(RuntimeError):  # the interpreter is ending
-                self._other_core.submit(_forget)  # once what is being computed there has come to its end
+            self._submit(_forget)  # once what is being computed there has come to its end
             self._other_core.shutdown(wait=False)
             for widget in _parts(self):
                 widget.unobserve_all()
@@ -234,10 +239,7 @@ class Panel(widgets.VBox):
             return self._seen[key]
 
     def _look_ahead(self, moved: widgets.Widget | None = None, before: Any = None) -> None:
-        """Draw what comes next if the slider moves on, and then what lies further off, until the next move.
-
-        The large controls alone: others make new networks.
-        """
+        """Draw what comes next if the slider moves on, and then what lies further off, until the next move."""
         large = {name: self.controls[name] for name in self._large}
         if self.error or not (moved is None or moved in large.values()):
             return
@@ -245,25 +247,37 @@ class Panel(widgets.VBox):
                 for name, control in large.items()}  # fmt: skip
         first = next((ways.pop(name) for name, control in large.items() if control is moved), [])
         others = [way for ranked in zip_longest(*ways.values()) for way in ranked if way]
-        Panel._stop.set()
-        Panel._stop = threading.Event()
-        self._other_core.submit(self._draw_ahead, self._values, first + others, Panel._stop)
+        with Panel._turn:
+            Panel._stop.set()
+            Panel._stop = stop = threading.Event()
+        ways = (first + others)[: KEPT // 2]
+        self._submit(self._draw_ahead, self._values, ways, stop, PAUSE, time.monotonic() + AHEAD)
 
-    def _draw_ahead(self, here: dict[str, Any], ways: list[tuple[str, Any]], stop: threading.Event) -> None:
-        end = time.monotonic() + AHEAD
-        for i, (name, value) in enumerate(ways):
-            if stop.wait((PAUSE, REST)[i] if i < 2 else 0):
-                return
-            if i and name in self._slow:  # somebody who moves another control would wait for it
-                continue
-            start, used = time.monotonic(), time.process_time()
+    def _draw_ahead(
+        self, here: dict[str, Any], ways: list[tuple[str, Any]], stop: threading.Event, pause: float, end: float
+    ) -> None:
+        """Draw the first of these, and have the others drawn after it: so that this ends where the interpreter does."""
+        if stop.wait(pause) or not ways or time.monotonic() > end:
+            return
+        name, value = ways[0]
+        values = here | {name: value}
+        new = tuple(values.items()) not in self._seen
+        if not new or pause == PAUSE or name not in self._slow:
+            start, used = time.monotonic(), _processor_time()
             with contextlib.suppress(Exception):  # it is told when the slider is there
-                self._view(here | {name: value}, here=False)
-            took, used = time.monotonic() - start, time.process_time() - used
-            if took > LATE:
-                self._slow.add(name)
-            if time.monotonic() > end or not (_spare_core(took, used) and threading.main_thread().is_alive()):
+                self._view(values, here=False)
+            took, used = time.monotonic() - start, _processor_time() - used
+            if not _spare_core(took, used):
                 return
+            if took > LATE:  # somebody who moves another control would wait for it
+                self._slow.add(name)
+            elif new:
+                self._slow.discard(name)
+        self._submit(self._draw_ahead, here, ways[1:], stop, REST if pause == PAUSE else 0.0, end)
+
+    def _submit(self, work: Callable, *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the panel is closed, or the interpreter is ending
+            self._ahead = self._other_core.submit(work, *arguments)
 
     def _put(self, view: View) -> None:
         alt = html.escape(view.words)
@@ -307,7 +321,8 @@ class Panel(widgets.VBox):
             f"picture has ended.</p><img src='data:image/jpeg;base64,{picture}' alt='{alt}'></div>"
         ))  # fmt: skip
         display(data, metadata=metadata, raw=True)
-        self._look_ahead()
+        with self._lock:
+            self._look_ahead()
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
         """The live view, and beside it the picture for pages without a kernel."""
@@ -356,15 +371,23 @@ def _positions(control: widgets.Widget, before: Any) -> list[Any]:
     else:
         return []
     at = values.index(control.value)
-    on = -1 if values.index(before) > at else 1
+    on = -1 if before in values and values.index(before) > at else 1
     order = sorted(range(len(values)), key=lambda i: max(on * (i - at), 3 * on * (at - i)))
     return [values[i] for i in order[1:]]
 
 
+def _processor_time() -> float:
+    """Seconds of all threads but the main one, where the system tells them apart: there the reader's own code runs."""
+    used = time.process_time()
+    with contextlib.suppress(AttributeError, OSError):  # Unix, but for macOS
+        used -= time.clock_gettime(time.pthread_getcpuclockid(threading.main_thread().ident))
+    return used
+
+
 def _spare_core(took: float, used: float) -> bool:
     """Whether work that took so many seconds, of so much processor time, had a core to itself: a class may share
-    this machine, or the reader's own code may run."""
-    return used > 0.8 * took - 0.02
+    this machine, and the reader's own code may run."""
+    return used > 0.8 * took - 0.005
 
 
 def _row(controls: list[widgets.Widget]) -> widgets.Box:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from .. import KFAC, BlockDiagonal, Damped, Dense, Diagonal, Identity, Operator, Partition, TwoLevel, coarse, spectrum
+from ..method.checks import quietly
 from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
 from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers, styled
@@ -196,8 +196,7 @@ def _network(data: str, layers: int, width: int, n: int, steps: int, seed: int, 
         extras = dict(batch_norm="bn" in data, residual=data.endswith("residual"))
         problem = problems.planted(layers, width, n, seed, device=device, **extras)
     network = Setting(problem.trained(steps))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of batch norm's parameters, which stay outside the Fisher
+    with quietly():  # about batch norm's parameters, which stay outside the Fisher
         return network if network.F else network  # captured here, once
 
 

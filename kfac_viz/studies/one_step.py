@@ -208,9 +208,10 @@ class OneStepPlot(Plot):
         bar.outline.set_visible(False)
         self.rays, self.dots, self.real = {}, {}, {}
         for name, style in ((name, METHODS[name]) for name in ORDER):
-            marked = {"color": style.color, "marker": style.marker, "markersize": 8, "clip_on": False}
+            marked = {"color": style.color, "marker": style.marker, "markersize": 8}
             self.rays[name] = self.add(model.plot([], [], color=style.color, linewidth=1.2, linestyle=style.line)[0])
             self.dots[name] = self.add(model.plot([], [], **marked, linestyle="none", label=style.label)[0])
+            self.dots[name].set_clip_on(False)
             if name in ("kfac", "exact"):
                 self.real[name] = self.add(real.plot([], [], **marked, markevery=[1])[0])
         for ax in (model, real):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from .. import KFAC, CoarseCorrection, Dense, TwoLevel
+from ..method.checks import quietly
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Range, Seed, check, number
 from ..show import INK, METHODS, CurveView, MapView, Plot, Style, empty_line
@@ -168,8 +168,7 @@ def _path(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, s
     P = problem.partition
     path, losses = [P.pack(problem.model)], [float(problem.loss().detach())]
     going = iter(()) if method is None else training(problem, method, damping)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quietly():
         try:
             for _ in zip(range(steps), going, strict=False):
                 path.append(P.pack(problem.model))
@@ -418,6 +417,6 @@ def _positions_of_a_point() -> int:
     return position
 
 
-@exercise("10b", "With Z = I, what are E and Q? And P = I − A Q?")
+@exercise("10b", "With Z = I, what are E and Q? And P = I − A Q? One word: exact, K-FAC, coarse …")
 def _what_all_columns_make() -> str:
     return "exact"

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ def multilayer_perceptron(
     for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
         linear = skip_init(nn.Linear, fan_in, fan_out, dtype=torch.float64)
         nn.init.kaiming_uniform_(linear.weight, 5**0.5, generator=generator)
-        nn.init.uniform_(linear.bias, -1 / fan_in**0.5, 1 / fan_in**0.5, generator)
+        nn.init.uniform_(linear.bias, -1 / sqrt(fan_in), 1 / sqrt(fan_in), generator)
         layer: list[nn.Module] = [linear]
         if hidden := i < len(widths) - 2:
             layer.extend([nn.BatchNorm1d(fan_out, dtype=torch.float64)] if batch_norm else [])

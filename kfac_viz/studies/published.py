@@ -254,7 +254,7 @@ class PublishedPlot(Plot):
             xlim=(0, last), ylim=(1e-10, 10), scale=("linear", "log"),
         )  # fmt: skip
         self.legend(loss.lines.values(), 4)
-        rows = {method: f"{told}: {result.lower[method][0]}" for method, told in ROWS.items()}
+        rows = {method: f"{told}: {result.lower[method][0]}" for method, told in ROWS.items() if method in result.lower}
         points = [(told, f"{problem} {layers}", result.ratio(problem, layers, method)) for method, told in rows.items()
                   for problem, layers, name in result.ends if name == method]  # fmt: skip
         title = f"Last loss over K-FAC's, and in how many of {result.runs} it is lower"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import KFAC, CoarseSpace, Damped, Dense, Fisher, Operator, coarse, exact_direction, pcg
+from ..method.checks import quietly
 from ..method.columns import LocalSpace
 from ..method.kfac import shifted
 from ..parameters import Range
@@ -180,8 +180,7 @@ def at_best_length(A: Operator, g: Tensor, v: Tensor) -> Tensor:
 def space(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int) -> CoarseSpace:
     """The coarse space of this name; columns that depend on others are left out, and its size says so."""
     arguments = {"krylov": (A, M, g, per_layer), "optimal": (A, M, per_layer), "random": (M, per_layer, seed)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quietly():
         return getattr(coarse, name)(*arguments.get(name, (M, per_layer)))
 
 
