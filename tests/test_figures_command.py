@@ -318,11 +318,11 @@ def wait_for(condition, seconds: float = 60) -> None:
 def test_killed_in_the_middle_leaves_nothing_half_written(shelf, how):
     out = shelf / "figures"
     process_id = shelf / "pid"
-    run = start(shelf, "-p", "pause=60", f"data={process_id}")
+    run = start(shelf, "-p", "pause=300", f"data={process_id}")
     wait_for(lambda: process_id.exists() and process_id.read_text())
     assert list(out.glob(".made/making-*/01_twice.csv"))  # the first of three files is written
     run.send_signal(how)
-    run.communicate(timeout=20)  # it does not wait for the notebook, which takes 60 seconds
+    run.communicate(timeout=60)  # it does not wait for the notebook, which takes five minutes
     assert run.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[how]
     assert visible(out) == set()
     assert cli.main(["figures"]) == 0
