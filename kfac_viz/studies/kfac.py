@@ -258,7 +258,7 @@ class Bars:
             estimator="median", errorbar=("pi", 100), err_kws={"color": INK, "linewidth": 1},
             edgecolor=INK, linewidth=0.5, ax=ax,
         )  # fmt: skip
-        ax.set(title="Pieces of the squared error / ‖F‖²", ylim=(self.FLOOR, 1e4), xlabel="steps of Adam", ylabel="")
+        ax.set(title="Pieces of the squared error / ‖F‖²", ylim=(self.FLOOR, 1e5), xlabel="steps of Adam", ylabel="")
         seaborn.move_legend(ax, "upper left", ncols=2, title=None, columnspacing=1, handlelength=1)
         ax.get_legend().set_in_layout(False)
         self.bars = dict(zip(pieces, ax.containers, strict=True))
