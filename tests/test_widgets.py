@@ -164,7 +164,8 @@ def test_a_slider_of_many_whole_numbers_is_logarithmic():
     assert panel.controls["steps"].value == 7
 
 
-def test_the_objects_of_the_picture_are_at_hand(panel):
+def test_the_objects_of_the_picture_are_at_hand():
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, CONTROLS, **SMALL)  # not where other tests have left theirs
     T, result = panel.result.T, panel.result
     g = panel.result.gradient
     assert kv.captured_decrease(T.A, g, T @ g) == pytest.approx(result.captured[T.correction], abs=1e-3)
@@ -281,7 +282,7 @@ def test_a_drop_down_may_come_from_nowhere(spare_core):
 def test_nothing_is_drawn_ahead_once_the_program_has_ended():
     """Only the picture that is being drawn then."""
     code = """
-import threading, time
+import time
 import kfac_viz as kv
 from kfac_viz.show import panel
 panel._spare_core = lambda *_: True

@@ -251,18 +251,18 @@ class Panel(widgets.VBox):
             Panel._stop.set()
             Panel._stop = stop = threading.Event()
         ways = (first + others)[: KEPT // 2]
-        self._submit(self._draw_ahead, self._values, ways, stop, PAUSE, time.monotonic() + AHEAD)
+        self._submit(self._draw_ahead, self._values, ways, stop, 0, time.monotonic() + AHEAD)
 
     def _draw_ahead(
-        self, here: dict[str, Any], ways: list[tuple[str, Any]], stop: threading.Event, pause: float, end: float
+        self, here: dict[str, Any], ways: list[tuple[str, Any]], stop: threading.Event, rank: int, end: float
     ) -> None:
         """Draw the first of these, and have the others drawn after it: so that this ends where the interpreter does."""
-        if stop.wait(pause) or not ways or time.monotonic() > end:
+        if stop.wait((PAUSE, REST)[rank] if rank < 2 else 0.0) or not ways or time.monotonic() > end:
             return
         name, value = ways[0]
         values = here | {name: value}
         new = tuple(values.items()) not in self._seen
-        if not new or pause == PAUSE or name not in self._slow:
+        if not new or rank == 0 or name not in self._slow:
             start, used = time.monotonic(), _processor_time()
             with contextlib.suppress(Exception):  # it is told when the slider is there
                 self._view(values, here=False)
@@ -273,7 +273,7 @@ class Panel(widgets.VBox):
                 self._slow.add(name)
             elif new:
                 self._slow.discard(name)
-        self._submit(self._draw_ahead, here, ways[1:], stop, REST if pause == PAUSE else 0.0, end)
+        self._submit(self._draw_ahead, here, ways[1:], stop, rank + 1, end)
 
     def _submit(self, work: Callable, *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the panel is closed, or the interpreter is ending

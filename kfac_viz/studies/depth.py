@@ -297,7 +297,7 @@ LENGTH_AND_DIRECTION = {
     for name in SEPARATED
     for quantity, (words, line) in LENGTHS.items()
 }
-ABOVE = {"eigenvalues": Style("eigenvalues of F above λ", "#000000", "", "-")}
+ABOVE = {"eigenvalues": Style("eigenvalues of F above λ", INK, "", "-")}
 PLACES = {  # as names of columns
     data: name.removeprefix("planted").removeprefix(", ").replace(" and", "\nand") or "plain"
     for data, name in NETWORKS.items()

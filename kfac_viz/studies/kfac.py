@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 COMPARED = DAMPINGS.positions[::5]
 MOMENTS = (0, 10, 30, 100, 300)  # steps of Adam
 PIECES: dict[str, Style] = {  # greys: colours belong to methods
-    "dropped": Style("blocks dropped", "#222222"),
+    "dropped": Style("blocks dropped", INK),
     "basis": Style("basis", "#5E5E5E"),
     "eigenvalues": Style("eigenvalues", "#8C8C8C"),
     "sampling": Style("sampled labels", "#B8B8B8"),

@@ -198,9 +198,10 @@ class OneStepPlot(Plot):
             radius = (1 - level) ** 0.5
             model.plot(1 + radius * np.cos(angle), radius * np.sin(angle), color=FAINT, linewidth=1 + (level == 0))
             model.text(1, radius - 0.02, f"{level:g}", color=MUTED, ha="center", va="top", size=9)
+        half = (ALONG[1] - ALONG[0]) / 2  # a pixel, whose middle is a point of the grid
         self.image = self.add(real.imshow(
             np.zeros(result.gain.shape), cmap="RdBu", vmin=-1, vmax=1, origin="lower", aspect="auto",
-            interpolation="bilinear", extent=(left - 0.05, right + 0.05, down - 0.05, up + 0.05),  # pixels have a size
+            interpolation="bilinear", extent=(left - half, right + half, down - half, up + half),
         ))  # fmt: skip
         real.set(xlim=SIDES, ylim=(down, up), yticks=[-1, -0.5, 0, 0.5, 1])
         bar = self.figure.colorbar(self.image, cax=self.axes(9.47, 1.0, 0.1, scale * (up - down)), ticks=[-1, 0, 1])
