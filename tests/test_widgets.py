@@ -255,6 +255,19 @@ def test_a_panel_that_is_opened_draws_ahead_for_each_large_control(spare_core, c
         (2, "balanced"), (3, "balanced"), (2, "a-def2"), (4, "balanced")]  # fmt: skip
 
 
+def test_a_control_takes_the_values_that_are_offered():
+    offered = dict(per_layer=[8, 0, 4], damping=None, correction=["balanced", "additive"], widths=[(4,), (3, 3)])
+    panel = kv.panel(run_coarse_space, CoarseSpacePlot, offered, **SMALL)
+    assert [value for _, value in panel.controls["per_layer"].options] == [0, 2, 4, 8]  # 2 is where it begins
+    assert [text for text, _ in panel.controls["correction"].options] == ["balanced", "additive"]
+    assert len(panel.controls["damping"].options) > 60
+    panel.controls["widths"].value = (3, 3)
+    panel.controls["per_layer"].value = 8
+    assert panel.error == "" and panel.result.parameters["widths"] == (3, 3) and "per_layer=8" in panel.command
+    with pytest.raises(ValueError, match="per_layer must be a whole number from 0 to 16; 99 came"):
+        kv.panel(run_coarse_space, CoarseSpacePlot, {"per_layer": [4, 99]}, **SMALL)
+
+
 def test_a_core_that_is_shared_is_not_spare():
     assert _spare_core(1.0, 1.0) and _spare_core(0.1, 0.09)
     assert not _spare_core(1.0, 0.5) and not _spare_core(0.03, 0.015)
@@ -300,15 +313,18 @@ print(time.time())
     assert time.time() - float(run.stdout) < 4, "sixty positions take twelve seconds"
 
 
-def test_a_control_whose_pictures_take_long_is_drawn_ahead_only_where_it_is_moved(spare_core, monkeypatch):
-    monkeypatch.setattr("kfac_viz.show.panel.LATE", 0.0)
-    panel = kv.panel(run_coarse_space, CoarseSpacePlot, ["damping", "per_layer"], **SMALL)
-    panel.controls["per_layer"].value += 1
+def test_a_control_whose_pictures_take_long_is_drawn_ahead_after_the_others(spare_core):
+    slow = Slow()
+    panel, slow.late = slow.panel, 0.3
+    panel._look_ahead()
     drawn_ahead(panel)
-    assert len(panel._seen) == 4  # two that were asked for, and one for each control
-    panel.controls["per_layer"].value += 1  # is there
+    moved = [next(name for name, value in key if value != panel._values[name]) for key in list(panel._seen)[1:]]
+    assert moved == ["damping", "per_layer", *["damping"] * 7, *["per_layer"] * 8]  # once it was seen to be slow
+    panel.controls["per_layer"].value = 6
+    panel._seen.clear()
+    panel.controls["per_layer"].value = 7
     drawn_ahead(panel)
-    assert len(panel._seen) == 5
+    assert [dict(key)["per_layer"] for key in panel._seen][:3] == [7, 8, 7]  # where it goes comes first
 
 
 def test_where_no_core_is_free_one_picture_is_drawn_ahead(monkeypatch):
@@ -335,12 +351,14 @@ class Slow:
 
     def __init__(self):
         self.result, self.entered, self.go_on = run_coarse_space(**SMALL), threading.Event(), threading.Event()
-        self.slow, self.bad = None, None
+        self.slow, self.bad, self.late = None, None, 0.0
 
         def run(*, per_layer: Annotated[int, Range(0, 9)] = 5, damping: Annotated[float, Range(1, 9, steps=9)] = 1.0):
             if per_layer == self.slow:
                 self.entered.set()
                 assert self.go_on.wait(30)
+            if per_layer != 5:
+                time.sleep(self.late)
             if per_layer == self.bad:
                 raise ValueError("Not this one.")
             return self.result

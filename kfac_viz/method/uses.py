@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
@@ -249,12 +250,13 @@ Known = tuple[Any, list[Tensor]]
 def _fits(known: Callable, args: tuple, kwargs: dict) -> bool:
     """Whether a function was called in the way that is understood here."""
     try:
-        inspect.signature(known).bind(None, None, *args, **kwargs)
+        _signature(known).bind(None, None, *args, **kwargs)
     except TypeError:
         return False
     return True
 
 
+_signature = cache(inspect.signature)  # of the few functions below, read for every use of every layer otherwise
 _UNKNOWN: Known = (NotImplemented, [])
 
 
@@ -348,7 +350,7 @@ def _norm(watch: Watch, func: Callable, *args: Any, **kwargs: Any) -> Known:
     """Any norm: ``x̂ ∘ weight + bias`` with the normalised x̂, whose channels are last or on axis 1."""
     if func is not getattr(functional, func.__name__):  # PyTorch's inner function of the same name
         return _UNKNOWN
-    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound = _signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     weight, bias = given.get("weight"), given.get("bias")

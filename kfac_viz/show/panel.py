@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -37,7 +37,7 @@ PACKAGE = Path(__file__).parents[1]
 LATE = 0.25  # seconds after which a picture that has not come is dimmed
 PAUSE = 0.06  # seconds in which the browser shows a picture, before the next one is drawn ahead
 REST = 1.0  # seconds without a move, after which those further off are drawn too
-AHEAD = 10.0  # seconds in which that ends
+AHEAD = 20.0  # seconds in which that ends
 KEPT = 150  # pictures that a panel remembers, of 80 to 170 kB each
 LABELS = {
     "damping": "damping λ", "per_layer": "columns per layer", "coarse": "kind of columns",
@@ -85,7 +85,8 @@ class Panel(widgets.VBox):
         run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result, the same one
             whenever it is called with the same values, also from a second thread.
         plot: how it is drawn.
-        controls: names of the parameters to move, all by default.
+        controls: names of the parameters to move, all by default; or by name the values that each can take, None for
+            all of its range: ``{"damping": None, "per_layer": [0, 4, 16]}``.
         large: those of them that come first and are not folded away, and for which pictures are drawn ahead, so that
             they must not touch the random state of the process. Where there is none the first two come first.
         notebook: whose figure the command makes; the first that is registered with ``run`` by default.
@@ -111,7 +112,7 @@ class Panel(widgets.VBox):
         self,
         run: Callable,
         plot: type[Plot],
-        controls: Sequence[str] | None = None,
+        controls: Sequence[str] | Mapping[str, Sequence | None] | None = None,
         *,
         large: Sequence[str] = LARGE,
         notebook: str | None = None,
@@ -123,7 +124,7 @@ class Panel(widgets.VBox):
         self._drawing, self._live = threading.Lock(), None
         self._seen: OrderedDict[tuple, View] = OrderedDict()  # the one that was wanted longest ago first
         self._ahead: Future | None = None  # the last work that was handed to the other core
-        self._slow: set[str] = set()  # controls of which a picture has taken LATE or longer
+        self._slow: set[str] = set()  # controls of which a picture that was drawn ahead has taken LATE or longer
         self._telling, self._computing = threading.Lock(), False
         self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
@@ -136,7 +137,8 @@ class Panel(widgets.VBox):
         notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
         self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
         view, self.command = self._view(self._values), self._reproduce(self._values)
-        self.controls = {name: _control(known[name], self._values[name]) for name in names}
+        offered = controls if isinstance(controls, Mapping) else {}
+        self.controls = {name: _control(known[name], self._values[name], offered.get(name)) for name in names}
         self._picture = widgets.Image(format="jpeg")
         self._below, self._alert = widgets.HTML(), widgets.HTML()
         for control in self.controls.values():
@@ -256,24 +258,24 @@ class Panel(widgets.VBox):
     def _draw_ahead(
         self, here: dict[str, Any], ways: list[tuple[str, Any]], stop: threading.Event, rank: int, end: float
     ) -> None:
-        """Draw the first of these, and have the others drawn after it: so that this ends where the interpreter does."""
+        """Draw the first of these, and have the others drawn after it: so that this ends where the interpreter does.
+
+        After that first one a control whose pictures are slow comes last, as somebody who moves another would wait.
+        """
         if stop.wait((PAUSE, REST)[rank] if rank < 2 else 0.0) or not ways or time.monotonic() > end:
             return
-        name, value = ways[0]
+        (name, value), *others = sorted(ways, key=lambda way: rank > 0 and way[0] in self._slow)
         values = here | {name: value}
         new = tuple(values.items()) not in self._seen
-        if not new or rank == 0 or name not in self._slow:
-            start, used = time.monotonic(), _processor_time()
-            with contextlib.suppress(Exception):  # it is told when the slider is there
-                self._view(values, here=False)
-            took, used = time.monotonic() - start, _processor_time() - used
-            if not _spare_core(took, used):
-                return
-            if took > LATE:  # somebody who moves another control would wait for it
-                self._slow.add(name)
-            elif new:
-                self._slow.discard(name)
-        self._submit(self._draw_ahead, here, ways[1:], stop, rank + 1, end)
+        start, used = time.monotonic(), _processor_time()
+        with contextlib.suppress(Exception):  # it is told when the slider is there
+            self._view(values, here=False)
+        took, used = time.monotonic() - start, _processor_time() - used
+        if not _spare_core(took, used):
+            return
+        if new:
+            (self._slow.add if took > LATE else self._slow.discard)(name)
+        self._submit(self._draw_ahead, here, others, stop, rank + 1, end)
 
     def _submit(self, work: Callable, *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the panel is closed, or the interpreter is ending
@@ -336,14 +338,22 @@ class Panel(widgets.VBox):
 panel = Panel
 
 
-def _control(parameter: Parameter, value: Any) -> widgets.Widget:
-    """A slider or a list where it reaches no value that is not allowed, else a line of text."""
+def _control(parameter: Parameter, value: Any, offered: Sequence | None = None) -> widgets.Widget:
+    """A slider or a list of what is offered, or else of all where it reaches no value that is not allowed; or a line
+    of text."""
     name = LABELS.get(parameter.name, parameter.name.replace("_", " "))
     about = {"description": name, "tooltip": parameter.help or parameter.allowed,
              "style": {"description_width": "initial"}}  # fmt: skip
     span = parameter.range
     wide = {"width": "48%", "min_width": "20em"}
     plain = not (parameter.many or parameter.optional)
+    if offered is not None:
+        values = list(dict.fromkeys([*map(parameter.check, offered), value]))
+        if plain and parameter.kind in (int, float):
+            options = [(_told(x), x) for x in sorted(values)]
+            return widgets.SelectionSlider(options=options, value=value, **about, layout=wide)
+        options = [(to_text(x), x) for x in values]
+        return widgets.Dropdown(options=options, value=value, **about, layout={"width": "auto"})
     if parameter.choices and plain and parameter.kind is int:
         return widgets.SelectionSlider(options=parameter.choices, value=value, **about, layout=wide)
     if parameter.choices and not parameter.many:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from .. import KFAC, CoarseCorrection, CoarseSpace, Dense, TwoLevel
+from .. import KFAC, CoarseCorrection, CoarseSpace, Damped, Dense, TwoLevel
 from ..method.checks import quietly
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Range, Seed, check, number
@@ -55,9 +57,7 @@ class PdeResult(Study):
         solution: the known one on a grid of the box, (n, n), rows along the last coordinate from high to low.
         fields: for each method the network's solution minus that, at the moment.
         errors: relative L² errors at the moment.
-        worth: of the next step of several methods, from where both levels have come to at the moment.
-        dimension: effective dimension there, at this λ.
-        claims: how many layers claim one direction there.
+        dimension: effective dimension where both levels have come to at the moment, at this λ.
         sizes: parameters, points, and columns of the coarse space in all.
         cells: of the map.
         box: the ends of each coordinate.
@@ -66,9 +66,7 @@ class PdeResult(Study):
     solution: NDArray
     fields: dict[str, NDArray]
     errors: dict[str, float]
-    worth: dict[str, Shares]
     dimension: float
-    claims: float
     sizes: tuple[int, int, int]
     cells: tuple[Cell, ...]
     box: Sequence[tuple[float, float]]
@@ -86,6 +84,16 @@ class PdeResult(Study):
         name, widths = EQUATIONS[p["equation"]][0], "-".join(map(str, p["widths"]))
         return (f"{name}, widths {widths}, {P} parameters, {N} points, λ = {number(p['damping'], 1)}; {k} columns in "
                 f"all, effective dimension {number(self.dimension)}")  # fmt: skip
+
+    @property
+    def worth(self) -> dict[str, Shares]:
+        """Of the next step of several methods, from where both levels have come to at the moment."""
+        return _next_step(*_place(self.parameters))[0]
+
+    @property
+    def claims(self) -> float:
+        """How many layers claim one direction there."""
+        return _next_step(*_place(self.parameters))[1]
 
     def others(self) -> list[tuple]:
         """A row for each field's error, for what is measured at the moment, and for each cell of the map."""
@@ -116,7 +124,7 @@ class Cell(NamedTuple):
 def run_pde(
     *,
     damping: Annotated[float, Range(1e-10, 1e-2, log=True, steps=33), "λ, the same for every method."] = 1e-6,
-    per_layer: Annotated[int, Range(0, 32), "columns of the coarse space in each layer."] = 16,
+    per_layer: Annotated[int, Range(0, 64), "columns of the coarse space in each layer."] = 16,
     coarse: Annotated[Literal["nicolaides", "spectral", "krylov", "random"], "which columns."] = "spectral",
     moment: Annotated[int, Range(0, 200), "steps before the pictures are taken."] = 40,
     equation: Annotated[Literal["poisson", "heat", "burgers"], "which equation is solved."] = "poisson",
@@ -135,15 +143,14 @@ def run_pde(
     p["moment"] = min(p["moment"], p["steps"])
     kind = kind_of(p)
     runs = {name: run_of(p, name, per_layer, p["moment"]) for name in LIVE}
-    at = (damping, p["coarse"], per_layer, p["steps"], p["moment"])
-    spectra, worth, dimension, claims, sizes = _at(kind, *at)
+    spectra, dimension, sizes = _spectra(*_place(p))
     curves = {("loss", name): curve(np.arange(len(run.losses)), run.losses) for name, run in runs.items()}
     curves |= {("eigenvalues", name): curve(np.arange(1, len(d) + 1), d) for name, d in spectra.items()}
     problem = build(kind)
     return PdeResult(
         p, curves | measured_curves(), on_grid(problem, problem.model.solution),
         {name: run.field for name, run in runs.items()}, {name: run.error for name, run in runs.items()},
-        worth, dimension, claims, sizes, cells(), problem.box,
+        dimension, sizes, cells(), problem.box,
     )  # fmt: skip
 
 
@@ -152,16 +159,34 @@ def kind_of(p: dict[str, Any]) -> tuple:
     return p["equation"], tuple(p["widths"]), p["points"], p["seed"], p["device"]
 
 
+@lru_cache(maxsize=8)
 def build(kind: tuple) -> Equation:
-    """The problem of a kind."""
+    """The problem of a kind, whose network is not to be moved."""
     equation, widths, points, seed, device = kind
     return EQUATIONS[equation][1](widths, points, seed=seed, device=device)
+
+
+def _twin(problem: Equation) -> Equation:
+    return replace(problem, model=copy.deepcopy(problem.model))
+
+
+_mine = threading.local()  # a network for each thread
+
+
+def standing(kind: tuple, x: torch.Tensor) -> Equation:
+    """The problem where its parameters are x (P,), until the next call in this thread."""
+    if getattr(_mine, "kind", None) != kind:
+        _mine.kind, _mine.problem = kind, _twin(build(kind))
+    P, model = _mine.problem.partition, _mine.problem.model
+    P.add_(model, P.pack(model), -1)  # which leaves zeros, so that they are x to the last bit
+    P.add_(model, x)
+    return _mine.problem
 
 
 @lru_cache(maxsize=64)
 def _path(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, steps: int) -> tuple:
     """Parameters after 0, 1, … steps, (steps + 1, P), and the losses there; a run that ends stays where it is."""
-    problem = build(kind)
+    problem = _twin(build(kind))
     method = Method(name, coarse, per_layer)
     if name in ("coarse", "both") and not per_layer:
         method = Method("kfac") if name == "both" else None
@@ -182,8 +207,7 @@ def _path(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, s
 @lru_cache(maxsize=256)
 def _trained(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, steps: int, moment: int) -> Trained:
     path, losses = _path(kind, name, damping, coarse, per_layer, steps)
-    problem = build(kind)
-    _set(problem, path[moment])
+    problem = standing(kind, path[moment])
     field = on_grid(problem, problem.values) - on_grid(problem, problem.model.solution)
     return Trained(losses, field, problem.error())
 
@@ -194,37 +218,61 @@ def run_of(p: dict[str, Any], method: str, per_layer: int, moment: int) -> Train
     return _trained(kind_of(p), method, p["damping"], *columns, p["steps"], moment)
 
 
-@lru_cache(maxsize=64)
-def _at(kind: tuple, damping: float, coarse: str, per_layer: int, steps: int, moment: int) -> tuple:
-    """Where two levels have come to: descending eigenvalues of M A, Q A and T A; what the next step of each method
-    captures; effective dimension and claims; and the sizes of all."""
+Place = tuple[tuple, float, str, int, int, int]  # kind, damping, coarse, per_layer, steps, moment
+
+
+def _place(p: dict[str, Any]) -> Place:
+    return kind_of(p), p["damping"], p["coarse"], p["per_layer"], p["steps"], p["moment"]
+
+
+class _Levels(NamedTuple):
+    """Where two levels have come to: F + λI as it was captured and as a matrix, gradient, and both levels."""
+
+    damped: Damped
+    A: Dense
+    g: torch.Tensor
+    M: KFAC
+    Z: CoarseSpace
+
+
+def _levels(kind: tuple, damping: float, coarse: str, per_layer: int, steps: int, moment: int) -> _Levels:
     path, _ = _path(kind, "both", damping, coarse, per_layer, steps)
-    problem = build(kind)
-    _set(problem, path[moment])
-    F, g, seed = problem.capture(), problem.gradient(), kind[3] + moment
+    problem = standing(kind, path[moment])
+    F, g = problem.capture(), problem.gradient()
     damped, M = F.damped(damping), KFAC(F, damping)
-    A = Dense(damped.dense(), F.partition)
-    Z = columns(coarse, damped, M, g, per_layer, seed)
-    T = TwoLevel(A, M, Z)
-    operators, directions = {"kfac": M, "both": T}, {"kfac": M @ g}
-    if Z.size:
-        operators["coarse"] = CoarseCorrection(A, Z)
-        directions["coarse"] = operators["coarse"] @ g
-        directions |= {name: T.with_correction(name) @ g for name in CORRECTIONS}
-        other = columns("random", damped, M, g, per_layer, seed)
-        directions["random columns, balanced"] = TwoLevel(A, M, other) @ g
-    worth = {name: x.rounded() for name, x in all_shares(damped, g, directions).items()}
+    Z = columns(coarse, damped, M, g, per_layer, kind[3] + moment)
+    return _Levels(damped, Dense(damped.dense(), F.partition), g, M, Z)
+
+
+@lru_cache(maxsize=256)
+def _spectra(*place: Any) -> tuple[dict[str, NDArray], float, tuple[int, int, int]]:
+    """Descending eigenvalues of M A, Q A and T A; the effective dimension; parameters, points and columns."""
+    damped, A, _, M, Z = _levels(*place)
+    operators = {"kfac": M, "both": TwoLevel(A, M, Z)} | ({"coarse": CoarseCorrection(A, Z)} if Z.size else {})
     L = torch.linalg.cholesky(A.dense())  # kv.spectrum refuses the least λ of the slider, for its smallest eigenvalues
     spectra = {}
     for name, operator in operators.items():
         inner = L.T @ operator.dense() @ L
-        spectra[name] = np.linalg.eigvalsh(((inner + inner.T) / 2).cpu().numpy())[::-1].clip(1e-16)
-    dimension, claims = float(rounded(damped.effective_dimension())), float(rounded(damped.claims()))
-    return spectra, worth, dimension, claims, (F.partition.size, F.N, Z.size)
+        d = np.linalg.eigvalsh(((inner + inner.T) / 2).cpu().numpy())[::-1]
+        spectra[name] = d.clip(1e-12 * d[0])  # below that are rounding errors, zeros of Q A among them
+    sizes = A.partition.size, len(build(place[0]).inputs), Z.size
+    return spectra, float(rounded(damped.effective_dimension())), sizes
 
 
-def _set(problem: Equation, x: torch.Tensor) -> None:
-    problem.partition.add_(problem.model, x - problem.partition.pack(problem.model))
+@lru_cache(maxsize=8)
+def _next_step(*place: Any) -> tuple[dict[str, Shares], float]:
+    """What the next step of each method captures, and the claims."""
+    damped, A, g, M, Z = _levels(*place)
+    directions = {"kfac": M @ g}
+    if Z.size:
+        T = TwoLevel(A, M, Z)
+        directions["coarse"] = CoarseCorrection(A, Z) @ g
+        directions |= {name: T.with_correction(name) @ g for name in CORRECTIONS}
+        (kind, _, _, per_layer, _, moment) = place
+        other = columns("random", damped, M, g, per_layer, kind[3] + moment)
+        directions["random columns, balanced"] = TwoLevel(A, M, other) @ g
+    worth = {name: x.rounded() for name, x in all_shares(damped, g, directions).items()}
+    return worth, float(rounded(damped.claims()))
 
 
 def on_grid(problem: Equation, function: Any) -> NDArray:
