@@ -84,7 +84,11 @@ def test_model_inputs_and_random_state_are_as_before(fisher, device):
     assert torch.is_grad_enabled()
 
 
-def test_a_capture_beside_the_main_thread_takes_back_nothing_that_was_drawn_there_meanwhile():
+@pytest.mark.parametrize("look", [
+    lambda model, x: kv.capture(model, x, likelihood="gaussian"),
+    lambda model, x: kv.TwoLevelKFAC(model, likelihood="gaussian").observe(x),
+], ids=["capture", "observe"])  # fmt: skip
+def test_a_look_beside_the_main_thread_takes_back_nothing_that_was_drawn_there_meanwhile(look):
     entered, drawn = threading.Event(), threading.Event()
 
     class Waits(nn.Linear):
@@ -93,7 +97,7 @@ def test_a_capture_beside_the_main_thread_takes_back_nothing_that_was_drawn_ther
             assert drawn.wait(30)
             return super().forward(x)
 
-    other = threading.Thread(target=kv.capture, args=(Waits(3, 2), torch.ones(4, 3)), kwargs={"likelihood": "gaussian"})
+    other = threading.Thread(target=look, args=(Waits(3, 2), torch.ones(4, 3)))
     other.start()
     assert entered.wait(30)
     torch.rand(1)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from threading import current_thread, main_thread
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_room, check_type, finite, own_precision, warn
+from .checks import check_choice, check_count, check_room, check_type, finite, own_precision, same_random_state, warn
 from .fisher import Fisher
 from .likelihood import FLAVOURS, LIKELIHOODS, count_vectors, output_vectors
 from .partition import Partition
@@ -88,12 +87,7 @@ def capture(
         if generator.device.type != inputs[0].device.type:
             raise ValueError(f"The generator is on {generator.device}, the inputs are on {inputs[0].device}.")
     device = inputs[0].device
-    alone = current_thread() is main_thread()  # beside it, what that has drawn meanwhile would be taken back
-    with (
-        evaluation(model),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=alone),
-        own_precision(device),
-    ):
+    with evaluation(model), same_random_state(device), own_precision(device):
         F, _ = observed(
             model,
             inputs,

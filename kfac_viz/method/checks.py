@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from numbers import Integral
+from threading import current_thread, main_thread
 
 import torch
 from torch import Tensor
@@ -94,6 +95,13 @@ def finite(tensors: Sequence[Tensor]) -> list[bool]:
 def own_precision(device: torch.device) -> AbstractContextManager:
     """A context without the caller's autocast: what is computed here has a precision of its own."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def same_random_state(device: torch.device) -> AbstractContextManager:
+    """A context after which the random state is what it was; in the main thread, as beside it what that has drawn
+    meanwhile would be taken back."""
+    devices = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices, enabled=current_thread() is main_thread())
 
 
 def check_room(what: str, numbers: int, like: Tensor, advice: str) -> None:

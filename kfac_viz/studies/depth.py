@@ -302,7 +302,7 @@ PLACES = {  # as names of columns
     data: name.removeprefix("planted").removeprefix(", ").replace(" and", "\nand") or "plain"
     for data, name in NETWORKS.items()
 }
-CLAIMS = {"layers": Style("layers that claim one direction", INK, "", "--")}
+CLAIMS = {"layers": Style("layers that claim one direction", INK, "x", "")}  # on exact blocks, whose eigenvalue it is
 SHORT = {  # columns of the map of networks
     "none": "gradient",
     "diagonal": "diagonal",
@@ -333,7 +333,7 @@ class DepthPlot(Plot):
             "at_best_length": (best, SERIES, "Captured at the best length", (0, 1.05), "linear", (0, 0.5, 1)),
             "lengths": (lengths, LENGTH_AND_DIRECTION, "Length or direction?", (-2000, 1.15), "symlog",
                         (1, 0.5, 0, -0.5, -1, -10, -100, -1000)),
-            "largest": (largest, CLAIMS | SERIES, "Largest eigenvalue of M A", (0.9, 250), "log", (1, 3, 10, 30, 100)),
+            "largest": (largest, SERIES | CLAIMS, "Largest eigenvalue of M A", (0.9, 250), "log", (1, 3, 10, 30, 100)),
             "iterations": (iterations, SERIES | ABOVE, "Iterations", (3, 300), "log", (3, 10, 30, 100, 300)),
         }  # fmt: skip
         self.views = {}

@@ -215,7 +215,8 @@ FLAVOURS: dict[str, Style] = {
     "empirical": Style("empirical Fisher", "#CC79A7", "P", "--"),
 }
 RADIUS = 0.25  # ½ vᵀ(F + λI)v on the ellipses
-STEPS: dict[str, Style] = {"gradient": METHODS["gradient"], "adam": METHODS["adam"], **FLAVOURS}
+STEPS: dict[str, Style] = {name: (FLAVOURS | METHODS)[name] for name in ("gradient", "adam", "mc", "empirical")}
+STEPS["exact"] = FLAVOURS["exact"]
 THEORY = Style("sampling error, expected", INK, "", ":")
 
 
@@ -229,10 +230,11 @@ class FisherPlot(Plot):
         titles = "Three metrics", "Share that steps capture"
         self.landscapes = [self.add(Landscape(ax, title)) for ax, title in zip(top, titles, strict=False)]
         self.ellipses = {name: self.add(empty_line(top[0], style)) for name, style in FLAVOURS.items()}
-        self.steps = {
-            name: self.add(empty_line(top[1], style, marker=style.marker, markevery=[1], markersize=8))
-            for name, style in STEPS.items()
-        }
+        self.steps = {  # where two agree the later one lies, thinner, on the other
+            name: self.add(empty_line(top[1], style, marker=style.marker, markevery=[1], linewidth=width,
+                                      markersize=4 + 2.4 * width))
+            for (name, style), width in zip(STEPS.items(), (3.2, 1.4, 3.2, 2, 1.4), strict=True)
+        }  # fmt: skip
         self.shares = {
             name: self.add(top[1].text(0.03, 0.4 - 0.095 * i, "", transform=top[1].transAxes, color=s.ink, size=9))
             for i, (name, s) in enumerate(STEPS.items())

@@ -391,7 +391,13 @@ class PdePlot(Plot):
             if name == "solution":
                 ax.imshow(result.solution, cmap="viridis", **how)
                 horizontal, ax_name = AXES[result.parameters["equation"]]
-                ax.set(xlabel=f"{horizontal}; errors: yellow 1, black 10⁻⁷", ylabel=ax_name)
+                ax.set(ylabel=ax_name)
+                ax.text(0.02, -0.06, horizontal, transform=ax.transAxes, va="top")
+                key = ax.inset_axes((0.66, -0.15, 0.24, 0.07))  # of the errors; words for colours fail in a dark theme
+                key.imshow(np.linspace(-7, 0, 64)[None], cmap="magma", vmin=-7, vmax=0, aspect="auto")
+                key.set(xticks=[], yticks=[])
+                for place, words, side in ((-0.06, "error 10⁻⁷", "right"), (1.06, "1", "left")):
+                    key.text(place, 0.45, words, transform=key.transAxes, ha=side, va="center")
             else:
                 self.images[name] = self.add(ax.imshow(np.zeros((2, 2)), cmap="magma", vmin=-7, vmax=0, **how))
                 ax.set_yticks([])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..method.checks import same_random_state
 from ..method.fisher import Fisher
 from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
@@ -19,7 +20,7 @@ from ..method.partition import Partition
 
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model's buffers and the global random state are afterwards what they were; the mode is kept.
+    """The model's buffers and, in the main thread, the random state are afterwards what they were; the mode is kept.
 
     Batch norm in training mode writes its running statistics into copies. It then couples the examples of a
     batch, so that "the score of one example" is K-FAC's usual approximation.
@@ -29,7 +30,7 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module, buffers in held:
             for name, buffer in buffers.items():
                 setattr(module, name, buffer.clone())
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with same_random_state(device):
             yield
     finally:
         for module, buffers in held:
