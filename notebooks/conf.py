@@ -68,8 +68,9 @@ def mend_pages(app: Sphinx, error: Exception | None) -> None:
         with Image.open(site / image[1]) as picture:
             return f'alt="{html.escape(getattr(picture, "text", {}).get("Description", ""))}" src="{image[1]}"'
 
+    download = r'<a class="reference download internal" download="" href="_downloads/\w+/(\w+\.html)">'
     for page in site.glob("*.html"):
-        text = page.read_text(encoding="utf-8")
+        text = re.sub(download, r'<a href="live/\1">', page.read_text(encoding="utf-8"))  # to be opened, not kept
         text = re.sub(r'href="#([\w/.]*\.(?:ipynb|md|html|svg|csv|json|py|cff))"', link, text)
         page.write_text(re.sub(r'alt="_images/[^"]*" src="(_images/[^"]*\.png)"', words, text), encoding="utf-8")
 

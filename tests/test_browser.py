@@ -410,6 +410,8 @@ def test_the_site_is_whole_and_needs_nothing_from_elsewhere(chromium, tmp_path):
             broken = [link for link in links if link.startswith("file:") and not Path(
                 urllib.request.url2pathname(link.removeprefix("file://").split("#")[0])).exists()]  # fmt: skip
             assert broken == [], name
+            kept = page.evaluate("() => [...document.querySelectorAll('a[download]')].map(a => a.href)")
+            assert not [link for link in kept if link.endswith(".html")], "a page is there to be opened"
             fragments = page.evaluate("() => [...document.links].filter(a => a.pathname === location.pathname && "
                                       "a.hash && !document.getElementById(decodeURIComponent(a.hash.slice(1))))"
                                       ".map(a => a.hash)")  # fmt: skip
