@@ -33,8 +33,8 @@ def test_a_verdict_is_short(stem):
 def findings() -> list[tuple[str, list[str]]]:
     """What README's table of findings says, and the files that it names for it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| <img[^|]*> \| \[[^|]*\?\]\([^|]*\) \| ([^|]*) \| (`[^|]*) \|$", text, flags=re.MULTILINE)
-    return [(finding, re.findall(r"`([\w/]+\.csv)`", files)) for finding, files in rows]
+    rows = re.findall(r"^\| <img[^|]*> \| \[[^|]*\?\]\([^|]*\) \| ([^|]*) \| (\[`[^|]*) \|$", text, flags=re.MULTILINE)
+    return [(finding, re.findall(r"\[`([\w/]+\.csv)`\]\(figures/\1\)", files)) for finding, files in rows]
 
 
 @pytest.mark.parametrize(("finding", "files"), findings())

@@ -345,7 +345,7 @@ class DepthPlot(Plot):
             plain_numbers(ax.xaxis, layers)
             plain_numbers(ax.yaxis, numbers)
         lengths.axhline(0, color=FAINT, linewidth=1, zorder=0.5)
-        largest.plot(layers, layers, color=FAINT, linewidth=1, zorder=0.5)
+        (bound,) = largest.plot(layers, layers, color=FAINT, linewidth=1, zorder=0.5, label="number of layers")
         if mapped:
             for column, name in ((1, "kfac"), (2, "leading, balanced")):
                 self.views[name] = self.add(MapView(
@@ -362,7 +362,7 @@ class DepthPlot(Plot):
         lines = self.views["at_best_length"].lines
         others = [self.views["iterations"].lines["eigenvalues"], self.views["largest"].lines["layers"]]
         kinds = [lengths.plot([], [], color=INK, linestyle=line, label=words)[0] for words, line in LENGTHS.values()]
-        self.legend([*(lines[name] for name in SERIES), *others, *kinds], 4)
+        self.legend([*(lines[name] for name in SERIES), *others, bound, *kinds], 4)
 
     def move(self, result: DepthResult) -> None:
         for quantity, view in self.views.items():

@@ -35,6 +35,12 @@ def measured_rows(name: str) -> list[Row]:
     return rows_of(MEASURED / name)
 
 
+def seeds_in(*tables: str) -> str:
+    """How many seeds are shown of each run, "5", or where tables differ "3 to 5"."""
+    found = [len({row["seed"] for row in measured_rows(name)} - {TUNING_SEED}) for name in tables]
+    return " to ".join(map(str, sorted({min(found), max(found)})))
+
+
 def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
     """The rows by what they say in these columns, in the order in which they come."""
     found: dict[tuple[str, ...], list[Row]] = defaultdict(list)

@@ -118,11 +118,11 @@ class SpeedPlot(Plot):
             x = np.unique(np.concatenate([c.x for c in curves.values()]))
             ends = [end for c in curves.values() for end in (c.low.min(), c.high.max())]
             self.views[quantity] = self.add(CurveView(
-                ax, DOTTED | STYLES, curves, "ms per step" if i < 2 else "", x=label,
+                ax, DOTTED | STYLES, curves, "ms per step", x=label,
                 xlim=(x[0] / 1.15, x[-1] * 1.15), ylim=(min(ends) / 1.5, max(ends) * 1.5),
             ))  # fmt: skip
             plain_numbers(ax.xaxis, x)
-        (limit,) = ax.plot([], [], ":", color=INK, label="counted")
+        (limit,) = ax.plot([], [], ":", color=INK, label="counted, without marks")
         self.legend([*(self.views["width"].lines[name] for name in STYLES), limit], 5)
 
     def _bars(self, ax: Axes, result: SpeedResult) -> None:

@@ -53,8 +53,8 @@ class TrainingResult(Study):
         for regime in REGIMES:
             found = [self.ratio(regime, what) for what in PROBLEMS if (regime, what, "two-level") in self.ends]
             lower[regime] = f"{sum(x < LOWER for x in found)} of {len(found)}"
-        return (f"Two levels end lower than K-FAC on {lower['mini']} problems in mini-batches, on {lower['full']} with "
-                "full batches")  # fmt: skip
+        return (f"Two levels end {number(100 * (1 - LOWER))} % or more below K-FAC on {lower['mini']} problems in "
+                f"mini-batches, {lower['full']} in full")  # fmt: skip
 
     @property
     def where(self) -> str:
