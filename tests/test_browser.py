@@ -416,6 +416,9 @@ def test_the_site_is_whole_and_needs_nothing_from_elsewhere(chromium, tmp_path):
                                       "a.hash && !document.getElementById(decodeURIComponent(a.hash.slice(1))))"
                                       ".map(a => a.hash)")  # fmt: skip
             assert fragments == [], name
+            if name in stems:
+                side = page.locator(".sidebar-tree a").evaluate_all("links => links.map(a => a.pathname)")
+                assert {Path(link).stem for link in side} >= set(stems), "a notebook that the side does not name"
             screenshot(page, f"site_{name.replace('/', '_')}")
     assert complaints == []
 
