@@ -126,7 +126,7 @@ def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...]) ->
 SERIES = {"none": METHODS["none"], **SPACES}
 QUANTITIES = {  # title, ends of the axis and numbers on it
     "at_best_length": ("best length", (0.4, 1.03), (0.4, 0.6, 0.8, 1)),
-    "captured": ("unscaled", (-3, 1.08), (1, 0.5, 0, -1)),
+    "captured": ("unscaled", (-3, 1.08), (1, 0.5, 0, -1, -3)),
     "largest": ("λ_max of T A", (0.95, 12), (1, 2, 3, 5, 10)),
     "iterations": ("iterations", (2, 120), (3, 10, 30, 100)),
 }

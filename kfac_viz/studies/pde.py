@@ -170,17 +170,19 @@ def _twin(problem: Equation) -> Equation:
     return replace(problem, model=copy.deepcopy(problem.model))
 
 
-_mine = threading.local()  # a network for each thread
+@lru_cache(maxsize=8)
+def _twin_of(kind: tuple, thread: int) -> Equation:
+    """A network for each thread: a panel draws ahead in one of its own."""
+    return _twin(build(kind))
 
 
 def standing(kind: tuple, x: torch.Tensor) -> Equation:
     """The problem where its parameters are x (P,), until the next call in this thread."""
-    if getattr(_mine, "kind", None) != kind:
-        _mine.kind, _mine.problem = kind, _twin(build(kind))
-    P, model = _mine.problem.partition, _mine.problem.model
+    problem = _twin_of(kind, threading.get_ident())
+    P, model = problem.partition, problem.model
     P.add_(model, P.pack(model), -1)  # which leaves zeros, so that they are x to the last bit
     P.add_(model, x)
-    return _mine.problem
+    return problem
 
 
 @lru_cache(maxsize=64)

@@ -54,7 +54,7 @@ class TrainingResult(Study):
             found = [self.ratio(regime, what) for what in PROBLEMS if (regime, what, "two-level") in self.ends]
             lower[regime] = f"{sum(x < LOWER for x in found)} of {len(found)}"
         return (f"Two levels end {number(100 * (1 - LOWER))} % or more below K-FAC on {lower['mini']} problems in "
-                f"mini-batches, {lower['full']} in full")  # fmt: skip
+                f"mini-batches, {lower['full']} with full batches")  # fmt: skip
 
     @property
     def where(self) -> str:
