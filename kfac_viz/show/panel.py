@@ -348,16 +348,14 @@ def _control(parameter: Parameter, value: Any, offered: Sequence | None = None) 
     wide = {"width": "48%", "min_width": "20em"}
     plain = not (parameter.many or parameter.optional)
     if offered is not None:
-        values = list(dict.fromkeys([*map(parameter.check, offered), value]))
-        if plain and parameter.kind in (int, float):
-            options = [(_told(x), x) for x in sorted(values)]
-            return widgets.SelectionSlider(options=options, value=value, **about, layout=wide)
-        options = [(to_text(x), x) for x in values]
-        return widgets.Dropdown(options=options, value=value, **about, layout={"width": "auto"})
-    if parameter.choices and plain and parameter.kind is int:
-        return widgets.SelectionSlider(options=parameter.choices, value=value, **about, layout=wide)
-    if parameter.choices and not parameter.many:
-        options = [(to_text(x), x) for x in (*parameter.choices, *[None] * parameter.optional)]
+        offered = list(dict.fromkeys([*map(parameter.check, offered), value]))
+    elif parameter.choices and not parameter.many:
+        offered = [*parameter.choices, *[None] * parameter.optional]
+    if offered and plain and parameter.kind in (int, float):
+        options = [(_told(x), x) for x in sorted(offered)]
+        return widgets.SelectionSlider(options=options, value=value, **about, layout=wide)
+    if offered:
+        options = [(to_text(x), x) for x in offered]
         return widgets.Dropdown(options=options, value=value, **about, layout={"width": "auto"})
     if plain and parameter.kind is float and span:
         steps = span if span.steps else Range(span.low, span.high, span.log, steps=61)

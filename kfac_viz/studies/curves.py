@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,11 @@ def curve(x: ArrayLike, seeds: ArrayLike | Sequence[Sequence[float]]) -> Curve:
     values = np.atleast_2d(np.asarray(seeds, dtype=float))
     summary = np.median(values, 0), values.min(0), values.max(0)
     return Curve(rounded(x), *map(rounded, summary))
+
+
+def banded(curves: Mapping[Any, Curve], names: Collection) -> dict[Any, Curve]:
+    """The curves, with a band for these alone: more would hide each other."""
+    return {name: c if name in names else c._replace(low=c.y, high=c.y) for name, c in curves.items()}
 
 
 def by_key(mappings: Iterable[Mapping[Any, Any]]) -> dict[Any, list]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,7 +77,7 @@ def run_damping(
 
 def loss_after(problem: Problem, v: Tensor) -> float:
     """The loss once ``v`` (P,) is subtracted from the parameters of a copy; inf where it overflows."""
-    twin = replace(problem, model=copy.deepcopy(problem.model))
+    twin = problem.twin()
     twin.partition.add_(twin.model, v, alpha=-1.0)
     with torch.no_grad():
         loss = float(twin.loss())

@@ -18,7 +18,7 @@ from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
 from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers, styled
 from . import problems
-from .curves import Curve, Study, curve, moment, rounded, seeds, share
+from .curves import Curve, Study, banded, curve, moment, rounded, seeds, share
 from .exercises import exercise
 from .measured import rows_of
 from .setting import Setting, all_shares, iterations, largest_eigenvalue, space
@@ -392,8 +392,7 @@ def shown(result: DepthResult, quantity: str) -> Any:
         ]  # fmt: skip
     curves = result.of(quantity)
     curves |= result.of({"iterations": "above", "largest": "claims"}.get(quantity, ""))
-    banded = ("kfac", "leading, balanced", "none")  # more would hide each other
-    return {name: c if name in banded else c._replace(low=c.y, high=c.y) for name, c in curves.items()}
+    return banded(curves, ("kfac", "leading, balanced", "none"))
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

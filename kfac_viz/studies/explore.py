@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +109,7 @@ def _moments(problem: Problem, checkpoints: Sequence[Mapping[str, Tensor]] | Non
         )
     moments = []
     for i, state in enumerate(checkpoints):
-        moment = replace(problem, model=copy.deepcopy(problem.model))
+        moment = problem.twin()
         try:
             moment.model.load_state_dict(state)
         except RuntimeError as error:

@@ -215,8 +215,7 @@ FLAVOURS: dict[str, Style] = {
     "empirical": Style("empirical Fisher", "#CC79A7", "P", "--"),
 }
 RADIUS = 0.25  # ½ vᵀ(F + λI)v on the ellipses
-STEPS: dict[str, Style] = {name: (FLAVOURS | METHODS)[name] for name in ("gradient", "adam", "mc", "empirical")}
-STEPS["exact"] = FLAVOURS["exact"]
+STEPS = {name: (METHODS | FLAVOURS)[name] for name in ("gradient", "adam", "mc", "empirical", "exact")}
 THEORY = Style("sampling error, expected", INK, "", ":")
 
 

@@ -35,6 +35,7 @@ def measured_rows(name: str) -> list[Row]:
     return rows_of(MEASURED / name)
 
 
+@cache
 def seeds_in(*tables: str) -> str:
     """How many seeds are shown of each run, "5", or where tables differ "3 to 5"."""
     found = [len({row["seed"] for row in measured_rows(name)} - {TUNING_SEED}) for name in tables]

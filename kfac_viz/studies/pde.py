@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -37,6 +36,7 @@ EQUATIONS = {
 }
 LIVE = ("kfac", "coarse", "both", "exact")  # methods that the panel trains
 GRID = 40  # points along each side of a picture
+DECADES = 7  # of the errors that have a colour
 
 
 class Trained(NamedTuple):
@@ -88,12 +88,12 @@ class PdeResult(Study):
     @property
     def worth(self) -> dict[str, Shares]:
         """Of the next step of several methods, from where both levels have come to at the moment."""
-        return _next_step(*_place(self.parameters))[0]
+        return _next_step(Reached.of(self.parameters))[0]
 
     @property
     def claims(self) -> float:
         """How many layers claim one direction there."""
-        return _next_step(*_place(self.parameters))[1]
+        return _next_step(Reached.of(self.parameters))[1]
 
     def others(self) -> list[tuple]:
         """A row for each field's error, for what is measured at the moment, and for each cell of the map."""
@@ -143,7 +143,7 @@ def run_pde(
     p["moment"] = min(p["moment"], p["steps"])
     kind = kind_of(p)
     runs = {name: run_of(p, name, per_layer, p["moment"]) for name in LIVE}
-    spectra, dimension, sizes = _spectra(*_place(p))
+    spectra, dimension, sizes = _spectra(Reached.of(p))
     curves = {("loss", name): curve(np.arange(len(run.losses)), run.losses) for name, run in runs.items()}
     curves |= {("eigenvalues", name): curve(np.arange(1, len(d) + 1), d) for name, d in spectra.items()}
     problem = build(kind)
@@ -166,14 +166,10 @@ def build(kind: tuple) -> Equation:
     return EQUATIONS[equation][1](widths, points, seed=seed, device=device)
 
 
-def _twin(problem: Equation) -> Equation:
-    return replace(problem, model=copy.deepcopy(problem.model))
-
-
 @lru_cache(maxsize=8)
 def _twin_of(kind: tuple, thread: int) -> Equation:
     """A network for each thread: a panel draws ahead in one of its own."""
-    return _twin(build(kind))
+    return build(kind).twin()
 
 
 def standing(kind: tuple, x: torch.Tensor) -> Equation:
@@ -188,7 +184,7 @@ def standing(kind: tuple, x: torch.Tensor) -> Equation:
 @lru_cache(maxsize=64)
 def _path(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, steps: int) -> tuple:
     """Parameters after 0, 1, … steps, (steps + 1, P), and the losses there; a run that ends stays where it is."""
-    problem = _twin(build(kind))
+    problem = build(kind).twin()
     method = Method(name, coarse, per_layer)
     if name in ("coarse", "both") and not per_layer:
         method = Method("kfac") if name == "both" else None
@@ -220,36 +216,45 @@ def run_of(p: dict[str, Any], method: str, per_layer: int, moment: int) -> Train
     return _trained(kind_of(p), method, p["damping"], *columns, p["steps"], moment)
 
 
-Place = tuple[tuple, float, str, int, int, int]  # kind, damping, coarse, per_layer, steps, moment
+class Reached(NamedTuple):
+    """Where two levels have come to at the moment."""
 
+    kind: tuple
+    damping: float
+    coarse: str
+    per_layer: int
+    steps: int
+    moment: int
 
-def _place(p: dict[str, Any]) -> Place:
-    return kind_of(p), p["damping"], p["coarse"], p["per_layer"], p["steps"], p["moment"]
+    @classmethod
+    def of(cls, p: dict[str, Any]) -> Reached:
+        return cls(kind_of(p), *(p[name] for name in cls._fields[1:]))
 
 
 class _Levels(NamedTuple):
-    """Where two levels have come to: F + λI as it was captured and as a matrix, gradient, and both levels."""
+    """At a place: F + λI as it was captured and as a matrix, gradient, and both levels; a seed for random columns."""
 
     damped: Damped
     A: Dense
     g: torch.Tensor
     M: KFAC
     Z: CoarseSpace
+    seed: int
 
 
-def _levels(kind: tuple, damping: float, coarse: str, per_layer: int, steps: int, moment: int) -> _Levels:
-    path, _ = _path(kind, "both", damping, coarse, per_layer, steps)
-    problem = standing(kind, path[moment])
-    F, g = problem.capture(), problem.gradient()
-    damped, M = F.damped(damping), KFAC(F, damping)
-    Z = columns(coarse, damped, M, g, per_layer, kind[3] + moment)
-    return _Levels(damped, Dense(damped.dense(), F.partition), g, M, Z)
+def _levels(at: Reached) -> _Levels:
+    path, _ = _path(at.kind, "both", at.damping, at.coarse, at.per_layer, at.steps)
+    problem = standing(at.kind, path[at.moment])
+    F, g, seed = problem.capture(), problem.gradient(), at.kind[3] + at.moment
+    damped, M = F.damped(at.damping), KFAC(F, at.damping)
+    Z = columns(at.coarse, damped, M, g, at.per_layer, seed)
+    return _Levels(damped, Dense(damped.dense(), F.partition), g, M, Z, seed)
 
 
 @lru_cache(maxsize=256)
-def _spectra(*place: Any) -> tuple[dict[str, NDArray], float, tuple[int, int, int]]:
+def _spectra(at: Reached) -> tuple[dict[str, NDArray], float, tuple[int, int, int]]:
     """Descending eigenvalues of M A, Q A and T A; the effective dimension; parameters, points and columns."""
-    damped, A, _, M, Z = _levels(*place)
+    damped, A, _, M, Z, _ = _levels(at)
     operators = {"kfac": M, "both": TwoLevel(A, M, Z)} | ({"coarse": CoarseCorrection(A, Z)} if Z.size else {})
     L = torch.linalg.cholesky(A.dense())  # kv.spectrum refuses the least λ of the slider, for its smallest eigenvalues
     spectra = {}
@@ -257,21 +262,20 @@ def _spectra(*place: Any) -> tuple[dict[str, NDArray], float, tuple[int, int, in
         inner = L.T @ operator.dense() @ L
         d = np.linalg.eigvalsh(((inner + inner.T) / 2).cpu().numpy())[::-1]
         spectra[name] = d.clip(1e-12 * d[0])  # below that are rounding errors, zeros of Q A among them
-    sizes = A.partition.size, len(build(place[0]).inputs), Z.size
+    sizes = A.partition.size, len(build(at.kind).inputs), Z.size
     return spectra, float(rounded(damped.effective_dimension())), sizes
 
 
 @lru_cache(maxsize=8)
-def _next_step(*place: Any) -> tuple[dict[str, Shares], float]:
+def _next_step(at: Reached) -> tuple[dict[str, Shares], float]:
     """What the next step of each method captures, and the claims."""
-    damped, A, g, M, Z = _levels(*place)
+    damped, A, g, M, Z, seed = _levels(at)
     directions = {"kfac": M @ g}
     if Z.size:
         T = TwoLevel(A, M, Z)
         directions["coarse"] = CoarseCorrection(A, Z) @ g
         directions |= {name: T.with_correction(name) @ g for name in CORRECTIONS}
-        (kind, _, _, per_layer, _, moment) = place
-        other = columns("random", damped, M, g, per_layer, kind[3] + moment)
+        other = columns("random", damped, M, g, at.per_layer, seed)
         directions["random columns, balanced"] = TwoLevel(A, M, other) @ g
     worth = {name: x.rounded() for name, x in all_shares(damped, g, directions).items()}
     return worth, float(rounded(damped.claims()))
@@ -396,12 +400,13 @@ class PdePlot(Plot):
                 ax.set(ylabel=ax_name)
                 ax.text(0.02, -0.06, horizontal, transform=ax.transAxes, va="top")
                 key = ax.inset_axes((0.66, -0.15, 0.24, 0.07))  # of the errors; words for colours fail in a dark theme
-                key.imshow(np.linspace(-7, 0, 64)[None], cmap="magma", vmin=-7, vmax=0, aspect="auto")
+                key.imshow(np.linspace(0, 1, 64)[None], cmap="magma", aspect="auto")
                 key.set(xticks=[], yticks=[])
-                for place, words, side in ((-0.06, "error 10⁻⁷", "right"), (1.06, "1", "left")):
+                for place, words, side in ((-0.06, f"error {number(10.0**-DECADES)}", "right"), (1.06, "1", "left")):
                     key.text(place, 0.45, words, transform=key.transAxes, ha=side, va="center")
             else:
-                self.images[name] = self.add(ax.imshow(np.zeros((2, 2)), cmap="magma", vmin=-7, vmax=0, **how))
+                image = ax.imshow(np.zeros((2, 2)), cmap="magma", vmin=-DECADES, vmax=0, **how)
+                self.images[name] = self.add(image)
                 ax.set_yticks([])
                 self.texts[name] = self.add(ax.text(0.5, -0.06, "", transform=ax.transAxes, ha="center", va="top"))
             ax.set_xticks([])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import sqrt
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Problem:
 
     def gradient(self) -> Tensor:
         """Gradient of :meth:`loss` over the partition, (P,); leaves ``.grad`` alone."""
-        twin = replace(self, model=copy.deepcopy(self.model))
+        twin = self.twin()
         twin.loss().backward()
         return self.partition.pack_grad(twin.model)
 
@@ -81,15 +82,18 @@ class Problem:
     def trained(self, steps: int, lr: float = 1e-2) -> Problem:
         """A copy of the problem after full-batch Adam steps, deterministic."""
         check_count("steps", steps, least=0)
-        model = copy.deepcopy(self.model)
-        twin = replace(self, model=model)
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        twin = self.twin()
+        optimizer = torch.optim.Adam(twin.model.parameters(), lr=lr)
         for _ in range(steps):
             optimizer.zero_grad()
             twin.loss().backward()
             optimizer.step()
         optimizer.zero_grad()
         return twin
+
+    def twin(self) -> Self:
+        """The same problem with a copy of the network, which may be moved."""
+        return replace(self, model=copy.deepcopy(self.model))
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Problem:
         """A copy on another device or in another floating dtype."""

@@ -14,7 +14,7 @@ from torch import nn
 from ..method.checks import check_count, check_seed
 from ..parameters import Device, Seed, check
 from ..show import METHODS, SPACES, CurveView, Plot, Style, plain_numbers, ratios
-from .curves import Curve, Study, curve, rounded
+from .curves import Curve, Study, banded, curve, rounded
 from .exercises import exercise
 from .exhibits import FAULTS
 from .measured import WITHOUT_EFFECT, Run, last_losses, loss_of, measured_runs, over_runs, seeds_in
@@ -232,9 +232,6 @@ ROWS = {  # of the map, in the order of the story
 }  # fmt: skip
 
 
-BANDED = ("K-FAC", MENDED)  # more would hide each other
-
-
 class PublishedPlot(Plot):
     """The toy problem's curves above; all methods on all toy problems, and the autoencoder, below."""
 
@@ -244,7 +241,7 @@ class PublishedPlot(Plot):
     def build(self, result: PublishedResult) -> None:
         grid = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.75))
         above, below = grid[0].subgridspec(1, 2), grid[1].subgridspec(1, 2, width_ratios=(1.35, 1))
-        losses = {name: c if name in BANDED else c._replace(low=c.y, high=c.y) for name, c in result.of("step").items()}
+        losses = banded(result.of("step"), ("K-FAC", MENDED))
         last = max(c.x[-1] for c in losses.values())
         chosen = [c.y for name, c in losses.items() if name in STYLES]
         loss = CurveView(

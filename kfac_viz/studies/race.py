@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from ..parameters import number
 from ..show.page import address, nearest, write_page
-from .pde import AXES, EQUATIONS, LIVE, STYLES, PdeResult, run_of
+from .pde import AXES, DECADES, EQUATIONS, LIVE, STYLES, PdeResult, run_of
 from .threads import one_thread
 
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64)  # columns per layer
 EVERY = 4  # steps between two pictures
-DECADES = 7  # of the errors that have a colour
 TEMPLATE = Path(__file__).with_name("race.html")
 
 
