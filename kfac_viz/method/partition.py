@@ -99,6 +99,15 @@ class Partition:
                 raise ValueError(f"Layers {unknown} are not among the model's layers {list(found)}.")
             found = {x: layer for x, layer in found.items() if any(inside(x, name) for name in layers)}
             elsewhere = [x for x in elsewhere if any(inside(x, name) for name in layers)]
+        complex_ones = {
+            name for name, layer in found.items() if any(parameters[x.parameter].is_complex() for x in layer.pieces)
+        }
+        if layers is not None and complex_ones:
+            raise ValueError(
+                f"Layers {sorted(complex_ones)} have complex parameters, for which no Fisher is defined here. Name the "
+                "others with layers=[...], or keep real and imaginary part in a real parameter (torch.view_as_real)."
+            )
+        found = {x: layer for x, layer in found.items() if x not in complex_ones}
         trainable = {
             name: [parameters[piece.parameter].requires_grad for piece in layer.pieces] for name, layer in found.items()
         }

@@ -415,6 +415,13 @@ class TwoLevelKFAC(Optimizer):
             raise TypeError(f"The 'params' of a group are parameters; got {type(given).__name__}.")
         param_group = param_group | {"params": [given] if isinstance(given, Tensor) else list(given)}
         check_group(self.defaults | param_group)
+        complex_ones = [x for x in param_group["params"] if isinstance(x, Tensor) and x.is_complex()]
+        if complex_ones:
+            names = {p: name for name, p in self.model.named_parameters()}
+            raise ValueError(
+                f"Parameter {names.get(complex_ones[0], '?')!r} is complex, and no step is defined for it. Give the "
+                "others alone, or keep real and imaginary part in one real parameter (torch.view_as_real)."
+            )
         again = len(param_group["params"]) - len(set(map(id, param_group["params"])))
         if again:
             raise ValueError(f"A group holds {again} of its parameters twice; each is trained once.")
