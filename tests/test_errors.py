@@ -106,7 +106,7 @@ CAPTURE = {
     "frozen layer": (frozen, (X,), {}, ValueError, r"\['2'\] are frozen.*layers=\[...\]"),
     "unknown layer": (mlp, (X,), {"layers": ["9"]}, ValueError, r"\['9'\] are not among.*\['0', '2'\]"),
     "idle layer": (Skips, (X,), {}, ValueError, r"\['idle'\] took no part in the forward pass"),
-    "no gradients": (NoGrad, (X,), {}, ValueError, "'first' runs without gradients"),
+    "no gradients": (NoGrad, (X,), {}, ValueError, "'first' runs in torch.no_grad.*no gradient reaches it"),
     "coupled examples": (
         lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).double(), (X,), {},
         ValueError, "'1' keeps no running statistics and couples the examples",

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_room, check_type, finite, own_precision, same_random_state, warn
+from .checks import (
+    check_choice,
+    check_count,
+    check_room,
+    check_type,
+    evaluation,
+    finite,
+    own_precision,
+    same_random_state,
+    warn,
+)
 from .fisher import Fisher
 from .likelihood import FLAVOURS, LIKELIHOODS, count_vectors, output_vectors
 from .partition import Partition
 from .record import Record, record
-from .witness import check_foreign, witnessed
+from .witness import advice, check_foreign, witnessed
 
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose other parameters were reported
 
@@ -130,7 +139,14 @@ def observed(
         silent = [name for name in run.unused if name in run.silent]
         if silent:
             raise ValueError(
-                f"Layer {silent[0]!r} runs without gradients (torch.no_grad); no score can be had there."
+                f"Layer {silent[0]!r} runs {run.silent[silent[0]]}; no gradient reaches it there from the outputs, and "
+                f"so it has no score. {advice(run, silent)}"
+            )
+        if run.batch_statistics and not partial:
+            raise ValueError(
+                "The model normalises with the statistics of the batch also in eval mode (functional.batch_norm with "
+                "training=True), which couples the examples, so that no per-example Fisher exists; pass "
+                "training=self.training and running statistics."
             )
         left_out = check_foreign(run)
         idle = [layer.name for layer in partition.layers if layer.loose and layer.name in run.unused]
@@ -138,7 +154,7 @@ def observed(
             run = run.without([*left_out, *idle])
             partition = run.partition
         if run.uses:
-            run = witnessed(model, run, likelihood)
+            run = witnessed(model, inputs, run, likelihood)
         if run.unused and not (partial and len(run.unused) < len(partition)):
             raise ValueError(
                 f"Layers {run.unused} took no part in the forward pass; name the others with layers=[...]."
@@ -186,19 +202,6 @@ def _check_data(model: nn.Module, partition: Partition, inputs: tuple[Tensor, ..
             raise ValueError(f"The weights of layer {name!r} hold NaN or inf.")
     if not all(finite([x for x in inputs if x.is_floating_point()])):
         raise ValueError("The inputs of the model hold NaN or inf.")
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with every module's own training flag restored."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            if module.training != training:
-                module.training = training
 
 
 def check_inputs(model: nn.Module, partition: Partition, inputs: tuple[Tensor, ...]) -> None:

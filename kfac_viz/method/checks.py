@@ -13,7 +13,7 @@ from numbers import Integral
 from threading import current_thread, main_thread
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _HOME = os.path.dirname(os.path.dirname(__file__))  # the package, all rooms of it
 _INSIDE = tuple(os.path.join(path, "") for path in (_HOME, os.path.dirname(torch.__file__)))
@@ -102,6 +102,19 @@ def same_random_state(device: torch.device) -> AbstractContextManager:
     meanwhile would be taken back."""
     devices = [device] if device.type == "cuda" else []
     return torch.random.fork_rng(devices, enabled=current_thread() is main_thread())
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode, with every module's own training flag restored."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            if module.training != training:
+                module.training = training
 
 
 def check_room(what: str, numbers: int, like: Tensor, advice: str) -> None:

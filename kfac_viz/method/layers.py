@@ -131,6 +131,8 @@ def _layers_in(name: str, module: nn.Module, own: dict[str, Named]) -> Iterator[
         words, out = weight.shape
         piece = Piece(weight_name, (words, out), 0, 0, out, words, transposed=True)
         yield Layer(name, out, words, pieces=(piece,))
+    elif is_gpt2_linear(module) and "weight" in own:
+        yield _matrix(name, left.pop("weight"), left.pop("bias", None), transposed=True)
     elif isinstance(module, MATRICES) and "weight" in own:
         yield _matrix(name, left.pop("weight"), left.pop("bias", None))
     elif isinstance(module, NORMS) and own:
@@ -160,15 +162,18 @@ def _matrix(
     rows: tuple[int, int] | None = None,
     bias_rows: tuple[int, int] | None = None,
     *,
-    loose: bool = False,
+    transposed: bool = False,
 ) -> Layer:
-    """``[W b]`` of a weight (out, …) and a bias (out,), or of some of their rows."""
+    """``[W b]`` of a weight (out, …), or ``transposed`` (in, out), and a bias (out,), or of some of their rows."""
     weight_name, W = weight
     out, width = W.shape[0] if rows is None else rows[1] - rows[0], W.shape[1:].numel()
-    pieces = [Piece(weight_name, (out, *W.shape[1:]), 0, 0, out, width, rows)]
+    shape = (out, *W.shape[1:])
+    if transposed:
+        out, width = width, out
+    pieces = [Piece(weight_name, shape, 0, 0, out, width, rows, transposed)]
     if bias is not None:
         pieces.append(Piece(bias[0], (out,), 0, width, out, 1, bias_rows))
-    return Layer(name, out, width + (bias is not None), bias is not None, pieces=tuple(pieces), loose=loose)
+    return Layer(name, out, width + (bias is not None), bias is not None, pieces=tuple(pieces))
 
 
 def _vector(name: str, *parameters: Named, loose: bool = False) -> Layer:
@@ -181,9 +186,19 @@ def _vector(name: str, *parameters: Named, loose: bool = False) -> Layer:
 
 
 def _loose(name: str, p: Tensor) -> Layer:
-    """A parameter of its own: a matrix if it has more than one axis, else a vector."""
-    is_matrix = p.ndim >= 2 and p.numel() > max(p.shape)
-    return (_matrix if is_matrix else _vector)(name, (name, p), loose=True)
+    """A parameter of its own: a matrix if it has more than one axis longer than 1, else a vector."""
+    sizes = [n for n in p.shape if n > 1]
+    if len(sizes) < 2:
+        return _vector(name, (name, p), loose=True)
+    out, width = sizes[0], p.numel() // sizes[0]
+    return Layer(name, out, width, pieces=(Piece(name, tuple(p.shape), 0, 0, out, width),), loose=True)
+
+
+def is_gpt2_linear(module: nn.Module) -> bool:
+    """Whether a module is the linear layer of GPT-2's published code, ``Conv1D``, with a weight (in, out)."""
+    weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
+    fits = weight is not None and bias is not None and weight.ndim == 2 and bias.shape == weight.shape[1:]
+    return type(module).__name__ == "Conv1D" and fits
 
 
 def computed(model: nn.Module) -> list[str]:

@@ -9,9 +9,11 @@ transposed its inputs and vectors change places: such layers have ``a`` (S, N, T
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from math import prod
 from typing import NamedTuple
 
@@ -19,10 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .checks import warn
 from .layers import Layer
 from .likelihood import check_outputs
 from .partition import Partition
 from .uses import Foreign, Use, Watch
+
+_separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose examples are pulled back one by one
+_unbatched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that pull vectors back one after another
 
 
 class Layout(NamedTuple):
@@ -37,6 +43,18 @@ class Layout(NamedTuple):
         x = x.movedim(before + self.axis, before).unflatten(before, (-1, N) if self.inner else (N, -1))
         x = x.movedim(before + 1, before) if self.inner else x
         return x.flatten(before + 1, -2)
+
+
+@dataclass(frozen=True)
+class EveryExample:
+    """Every example uses all rows, as of a table of positions: the rows of g have an axis of examples of their own,
+    (…, N, *lead, c), and those of x serve all examples."""
+
+    def by_example(self, x: Tensor, lead: Sequence[int], N: int) -> Tensor:
+        """x (*lead, c) or (…, N, *lead, c) as (…, N, T, c)."""
+        shared = x.ndim == len(lead) + 1
+        x = x.reshape(*x.shape[: x.ndim - len(lead) - 1], prod(lead), x.shape[-1])
+        return x.expand(N, *x.shape) if shared else x
 
 
 def layouts(lead: Sequence[int], N: int) -> list[Layout]:
@@ -54,15 +72,20 @@ class Record:
 
     Attributes:
         layouts: where the examples are in each of the uses; the usual place until somebody has looked.
-        silent: layers that were used without gradients (``torch.no_grad``).
+        silent: where layers were used of which autograd records nothing, by their names.
+        derivative: how the forward pass differentiated, or None.
+        batch_statistics: whether batch norm took the mean and variance of the batch.
     """
 
+    model: nn.Module
     partition: Partition
     outputs: Tensor
     uses: list[Use]
     foreign: list[Foreign]
-    layouts: list[Layout] = field(default_factory=list)
-    silent: frozenset[str] = frozenset()
+    layouts: list[Layout | EveryExample] = field(default_factory=list)
+    silent: dict[str, str] = field(default_factory=dict)
+    derivative: str | None = None
+    batch_statistics: bool = False
 
     @property
     def unused(self) -> list[str]:
@@ -79,41 +102,104 @@ class Record:
         """The same pass, seen by a partition without these layers."""
         partition = self.partition.without(names)
         number = {l: partition.index(name) for l, name in enumerate(self.partition.names) if name not in names}
-        kept = [(replace(use, layer=number[use.layer]), at) for use, at in zip(self.uses, self.layouts, strict=True)
-                if use.layer in number]  # fmt: skip
-        return Record(partition, self.outputs, [use for use, _ in kept], [], [at for _, at in kept], self.silent)
+
+        def renumbered(use: Use) -> Use:
+            return replace(use, layer=number[use.layer], arrivals=[renumbered(x) for x in use.arrivals])
+
+        kept = [(renumbered(use), at) for use, at in zip(self.uses, self.layouts, strict=True) if use.layer in number]
+        uses, layouts = [use for use, _ in kept], [at for _, at in kept]
+        return replace(self, partition=partition, uses=uses, foreign=[], layouts=layouts)
 
     def positions(self) -> tuple[list[int], list[int]]:
         """T of every layer, and how many of its positions come from uses of its transpose."""
         T, swapped = ([0] * len(self.partition) for _ in range(2))
-        for use in self.uses:
-            count = 1 if use.kind == "pointwise" else prod(use.lead) // len(self.outputs)
+        for use, at in zip(self.uses, self.layouts, strict=True):
+            rows = prod(use.lead) if isinstance(at, EveryExample) else prod(use.lead) // len(self.outputs)
+            count = 1 if use.kind == "pointwise" else rows
             T[use.layer] += count
             swapped[use.layer] += count if use.kind == "transposed" else 0
         return [1 if layer.vector else max(1, t) for layer, t in zip(self.partition.layers, T, strict=True)], swapped
 
-    def pull_back(self, vectors: Tensor, *, also: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor | None]]:
+    @property
+    def places(self) -> list[Use]:
+        """All uses, and the arrivals of their results."""
+        return [*self.uses, *(x for use in self.uses for x in use.arrivals)]
+
+    def pull_back(
+        self, vectors: Tensor, *, also: Sequence[Tensor] = (), keep: bool = False
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         """The gradients (S, *lead, channels) at every use for ``vectors`` (S, *outputs.shape), and those of the tensors
-        in ``also``. With such further tensors S is 1, and the graph is kept for another pass."""
-        ends = [*(use.edge for use in self.uses), *also]
-        if len(vectors) == 1:
-            grads = torch.autograd.grad(self.outputs, ends, vectors[0], allow_unused=True, retain_graph=bool(also))
+        in ``also``. Of a use of all rows by every example they are (S, N, *lead, channels): one pass for each example.
+        With such further tensors S is 1. ``keep`` keeps the graph for another pass."""
+        together = [use for use, at in zip(self.uses, self.layouts, strict=True) if not isinstance(at, EveryExample)]
+        alone = self.gradients_of_uses(vectors, dict.fromkeys(map(id, together)))  # first, as this keeps the graph
+        grads = self.gradients([*(use.edge for use in together), *also], vectors, keep=keep)
+        apart = iter([_rows(use, grad, vectors) for use, grad in zip(together, grads, strict=False)])
+        own = [next(apart) if grad is None else grad for grad in alone]
+        return own, [None if grad is None else grad[0] for grad in grads[len(together) :]]
+
+    def gradients_of_uses(self, vectors: Tensor, known: dict[int, Tensor]) -> list[Tensor]:
+        """As :meth:`pull_back`, where the gradients at all uses that have an axis of examples are ``known``, by the
+        ``id`` of the use."""
+        shared = [isinstance(at, EveryExample) for at in self.layouts]
+        alone = iter(self._by_example(list(compress(self.uses, shared)), vectors))
+        return [next(alone) if x else known[id(use)] for use, x in zip(self.uses, shared, strict=True)]
+
+    def _by_example(self, uses: list[Use], vectors: Tensor) -> list[Tensor]:
+        """The gradients (S, N, *lead, channels) at these uses, from one pass for each of the N examples."""
+        if not uses:
+            return []
+        N, edges = len(self.outputs), [use.edge for use in uses]
+        if N > 1 and self.model not in _separate:
+            _separate.add(self.model)
+            names = ", ".join(sorted({self.partition.names[use.layer] for use in uses}))
+            warn(
+                f"Every example uses all rows of {names}, and what is made of them meets the examples later: each "
+                "example is pulled back by itself, which is slower."
+            )
+        found: list[list[Tensor]] = [[] for _ in uses]
+        for n in range(N):
+            only = torch.zeros_like(vectors)
+            only[:, n] = vectors[:, n]
+            grads = self.gradients(edges, only, keep=True)
+            for mine, use, grad in zip(found, uses, grads, strict=True):
+                mine.append(_rows(use, grad, vectors))
+        return [torch.stack(mine, 1) for mine in found]
+
+    def gradients(self, ends: Sequence, vectors: Tensor, *, keep: bool) -> list[Tensor | None]:
+        """Gradients (S, …) at ``ends``: all vectors in one batched pass, or one after another where an operation of the
+        model cannot be batched (one that reads numbers on the host, say); a warning then says once that this is slower.
+        """
+        if len(vectors) > 1 and self.model not in _unbatched:
+            try:  # with the graph kept, so that it is there for the other way
+                return torch.autograd.grad(
+                    self.outputs, ends, vectors, is_grads_batched=True, allow_unused=True, retain_graph=True
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
         else:
+            reason = None
+        rows = []
+        if not ends:
+            return []
+        for i, v in enumerate(vectors):
+            kept = keep or i < len(vectors) - 1
             try:
-                grads = torch.autograd.grad(self.outputs, ends, vectors, is_grads_batched=True, allow_unused=True)
+                rows.append(torch.autograd.grad(self.outputs, ends, v, allow_unused=True, retain_graph=kept))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise ValueError(
-                    f"This model does not pull back {len(vectors)} vectors at once; take fisher='mc' with one sample. "
-                    f"PyTorch says: {error}"
-                ) from error
-        shapes = [(len(vectors), *use.shape) for use in self.uses]
-        own = [
-            use.rows(vectors.new_zeros(shape) if grad is None else grad.reshape(shape))
-            for grad, use, shape in zip(grads, self.uses, shapes, strict=False)
-        ]
-        return own, list(grads[len(self.uses) :])
+                raise ValueError(f"PyTorch cannot differentiate this model: {error}") from error
+        if reason is not None:
+            _unbatched.add(self.model)
+            warn(
+                f"This model does not pull back {len(vectors)} vectors at once, but one after another, which is "
+                f"slower. PyTorch says: {reason}"
+            )
+        columns = zip(*rows, strict=True)
+        return [None if x[0] is None else x[0][None] if len(x) == 1 else torch.stack(x) for x in columns]
 
     def normal_form(
         self, grads: Sequence[Tensor], dtype: torch.dtype | None = None
@@ -121,7 +207,7 @@ class Record:
         """``a`` and ``g`` of every layer from the gradients at every use."""
         a, g = [], []
         N, S = len(self.outputs), len(grads[0])
-        by_layer: list[list[tuple[Use, Layout, Tensor]]] = [[] for _ in self.partition.layers]
+        by_layer: list[list[tuple[Use, Layout | EveryExample, Tensor]]] = [[] for _ in self.partition.layers]
         for use, layout, grad in zip(self.uses, self.layouts, grads, strict=True):
             by_layer[use.layer].append((use, layout, grad))
         for layer, uses in zip(self.partition.layers, by_layer, strict=True):
@@ -143,7 +229,13 @@ class Record:
         return a, g
 
 
-def _pair(use: Use, layout: Layout, grad: Tensor, layer: Layer, N: int) -> tuple[Tensor, Tensor]:
+def _rows(use: Use, grad: Tensor | None, vectors: Tensor) -> Tensor:
+    """A gradient (S, *shape) at a use as rows (S, *lead, channels); zeros where it is none."""
+    shape = (len(vectors), *use.shape)
+    return use.rows(vectors.new_zeros(shape) if grad is None else grad.reshape(shape))
+
+
+def _pair(use: Use, layout: Layout | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Tensor, Tensor]:
     """Inputs (N, T, features) or (S, N, T, features) and vectors (S, N, T, out) of one use."""
     x = None if use.x is None else layout.by_example(use.x, use.lead, N)
     g = layout.by_example(grad, use.lead, N)
@@ -171,7 +263,7 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -
     """Run the model once and watch the parameters of the partition.
 
     Raises:
-        ValueError: an input that does not fit its layer; a layer of whose rows there are not so many for each example.
+        ValueError: an input that does not fit its layer; a layer that saw no rows.
         TypeError: the model does not return one floating point tensor.
         Exception: whatever the model itself raises.
     """
@@ -181,18 +273,17 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -
     check_outputs(outputs)
     if not outputs.requires_grad and not watch.silent:
         raise ValueError("The model's outputs do not depend on its parameters in any way that autograd knows.")
-    found = []
-    for use in watch.uses:
-        possible = layouts(use.lead, len(outputs))
-        if not possible or not prod(use.lead):
-            raise ValueError(
-                f"Layer {partition.names[use.layer]!r} saw {prod(use.lead)} rows, of shape {tuple(use.lead)}, where "
-                f"the model returned {len(outputs)} examples: one axis there has to count the examples, so that scores "
-                "can be told apart."
-            )
-        found.append(possible[0])
-    silent = frozenset(partition.names[l] for l in watch.silent)
-    return Record(partition, outputs, watch.uses, watch.foreign, found, silent)
+    empty = [use for use in watch.uses if not prod(use.lead)]
+    if empty:
+        raise ValueError(
+            f"Layer {partition.names[empty[0].layer]!r} saw no rows, of shape {tuple(empty[0].lead)}, where the model "
+            f"returned {len(outputs)} examples."
+        )
+    found = [next(iter(layouts(use.lead, len(outputs))), EveryExample()) for use in watch.uses]
+    silent = {partition.names[l]: where for l, where in watch.silent.items()}
+    return Record(
+        model, partition, outputs, watch.uses, watch.foreign, found, silent, watch.derivative, watch.batch_statistics
+    )
 
 
 def _eager() -> AbstractContextManager:

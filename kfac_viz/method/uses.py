@@ -7,10 +7,10 @@ the transpose is used. A use of a vector (a bias by itself, the scale or shift o
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
-from math import prod
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .checks import check_room
 from .layers import Piece, parameters_of
@@ -42,6 +44,9 @@ class Use:
         rows: brings that gradient (S, *shape) into the form (S, *lead, channels).
         lead: sizes of the axes that count examples and positions.
         top, left: where the part that is used lies in the matrix of the layer.
+        dtype: of the result: under an autocast inside of the model, its half precision.
+        arrivals: where the result, if it has no axis of examples, meets tensors that have one: each as a use by itself,
+            by which a score of every example is known.
     """
 
     layer: int
@@ -53,6 +58,8 @@ class Use:
     lead: tuple[int, ...]
     top: int
     left: int
+    dtype: torch.dtype
+    arrivals: list[Use] = field(default_factory=list)
 
 
 class Foreign(NamedTuple):
@@ -62,6 +69,7 @@ class Foreign(NamedTuple):
     parameter: str
     function: str
     edges: list[GradientEdge]
+    reason: str = "which is no sum of products g aᵀ that could be seen"
 
 
 class Place(NamedTuple):
@@ -77,6 +85,14 @@ class Watch(TorchFunctionMode):
 
     PyTorch hands each of its functions to a mode like this one before it runs. What happens inside a function that is
     itself written in Python stays unseen; of these attention alone receives matrices, and runs from a copy.
+
+    Batch norm in training mode runs with the statistics of the batch held constant: then each output depends on its own
+    example alone, and every example has a score. This is K-FAC's usual approximation.
+
+    Attributes:
+        derivative: how the forward pass differentiated (``torch.autograd.grad``, …), or None. Derivatives use the
+            weights a second time, where no function is called.
+        batch_statistics: whether batch norm took the mean and variance of the batch.
     """
 
     def __init__(self, model: nn.Module, partition: Partition) -> None:
@@ -85,7 +101,10 @@ class Watch(TorchFunctionMode):
         self.layers = partition.layers
         self.uses: list[Use] = []
         self.foreign: list[Foreign] = []
-        self.silent: set[int] = set()  # layers that were used without gradients (torch.no_grad)
+        self.silent: dict[int, str] = {}  # where layers run whose result has no gradient
+        self.derivative: str | None = None
+        self.batch_statistics = False
+        self._results: WeakIdKeyDictionary = WeakIdKeyDictionary()  # uses by the tensor that came out of them
         self._pieces = [[(piece, parameters[piece.parameter]) for piece in layer.pieces] for layer in self.layers]
         self._owners: dict[int, list[tuple[int, Piece]]] = {}
         for l, pieces in enumerate(self._pieces):
@@ -97,8 +116,15 @@ class Watch(TorchFunctionMode):
         if name == "multi_head_attention_forward":
             with self:
                 return _attention(*args, **kwargs)
+        if func is torch.autograd.grad:
+            self.derivative = "torch.autograd.grad"
         watched = [x for x in _tensors((*args, *kwargs.values())) if self.parameter(x) is not None]
-        known = _KNOWN.get(name) if watched else None
+        transform = _differentiation() if watched else None
+        if transform is not None:  # inside of it a result has no gradient that could be asked for later
+            self.derivative = transform
+            self.silent |= {l: f"inside {transform}" for x in watched for l, _ in self._owners[id(self.parameter(x))]}
+            return func(*args, **kwargs)
+        known = _KNOWN.get(name) if watched or func is functional.batch_norm else None
         out, noted = known(self, func, *args, **kwargs) if known and _fits(known, args, kwargs) else _UNKNOWN
         if out is NotImplemented:
             out = func(*args, **kwargs)
@@ -107,7 +133,10 @@ class Watch(TorchFunctionMode):
             for x in watched if edges else ():
                 if not any(x is y for y in noted):
                     owners = self._owners[id(self.parameter(x))]
-                    self.foreign.append(Foreign(tuple(l for l, _ in owners), owners[0][1].parameter, name, edges))
+                    foreign = Foreign(tuple(l for l, _ in owners), owners[0][1].parameter, name, edges)
+                    self.foreign.append(foreign._replace(reason=_reason(func, args, kwargs) or foreign.reason))
+        if name in _SPREADS and not kwargs:
+            self._note_arrivals(name, args, out)
         return out
 
     def parameter(self, x: Tensor) -> Tensor | None:
@@ -203,9 +232,112 @@ class Watch(TorchFunctionMode):
     ) -> None:
         edge = _edge(out)
         if edge is None:
-            self.silent.add(l)
+            self.silent[l] = _silence()
         else:
-            self.uses.append(Use(l, kind, x, edge, out.shape, rows, tuple(lead), top, left))
+            use = Use(l, kind, x, edge, out.shape, rows, tuple(lead), top, left, out.dtype)
+            self.uses.append(use)
+            self._results.setdefault(out, []).append(use)
+
+    # ---- tables: rows that are the same for every example -------------------------------------------------------
+
+    def table(self, p: Tensor, x: Tensor | None, out: Tensor) -> list[Tensor]:
+        """Note that rows p of a parameter meet x (of the shape of ``out``), or are added, and are broadcast to ``out``.
+
+        The score of such a row is the gradient that comes back to it. In the matrix of the layer it is a product of
+        that gradient with the row of an identity matrix.
+        """
+        found = self._table_rows(p)
+        if found is None or out.shape[-p.ndim :] != p.expand(out.shape[-p.ndim :]).shape:
+            return []
+        parameter, start, count = found
+        l, piece = self._owners[id(parameter)][0]
+        axes = [out.ndim - p.ndim + k for k, n in enumerate(p.shape) if n > 1]
+        features = axes[1:] if count > 1 else axes
+        lead = [k for k in range(out.ndim) if k not in features]
+        sizes = [out.shape[k] for k in lead]
+        at = [count if count > 1 and k == axes[0] else 1 for k in lead]
+        rows = torch.eye(count, dtype=p.dtype, device=p.device).view(*at, count).expand(*sizes, count)
+
+        def brought(g: Tensor) -> Tensor:
+            g = g if x is None else g * x
+            return g.movedim([k + 1 for k in features], list(range(-len(features), 0))).flatten(1 + len(lead))
+
+        if piece.transposed:
+            self._note(l, "product", rows, out, brought, sizes, 0, start)
+        else:
+            self._note(l, "transposed", rows, out, brought, sizes, start, 0)
+        return [p]
+
+    def _table_rows(self, p: Tensor) -> tuple[Tensor, int, int] | None:
+        """The parameter whose rows p is, all axes of length 1 aside; the first row, and how many."""
+        parameter = self.parameter(p)
+        owners = self._owners[id(parameter)]
+        if len(owners) > 1 or owners[0][1].width == 1 or owners[0][1].rows is not None or not parameter.is_contiguous():
+            return None
+        whole, part = (([n for n in x.shape if n > 1], [s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1])
+                       for x in (parameter, p))  # fmt: skip
+        start, rest = divmod(p.storage_offset() - parameter.storage_offset(), whole[1][0])
+        if rest or part[0][1 - len(whole[0]) :] != whole[0][1:] or part[1][1 - len(whole[1]) :] != whole[1][1:]:
+            return None
+        if len(part[0]) == len(whole[0]) - 1:
+            return parameter, start, 1
+        if len(part[0]) == len(whole[0]) and part[1][0] == whole[1][0]:
+            return parameter, start, part[0][0]
+        return None
+
+    def as_input(self, p: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A copy of a watched parameter that a known function takes as its input, and p if that use is understood."""
+        copied = p.clone()
+        if _is_vector(p):
+            noted = _along(self, p, None, copied, _axis(p, copied))
+            return copied, noted or self.table(p, None, copied)
+        return copied, self.table(p, None, copied)
+
+    def _note_arrivals(self, name: str, args: tuple, out: Any) -> None:
+        """Note where the result of a use is broadcast over more examples, by a sum, a product or an expansion: in the
+        gradient there each example has its own rows."""
+        operands = [x for x in args[:2] if isinstance(x, Tensor)]
+        if not isinstance(out, Tensor) or not out.requires_grad or name == "mul" and len(operands) < 2:
+            return
+        for y in operands:
+            base = y if y in self._results or y._base is None else y._base
+            uses = self._results.get(base, ())
+            if not uses or y.numel() != base.numel() or out.numel() <= y.numel() or out.shape[-1:] != y.shape[-1:]:
+                continue
+            if any(n not in (1, m) for n, m in zip(y.shape[::-1], out.shape[::-1])) or y.ndim > out.ndim:  # noqa: B905
+                continue  # tiled, not broadcast
+            other = next((x.detach() for x in operands if x is not y), None) if name == "mul" else None
+            for use in uses:
+                if use.shape[:-1] == use.lead and [n for n in y.shape if n > 1] == [n for n in use.shape if n > 1]:
+                    use.arrivals.append(_arrival(use, y, other, out))
+
+
+def _silence() -> str:
+    """Where the calling layer runs, if its result has no gradient."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return "in torch.utils.checkpoint with use_reentrant=True (use_reentrant=False computes the same)"
+        frame = frame.f_back
+    if torch.is_grad_enabled():
+        return "on a result of which the gradient was taken away"
+    return "in torch.no_grad, or in the forward of an autograd.Function"
+
+
+def _arrival(use: Use, y: Tensor, other: Tensor | None, out: Tensor) -> Use:
+    """The use whose result y, times ``other``, is broadcast to ``out``, as a use of the rows there."""
+    lead, x = tuple(out.shape[:-1]), use.x
+    if x is not None:
+        x = x.reshape(*y.shape[:-1], x.shape[-1]).expand(*lead, x.shape[-1])
+    rows = use.rows if other is None else lambda g: use.rows(g * other)
+    return replace(use, x=x, edge=_edge(out), shape=out.shape, rows=rows, lead=lead, dtype=out.dtype, arrivals=[])
+
+
+def _differentiation() -> str | None:
+    """The transform of ``torch.func``, or forward-mode derivative, inside of which this is called."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func (jvp, grad, jacrev, vmap, …)"
+    return "torch.autograd.forward_ad" if torch.autograd.forward_ad._current_level >= 0 else None
 
 
 def _only(rows: Rows, here: slice, of: int) -> Rows:
@@ -266,8 +398,19 @@ def _linear(watch: Watch, func: Callable, input: Tensor, weight: Tensor, bias: T
     if watch.parameter(weight) is not None:
         fits = input.ndim >= 2 and input.shape[-1] == weight.shape[-1]
         _check_input(watch, weight, input, fits, f"(N, …, {weight.shape[-1]})")
+    input, noted = (input, []) if watch.parameter(input) is None else watch.as_input(input)
     out = func(input, weight, bias)
-    return out, watch.product(weight, bias, input, out, lambda g: g, out.shape[:-1])
+    return out, noted + watch.product(weight, bias, input, out, lambda g: g, out.shape[:-1])
+
+
+def _addmm(watch: Watch, func: Callable, input: Tensor, mat1: Tensor, mat2: Tensor) -> Known:
+    """``input + mat1 @ mat2`` with a bias and a weight (in, out)."""
+    if watch.parameter(mat1) is not None:
+        return _UNKNOWN
+    out = func(input, mat1, mat2)
+    if watch.parameter(mat2) is not None:
+        return out, watch.product(mat2.mT, input, mat1, out, lambda g: g, out.shape[:-1])
+    return out, watch.pointwise(input, None, out, lambda g: g, out.shape[:-1])
 
 
 def _matmul(watch: Watch, func: Callable, input: Tensor, other: Tensor) -> Known:
@@ -354,19 +497,29 @@ def _norm(watch: Watch, func: Callable, *args: Any, **kwargs: Any) -> Known:
     bound.apply_defaults()
     given = bound.arguments
     weight, bias = given.get("weight"), given.get("bias")
+    noted = []
+    if watch.parameter(given["input"]) is not None:
+        given["input"], noted = watch.as_input(given["input"])
+    if func is functional.batch_norm and given["training"]:
+        watch.batch_statistics = True
+        input = given["input"].detach()
+        axes = [k for k in range(input.ndim) if k != 1]
+        variance, mean = torch.var_mean(input, axes, correction=0)
+        given |= {"running_mean": mean, "running_var": variance, "training": False}
+    if weight is None and bias is None:
+        return func(**given), noted
     plain = given | {"input": given["input"].detach(), "weight": None} | ({"bias": None} if "bias" in given else {})
-    if given.get("training") or given.get("use_input_stats"):
+    if given.get("use_input_stats"):
         plain |= {"running_mean": None, "running_var": None}  # which this second look must not move
     with torch.no_grad():
         x = func(**plain)
-    out = func(*args, **kwargs)
+    out = func(**given)
     if "normalized_shape" in given:
-        size = prod(given["normalized_shape"])
-        lead = out.shape[: out.ndim - len(given["normalized_shape"])]
-        x = x.reshape(*lead, size)
+        axes = len(given["normalized_shape"])
+        lead, x = out.shape[: out.ndim - axes], x.flatten(-axes)
 
         def rows(g: Tensor) -> Tensor:
-            return g.reshape(len(g), *lead, size)
+            return g.flatten(-axes)
 
     else:
         x, lead = x.movedim(1, -1), (len(x), *x.shape[2:])
@@ -374,31 +527,36 @@ def _norm(watch: Watch, func: Callable, *args: Any, **kwargs: Any) -> Known:
         def rows(g: Tensor) -> Tensor:
             return g.movedim(2, -1)
 
-    return out, watch.pointwise(weight, x, out, rows, lead) + watch.pointwise(bias, None, out, rows, lead)
+    return out, noted + watch.pointwise(weight, x, out, rows, lead) + watch.pointwise(bias, None, out, rows, lead)
 
 
 def _broadcast(watch: Watch, func: Callable, one: Any, other: Any) -> Known:
-    """``x + p`` or ``x * p`` with a vector p, on whatever axis it lies."""
+    """``x + p`` or ``x * p`` with a vector p, on whatever axis it lies, or with a table of rows."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         return _UNKNOWN
     first, second = (watch.parameter(x) is not None for x in (one, other))
     p, x = (one, other) if first else (other, one)
-    if first == second or not _is_vector(p) or (func.__name__ == "add_" and first):
+    if first == second or (func.__name__ == "add_" and first):
         return _UNKNOWN
     x = x.detach().clone() if func.__name__ == "mul" else None
     out = func(one, other)
-    return out, _along(watch, p, x, out, _axis(p, out)) if out.requires_grad else [p]
+    return out, _spread(watch, p, x, out) if out.requires_grad else [p]
 
 
 def _copies(watch: Watch, func: Callable, p: Tensor, *sizes: Any) -> Known:
-    """``p.expand(N, …)`` and ``p.repeat(N, …)`` for a vector p that every example gets."""
-    if watch.parameter(p) is None or not _is_vector(p):
+    """``p.expand(N, …)`` and ``p.repeat(N, …)`` for a vector or a table p that every example gets."""
+    if watch.parameter(p) is None:
         return _UNKNOWN
     out = func(p, *sizes).clone()  # no view of p any longer, so that what comes next is no use of it
-    axis = _axis(p, out)
-    if axis is not None and out.shape[axis] != p.numel():
+    if any(m > 1 and n != m for m, n in zip(p.shape[::-1], out.shape[::-1], strict=False)):  # tiled
         return out, []
-    return out, _along(watch, p, None, out, axis)
+    return out, _spread(watch, p, None, out)
+
+
+def _spread(watch: Watch, p: Tensor, x: Tensor | None, out: Tensor) -> list[Tensor]:
+    """Note the use of a vector or a table p that is broadcast to ``out``."""
+    noted = _along(watch, p, x, out, _axis(p, out)) if _is_vector(p) else []
+    return noted or watch.table(p, None if x is None else x.expand(out.shape), out)
 
 
 def _is_vector(p: Tensor) -> bool:
@@ -431,12 +589,22 @@ def _check_input(watch: Watch, weight: Tensor, x: Tensor, fits: bool, expected: 
         )
 
 
+def _reason(func: Callable, args: tuple, kwargs: dict) -> str | None:
+    """Why a known function is refused as it was called."""
+    if func is functional.embedding and _signature(func).bind(*args, **kwargs).arguments.get("scale_grad_by_freq"):
+        return "which divides its gradient by how often a word is in the batch (scale_grad_by_freq=True)"
+    return None
+
+
 _KNOWN: dict[str, Callable[..., Known]] = {
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm"), _matmul),
+    "addmm": _addmm,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     "embedding": _embedding,
     **dict.fromkeys(("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm"), _norm),
     **dict.fromkeys(("add", "add_", "mul"), _broadcast),
-    **dict.fromkeys(("expand", "repeat"), _copies),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat"), _copies),
 }
+_SPREADS = ("add", "add_", "mul", "expand", "expand_as", "broadcast_to", "repeat")  # after which rows may be many
+

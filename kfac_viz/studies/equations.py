@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..method.capture import evaluation
-from ..method.checks import check_count, check_number, check_seed, check_type
+from ..method.checks import check_count, check_number, check_seed, check_type, evaluation
 from .problem import Problem, multilayer_perceptron
 
 Box = Sequence[tuple[float, float]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from .. import KFAC, TwoLevel
-from ..method.capture import evaluation
+from ..method.checks import evaluation
 from ..method.likelihood import checked_nll
 from ..parameters import Device, Examples, Seed, Widths, check, number
 from ..show import FAINT, INK, METHODS, MUTED, Plot

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..method.capture import capture, evaluation
-from ..method.checks import check_choice, check_count, check_seed
+from ..method.capture import capture
+from ..method.checks import check_choice, check_count, check_seed, evaluation
 from ..method.fisher import Fisher
 from ..method.likelihood import nll
 from ..method.partition import Partition
