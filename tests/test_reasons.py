@@ -470,3 +470,73 @@ def test_a_position_table_beside_batch_norm_in_training_mode():
     assert_close(F.dense(), kv.capture(twin, x, likelihood="categorical").dense())
 
 
+
+
+# ---- advice is followed ------------------------------------------------------------------------------------
+
+
+class Ending(nn.Module):
+    """A hidden part that is refused for one reason or another, and a head that is not."""
+
+    def __init__(self, run: Callable[[Ending, Tensor], Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.run, self.head = run, nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.run(self, x)))
+
+
+def frozen_linear() -> nn.Linear:
+    return nn.Linear(4, 5).requires_grad_(False)
+
+
+def by_derivatives(s: Ending, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(torch.tanh(s.one(x)).sum(), x, create_graph=True)[0] @ torch.ones(4, 5).to(x)
+
+
+HIDDEN = {
+    "used by an unknown function": (lambda s, x: s.one(x) + s.one.weight.square().sum(), {"one": nn.Linear(4, 5)}),
+    "two of them": (
+        lambda s, x: s.two(s.one(x)) + s.one.weight.square().sum() + torch.einsum("ij->i", s.two.weight),
+        {"one": nn.Linear(4, 5), "two": nn.Linear(5, 5)},
+    ),
+    "unseen": (lambda s, x: s.one(x) + torch.func.vmap(s.one)(x), {"one": nn.Linear(4, 5)}),
+    "derivatives": (by_derivatives, {"one": nn.Linear(4, 5)}),
+    "no gradient": (lambda s, x: frozen_features(s, x), {"one": nn.Linear(4, 5)}),
+    "scaled by frequency": (
+        lambda s, x: s.one(x[:, 0].abs().long()),
+        {"one": nn.Embedding(9, 5, scale_grad_by_freq=True)},
+    ),
+    "frozen": (lambda s, x: s.one(x), {"one": frozen_linear()}),
+    "idle": (lambda s, x: x @ torch.ones(4, 5).to(x), {"one": nn.Linear(4, 5)}),
+    "computed": (lambda s, x: s.one(x), {"one": nn.utils.parametrizations.weight_norm(nn.Linear(4, 5, bias=False))}),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.filterwarnings("ignore:Outside the Fisher", "ignore:Plain gradient", "ignore:Left out")
+def test_the_layers_that_a_refusal_names_can_be_captured_and_trained(name):
+    torch.manual_seed(0)
+    run, parts = HIDDEN[name]
+    model = Ending(run, **copy.deepcopy(parts)).double().eval()
+    with pytest.raises(ValueError, match="layers=") as told:
+        kv.capture(model, X, likelihood="categorical")
+    layers = advised(told.value)
+    assert layers == ["head"]
+    h, outputs = torch.tanh(run(model, X)).detach(), model(X)
+    F = kv.capture(model, X, likelihood="categorical", layers=layers)
+    assert_close(F.dense(), of_head(h, outputs))
+    opt = kv.TwoLevelKFAC(model, likelihood="categorical", layers=layers)
+    kv.nll(model(X), Y, "categorical").backward()
+    opt.observe(X)
+    opt.step()
+
+
+def of_head(h: Tensor, outputs: Tensor) -> Tensor:
+    """The Fisher of a last linear layer with inputs h, ``E[(diag p − p pᵀ) ⊗ h hᵀ]``."""
+    p, h = outputs.softmax(-1).detach(), torch.cat([h, h.new_ones(len(h), 1)], 1)
+    blocks = [torch.kron(torch.diag(q) - torch.outer(q, q), torch.outer(a, a)) for q, a in zip(p, h, strict=True)]
+    return torch.stack(blocks).mean(0)

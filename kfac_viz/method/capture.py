@@ -20,6 +20,7 @@ from .checks import (
     warn,
 )
 from .fisher import Fisher
+from .layers import named
 from .likelihood import FLAVOURS, LIKELIHOODS, count_vectors, output_vectors
 from .partition import Partition
 from .record import Record, record
@@ -157,7 +158,8 @@ def observed(
             run = witnessed(model, inputs, run, likelihood)
         if run.unused and not (partial and len(run.unused) < len(partition)):
             raise ValueError(
-                f"Layers {run.unused} took no part in the forward pass; name the others with layers=[...]."
+                f"Layers {run.unused} took no part in the forward pass; name the others: "
+                f"{named([name for name in partition.names if name not in run.unused])}."
             )
         S = count_vectors(run.outputs, fisher, samples)
         positions, swapped = run.positions()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -204,6 +204,11 @@ def is_gpt2_linear(module: nn.Module) -> bool:
 def computed(model: nn.Module) -> list[str]:
     """Names of the modules whose weight or bias is computed from other tensors."""
     return [name for name, module in model.named_modules() if is_computed(module)]
+
+
+def named(others: Sequence[str]) -> str:
+    """How to ask for these layers alone, at the end of a sentence."""
+    return f"layers={list(others)}" if others else "no other layer is left"
 
 
 def is_computed(module: nn.Module) -> bool:

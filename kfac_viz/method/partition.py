@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_number, check_type, finite
-from .layers import Layer, computed, layers_of, parameters_of
+from .layers import Layer, computed, layers_of, named, parameters_of
 from .stacks import Stacks
 
 
@@ -102,32 +102,35 @@ class Partition:
         complex_ones = {
             name for name, layer in found.items() if any(parameters[x.parameter].is_complex() for x in layer.pieces)
         }
-        if layers is not None and complex_ones:
+        real = {x: layer for x, layer in found.items() if x not in complex_ones}
+        if complex_ones and (layers is not None or not real):
             raise ValueError(
-                f"Layers {sorted(complex_ones)} have complex parameters, for which no Fisher is defined here. Name the "
-                "others with layers=[...], or keep real and imaginary part in a real parameter (torch.view_as_real)."
+                f"Layers {sorted(complex_ones)} have complex parameters, for which no Fisher is defined here. Keep "
+                "real and imaginary part in a real parameter (torch.view_as_real), or name the others: "
+                f"{named([*real])}."
             )
-        found = {x: layer for x, layer in found.items() if x not in complex_ones}
+        found = real
         trainable = {
             name: [parameters[piece.parameter].requires_grad for piece in layer.pieces] for name, layer in found.items()
         }
         if layers is None:  # what has no inputs of its own is left where it is if it is frozen
             found = {x: layer for x, layer in found.items() if any(trainable[x]) or not (layer.vector or layer.loose)}
+        kept = [name for name in found if all(trainable[name])]
         if elsewhere:
             raise ValueError(
-                f"A parameter of layer {elsewhere[0]!r} is computed from others (weight norm, spectral norm, pruning); "
-                "make it a plain one first, or name the other layers with layers=[...]."
+                f"A parameter of layer {elsewhere[0]!r} is computed from others (weight norm, spectral norm, pruning). "
+                f"Make it a plain one first, or name the others: {named(kept)}."
             )
         if not found:
             raise ValueError(
                 f"{type(model).__name__} has no nn.Linear, convolution, embedding, norm or attention layer, nor any "
                 "parameter of its own."
             )
-        frozen = [name for name in found if not all(trainable[name])]
+        frozen = [name for name in found if name not in kept]
         if frozen:
             raise ValueError(
                 f"Layers {frozen} are frozen, in whole or in part (requires_grad=False). Unfreeze them, or name "
-                "the layers to keep with layers=[...]."
+                f"the others: {named(kept)}."
             )
         total = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return cls(tuple(found.values()), total)

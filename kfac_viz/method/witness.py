@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import evaluation, warn
+from .layers import named
 from .record import EveryExample, Layout, Record, layouts, record
 from .uses import Use
 
@@ -311,7 +312,7 @@ EQUATION = """
 def advice(run: Record, hidden: list[str]) -> str:
     """What to do about these layers."""
     others = [name for name in run.partition.names if name not in [*hidden, *run.unused]]
-    without = f"Leave it out by naming the others: layers={others}."
+    without = f"Leave it out by naming the others: {named(others)}."
     if run.derivative is not None:
         return (
             f"Forward takes derivatives with {run.derivative}, and these use the weights a second time. "
