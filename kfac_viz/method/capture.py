@@ -22,6 +22,7 @@ from .checks import (
 from .fisher import Fisher
 from .layers import named
 from .likelihood import FLAVOURS, LIKELIHOODS, count_vectors, output_vectors
+from .one_hot import numbers
 from .partition import Partition
 from .record import Record, record
 from .witness import advice, check_foreign, witnessed
@@ -184,13 +185,15 @@ def _tell_what_is_wrong(model: nn.Module, inputs: tuple[Tensor, ...], run: Recor
     """Raise the sentence for a Fisher with NaN, inf or an overflow, where it comes in."""
     _check_data(model, run.partition, inputs)
     names = run.partition.names
-    told = [(f"The inputs of layer {name!r}", a) for name, a in zip(names, F.a, strict=True)]
+    inputs_of = [numbers(a) for a in F.a]
+    told = [(f"The inputs of layer {name!r}", a) for name, a in zip(names, inputs_of, strict=True)]
     told.append(("The model's outputs", run.outputs.detach()))
     told += [(f"The output-side vectors of layer {name!r}", g) for name, g in zip(names, F.g, strict=True)]
     for (what, _), fine in zip(told, finite([x for _, x in told]), strict=True):
         if not fine:
             raise ValueError(f"{what} hold NaN or inf.")
-    name, a, g = max(zip(names, F.a, F.g, strict=True), key=lambda layer: float(layer[1].norm() * layer[2].norm()))
+    layers = zip(names, inputs_of, F.g, strict=True)
+    name, a, g = max(layers, key=lambda layer: float(layer[1].norm() * layer[2].norm()))
     raise ValueError(
         f"The Fisher overflows {g.dtype} in layer {name!r}, with inputs up to {float(a.abs().max()):.1g} and "
         f"output-side vectors up to {float(g.abs().max()):.1g}; scale the inputs, or take a wider dtype."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_count, check_seed, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace, gram_schmidt
-from .decompositions import cholesky, eigh
+from .decompositions import Eigen, cholesky, eigh
 from .fisher import Fisher
 from .kfac import KFAC
 from .kronecker import KroneckerFactors
@@ -133,7 +133,7 @@ def _kronecker_eigenvectors(
     if not isinstance(F, (Fisher, KFAC, KroneckerFactors)):
         raise TypeError(f"{name} needs a Fisher, a K-FAC preconditioner or KroneckerFactors; got {type(F).__name__}.")
     kronecker = F if isinstance(F, KroneckerFactors) else F.kronecker()
-    eigens = list(zip(kronecker.eigen_G, kronecker.eigen_A, strict=True))
+    eigens = [(G, _ends(A, limit, largest)) for G, A in zip(kronecker.eigen_G, kronecker.eigen_A, strict=True)]
     found = [torch.outer(G.d, A.d).flatten().sort(descending=largest, stable=True) for G, A in eigens]
     counts = [min(limit, d.numel()) for d, _ in found]
     if total is not None:
@@ -142,10 +142,18 @@ def _kronecker_eigenvectors(
         best = d.argsort(descending=True, stable=True)[:total]
         counts = torch.bincount(layers[best], minlength=len(found)).tolist()
     factors = []
-    for ((_, U_G), (d_A, U_A)), (_, order), n in zip(eigens, found, counts, strict=True):
-        rows = torch.div(order[:n], len(d_A), rounding_mode="floor")
-        factors.append((U_G[:, rows], U_A[:, order[:n] % len(d_A)]))
+    for (G, A), (_, order), n in zip(eigens, found, counts, strict=True):
+        rows = torch.div(order[:n], len(A.d), rounding_mode="floor")
+        factors.append((G.U[:, rows], A.U[:, order[:n] % len(A.d)]))
     return RankOneSpace(kronecker.partition, factors, name=name)
+
+
+def _ends(A: Eigen, count: int, largest: bool) -> Eigen:
+    """Of a diagonal matrix the eigenpairs at the one end of which a space of ``count`` columns is made."""
+    if A.U is not None:
+        return A
+    best = A.d.sort(descending=largest, stable=True)[1][:count]
+    return Eigen(A.d[best], A.vectors(best))
 
 
 def _rectangles(layer: Layer, count: int) -> list[tuple[int, int, int, int]]:

@@ -15,10 +15,30 @@ from .checks import finite
 
 
 class Eigen(NamedTuple):
-    """``U diag(d) Uᵀ``: ascending eigenvalues ``d`` (n,), eigenvectors in the columns of ``U`` (n, n)."""
+    """``U diag(d) Uᵀ``: ascending eigenvalues ``d`` (n,), eigenvectors in the columns of ``U`` (n, n).
+
+    Of a diagonal matrix, d is that diagonal as it stands and U is None, the identity.
+    """
 
     d: Tensor
-    U: Tensor
+    U: Tensor | None
+
+    def onto(self, R: Tensor) -> Tensor:
+        """``R U``, for rows R."""
+        return R if self.U is None else R @ self.U
+
+    def back(self, R: Tensor) -> Tensor:
+        """``R Uᵀ``, for rows R."""
+        return R if self.U is None else R @ self.U.mT
+
+    def vectors(self, numbers: Tensor | None = None) -> Tensor:
+        """The eigenvectors of these numbers (k,), or all, dense (n, k)."""
+        if self.U is not None:
+            return self.U if numbers is None else self.U[:, numbers]
+        if numbers is None:
+            return torch.eye(len(self.d), dtype=self.d.dtype, device=self.d.device)
+        zeros = self.d.new_zeros(len(self.d), len(numbers))
+        return zeros.scatter_(0, numbers[None], 1.0)
 
 
 def flushed(matrix: Tensor) -> Tensor:
@@ -69,9 +89,9 @@ def _check_range(matrix: Tensor, what: str) -> None:
         raise ValueError(f"{what} overflows {matrix.dtype}; choose another damping, or scale what goes into it.")
 
 
-def psd_eigens(matrices: Sequence[Tensor], names: Sequence[str]) -> list[Eigen]:
+def psd_eigens(matrices: Sequence[Tensor | Eigen], names: Sequence[str]) -> list[Eigen]:
     """Eigendecompositions of positive semi-definite matrices (n, n) or stacks of them (m, n, n), checked in one look
-    at the device; round-off below zero becomes zero.
+    at the device; round-off below zero becomes zero. A diagonal one comes as an ``Eigen`` and is checked alone.
 
     Raises:
         ValueError: NaN, inf, or an eigenvalue below zero by more than round-off. ``names`` has one for each matrix,
@@ -79,16 +99,20 @@ def psd_eigens(matrices: Sequence[Tensor], names: Sequence[str]) -> list[Eigen]:
     """
     pairs, facts, sizes = [], [], []
     for X in matrices:
-        whole = X.isfinite().all(-1).all(-1)
-        d, U = eigenpairs(torch.where(whole[..., None, None], X, 0.0), names[len(sizes)])  # LAPACK fails on NaN
+        if isinstance(X, Eigen):
+            (d, U), whole = X, X.d.isfinite().all(-1)
+            d = torch.where(whole[..., None], d, 0.0)
+        else:
+            whole = X.isfinite().all(-1).all(-1)
+            d, U = eigenpairs(torch.where(whole[..., None, None], X, 0.0), names[len(sizes)])  # LAPACK fails on NaN
         pairs.append(Eigen(d.clamp_min(0), U))
-        facts.append(torch.stack([whole.to(d), d[..., 0], d[..., -1]], dim=-1).view(-1, 3))
-        sizes += [X.shape[-1]] * len(facts[-1])
+        facts.append(torch.stack([whole.to(d), d.amin(-1), d.amax(-1)], dim=-1).view(-1, 3))
+        sizes += [d.shape[-1]] * len(facts[-1])
     read = torch.cat(facts).tolist() if facts else []
     for name, n, (whole, smallest, largest) in zip(names, sizes, read, strict=True):
         if not whole:
             raise ValueError(f"{name} holds NaN or inf.")
-        info = torch.finfo(matrices[0].dtype)
+        info = torch.finfo(pairs[0].d.dtype)
         round_off = 100 * n * info.eps * max(-smallest, largest) + n * info.tiny / info.eps  # and what was flushed
         if smallest < -round_off:
             raise ValueError(

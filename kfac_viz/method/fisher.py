@@ -8,11 +8,11 @@ from math import inf
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .checks import check_choice, check_room, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace
 from .kronecker import CONVENTIONS, KroneckerFactors
+from .one_hot import OneHot, Rows, cross, dense, numbers, padded
 from .operator import Image, Operator, ParameterSpace
 from .partition import Partition
 from .sample_space import SampleSpace
@@ -29,7 +29,8 @@ class Fisher(Operator):
     in its rows, so that ``F = JᵀJ / N``.
 
     Attributes:
-        a: layer inputs, one (N, T, features) per layer; (S, N, T, features) where a weight is used transposed.
+        a: layer inputs, one (N, T, features) per layer; (S, N, T, features) where a weight is used transposed. Those of
+            an embedding are a :class:`kfac_viz.method.one_hot.OneHot` of that shape.
         g: output-side vectors, one (S, N, T, out) per layer.
         swapped: for each layer, how many of its T positions, the last ones, are uses of its transpose.
     """
@@ -39,7 +40,7 @@ class Fisher(Operator):
     def __init__(
         self,
         partition: Partition,
-        a: list[Tensor],
+        a: list[Rows],
         g: list[Tensor],
         *,
         likelihood: str | None = None,
@@ -54,7 +55,7 @@ class Fisher(Operator):
         self._check_vectors()
         self.likelihood, self.flavour = likelihood, flavour
         self.S, self.N = self.g[0].shape[:2]
-        self.dtype, self.device = self.a[0].dtype, self.a[0].device
+        self.dtype, self.device = self.g[0].dtype, self.g[0].device
         self._factors: dict[str, KroneckerFactors] = {}
 
     def _check_vectors(self) -> None:
@@ -66,7 +67,7 @@ class Fisher(Operator):
             )
         like = self.a[0]
         for layer, a, g, swapped in zip(layers, self.a, self.g, self.swapped, strict=True):
-            check_type(f"a of layer {layer.name!r}", a, Tensor)
+            check_type(f"a of layer {layer.name!r}", a, Tensor, OneHot)
             check_type(f"g of layer {layer.name!r}", g, Tensor)
             lead = "(S, N, T, " if swapped else "(N, T, "
             fits = a.ndim == 3 + (swapped > 0) and g.ndim == 4 and g.shape[3] == layer.out and g.numel() > 0
@@ -83,17 +84,18 @@ class Fisher(Operator):
 
     @cached_property
     def _stacks(self) -> Stacks:
-        positions = [(a.shape[-2], n) for a, n in zip(self.a, self.swapped, strict=True)]
+        alone = [l if isinstance(a, OneHot) else None for l, a in enumerate(self.a)]  # no stack is made of these
+        positions = [(a.shape[-2], n, l) for a, n, l in zip(self.a, self.swapped, alone, strict=True)]
         return Stacks([layer.shape for layer in self.partition.layers], positions)
 
     @cached_property
-    def stacked(self) -> list[tuple[Tensor, Tensor]]:
+    def stacked(self) -> list[tuple[Rows, Tensor]]:
         """(a, g) with layers of one shape and one number of positions together."""
         return list(zip(self._stacks.gather(self.a), self._stacks.gather(self.g), strict=True))
 
-    def with_vectors(self, stacked: list[tuple[Tensor, Tensor]]) -> Fisher:
+    def with_vectors(self, stacked: list[tuple[Rows, Tensor]]) -> Fisher:
         """The same layers and kind, with other (a, g), stacked as ``self.stacked`` has them."""
-        pairs: list[tuple[Tensor, Tensor]] = [None] * len(self.partition)
+        pairs: list[tuple[Rows, Tensor]] = [None] * len(self.partition)
         for members, (a, g) in zip(self._stacks.groups, stacked, strict=True):
             both = [(a, g)] if len(members) == 1 else zip(a.unbind(0), g.unbind(0), strict=True)
             for l, pair in zip(members, both, strict=True):
@@ -102,7 +104,7 @@ class Fisher(Operator):
         vars(twin).update(_stacks=self._stacks, stacked=stacked)
         return twin
 
-    def like(self, a: Sequence[Tensor], g: Sequence[Tensor]) -> Fisher:
+    def like(self, a: Sequence[Rows], g: Sequence[Tensor]) -> Fisher:
         """A Fisher of the same layers and kind with other inputs and vectors."""
         return Fisher(self.partition, a, g, likelihood=self.likelihood, flavour=self.flavour, swapped=self.swapped)
 
@@ -112,7 +114,7 @@ class Fisher(Operator):
         ``‖a‖² ‖g‖²`` is no less than N times the largest entry of a layer's block, ``‖a‖²`` and ``‖g‖²`` than those of
         its factors; P times that is no less than what vectors of numbers up to 1 can make of it.
         """
-        norms = torch.stack(torch._foreach_norm([*self.a, *self.g])).tolist()
+        norms = torch.stack(torch._foreach_norm([*map(numbers, self.a), *self.g])).tolist()
         a, g = norms[: len(self.a)], norms[len(self.a) :]
         largest = max(max(x * x, y * y, x * x * y * y) if x == x and y == y else inf for x, y in zip(a, g, strict=True))
         return largest * self.partition.size * len(a) < torch.finfo(self.dtype).max
@@ -178,7 +180,7 @@ class Fisher(Operator):
         """
         l, m = self.partition.index(l), self.partition.index(m)
         sizes = self.partition.layers[l].size, self.partition.layers[m].size
-        check_room(f"The block of layers {l} and {m}", 2 * sizes[0] * sizes[1], self.a[l], "apply F with @")
+        check_room(f"The block of layers {l} and {m}", 2 * sizes[0] * sizes[1], self.g[l], "apply F with @")
         return self._fill(torch.empty(sizes, dtype=self.dtype, device=self.device), l, m)
 
     def _fill(self, block: Tensor, l: int, m: int) -> Tensor:
@@ -211,13 +213,18 @@ class Fisher(Operator):
         """The diagonal (P,), without any P×P matrix: what Adam and Adagrad estimate."""
         return self.partition.join(self.second_moments())
 
-    def second_moments(self, bases: list[tuple[Tensor, Tensor]] | None = None) -> list[Tensor]:
-        """``diag(F_ll)`` in a Kronecker basis (U_G, U_A) per layer (EKFAC), one (out, features) per layer."""
+    def second_moments(self, bases: list[tuple[Tensor, Tensor | None]] | None = None) -> list[Tensor]:
+        """``diag(F_ll)`` in a Kronecker basis (U_G, U_A) per layer (EKFAC), None for the identity; one (out, features)
+        per layer."""
         moments = []
         for l, (a, g) in enumerate(zip(self.a, self.g, strict=True)):
             if bases is not None:
-                g, a = g @ bases[l][0], a @ bases[l][1]
-            if a.shape[-2] == 1 and a.ndim == 3:
+                g, a = g @ bases[l][0], a if bases[l][1] is None else dense(a) @ bases[l][1]
+            if isinstance(a, OneHot):
+                words, sums = a.merged(g)
+                total = g.new_zeros(g.shape[3], a.features)
+                words.add_product_(total, sums.square().sum(0).flatten(0, 1).mT)
+            elif a.shape[-2] == 1 and a.ndim == 3:
                 total = g[:, :, 0].square().sum(0).T @ a[:, 0].square()
             else:
                 total = 0.0
@@ -232,36 +239,39 @@ class Fisher(Operator):
         ``A_lm = (1/N) Σ_n a_l a_mᵀ`` and ``G_lm = (1/N) Σ_{s,n} g_l g_mᵀ``, with block ``≈ G_lm ⊗ A_lm``. Where
         a layer has positions, Eschenhagen et al. 2023: ``expand`` takes each for an example of its own,
         ``reduce`` averages a and sums g over them first. How layers with different numbers of them are aligned:
-        see :meth:`rows`.
+        see :meth:`rows`. Both are dense, the diagonal A of an embedding included: :meth:`kronecker` has its diagonal.
         """
         l, m = self.partition.index(l), self.partition.index(m)
         if l == m:
             factors = self.kronecker(convention)
-            return factors.A[l], factors.G[l]
+            return factors.dense_A(l), factors.G[l]
         rows = self.rows(convention)
         (a, g), (b, h) = rows[l], rows[m]
-        return a.mT @ b / self.N, g.mT @ h / self.N
+        check_room(f"Factor A of layers {l} and {m}", a.shape[-1] * b.shape[-1], g, "apply F with @")
+        return cross(a, b) / self.N, g.mT @ h / self.N
 
-    def rows(self, convention: str = "expand") -> list[tuple[Tensor, Tensor]]:
+    def rows(self, convention: str = "expand") -> list[tuple[Rows, Tensor]]:
         """What K-FAC takes for independent examples, aligned between layers: (N', features) and (S·N', out) per layer.
 
         A layer with one position stands at every position of the others; further differences are filled with zeros. So
-        each layer keeps its own factors, and all of them together stay a Gram matrix.
+        each layer keeps its own factors, and all of them together stay a Gram matrix. An embedding is expanded under
+        either convention: a mean of one-hot rows is none, and A would no longer be a diagonal.
         """
         if any(self.swapped):
             name = self.partition.names[next(l for l, n in enumerate(self.swapped) if n)]
             raise ValueError(f"The weight of layer {name!r} is used transposed; its cross factors have no definition.")
         check_choice("convention", convention, CONVENTIONS)
-        T = 1 if convention == "reduce" else max(a.shape[1] for a in self.a)
+        reduced = [convention == "reduce" and not isinstance(a, OneHot) for a in self.a]
+        T = max(1 if less else a.shape[1] for a, less in zip(self.a, reduced, strict=True))
         rows = []
-        for a, g in zip(self.a, self.g, strict=True):
-            own = a.shape[1]
-            if convention == "reduce":
+        for a, g, less in zip(self.a, self.g, reduced, strict=True):
+            if less:
                 a, g = a.mean(1, keepdim=True), g.sum(2, keepdim=True)
-            elif own == 1:
+            own = a.shape[1]
+            if own == 1:
                 a, g = a.expand(-1, T, -1) / T**0.5, g.expand(-1, -1, T, -1) / T**0.5
             else:
-                a, g = functional.pad(a, (0, 0, 0, T - own)) / own**0.5, functional.pad(g, (0, 0, 0, T - own))
+                a, g = padded(a, T - own) / own**0.5, padded(g, T - own)
             rows.append((a.flatten(0, 1), g.flatten(0, 2)))
         return rows
 
@@ -279,11 +289,11 @@ class Fisher(Operator):
         check_type("Z", Z, CoarseSpace)
         return ScoreImage(self, Z)
 
-    def _chunks(self, tensors: tuple[Tensor, ...], per_example: int) -> Iterator[list[Tensor]]:
-        """The examples of inputs (N, T, …) and vectors (S, N, T, …), a bounded number at a time."""
+    def _chunks(self, tensors: tuple[Rows, ...], per_example: int) -> Iterator[list[Tensor]]:
+        """The examples of inputs (N, T, …) and vectors (S, N, T, …), a bounded number at a time, dense."""
         size = max(1, _CHUNK // per_example)
         for start in range(0, self.N, size):
-            yield [x[start : start + size] if x.ndim == 3 else x[:, start : start + size] for x in tensors]
+            yield [dense(x.narrow(-3, start, min(size, self.N - start))) for x in tensors]
 
     def __repr__(self) -> str:
         what = " ".join(filter(None, (self.flavour, self.likelihood)))
@@ -322,8 +332,11 @@ class ScoreImage(Image):
         return self.U @ self.U.mT / self.operator.N
 
 
-def kronecker_factors(a: Tensor, g: Tensor, swapped: int, convention: str) -> tuple[Tensor, Tensor]:
+def kronecker_factors(a: Rows, g: Tensor, swapped: int, convention: str) -> tuple[Tensor, Tensor]:
     """K-FAC's A and G of a layer, or of a stack of them, whose last ``swapped`` positions are uses of its transpose.
+
+    One-hot inputs have a diagonal A, of which the diagonal is kept, (features,); they are expanded under either
+    convention.
 
     For a tied weight, used as it is and transposed, each of the two kinds of use has factors of its own, and their
     sum ``G₁ ⊗ A₁ + G₂ ⊗ A₂`` is replaced by the nearest Kronecker product in the Frobenius norm (Van Loan and
@@ -336,6 +349,9 @@ def kronecker_factors(a: Tensor, g: Tensor, swapped: int, convention: str) -> tu
             return G, A
         return nearest_product(kronecker_factors(a[..., 0, :, :T, :], g[..., :T, :], 0, convention), (G, A))
     N = g.shape[-3]
+    if isinstance(a, OneHot):
+        g = g.flatten(-4, -2)
+        return a.squares() / (N * T), g.mT @ g / N
     if convention == "reduce":
         a, g = a.mean(-2), g.sum(-2).flatten(-3, -2)
     else:
@@ -364,11 +380,11 @@ def nearest_product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) ->
     return torch.einsum("...u,...uij->...ij", w, A), torch.einsum("...u,...uij->...ij", u, G)
 
 
-def _directional(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
+def _directional(a: Rows, g: Tensor, V: Tensor) -> Tensor:
     """``Σ_t g[s,n,t]ᵀ V a[n,t]`` for one layer or a stack, and V (…, out, features): (…, S, N)."""
     if a.ndim == g.ndim:
         return torch.einsum("...snti,...snto,...oi->...sn", a, g, V)
-    outputs = torch.einsum("...nti,...oi->...nto", a, V)
+    outputs = a @ V.mT if isinstance(a, OneHot) else torch.einsum("...nti,...oi->...nto", a, V)
     if V.ndim < a.ndim and g.shape[-4] > 1:  # one v: einsum would copy g
         return (g * outputs.unsqueeze(-4)).sum((-2, -1))
     return torch.einsum("...snto,...nto->...sn", g, outputs)

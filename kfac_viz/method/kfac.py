@@ -26,7 +26,8 @@ class KFAC(Preconditioner):
 
     A vector layer, such as the scale and shift of a norm, has its exact block for G and A = 1; λ is added to it whole
     under either rule. The rule for a tied weight: :func:`kfac_viz.method.fisher.kronecker_factors`.
-    Layers of one shape, wherever they are in the network, go through one batched product.
+    Layers of one shape, wherever they are in the network, go through one batched product. The A of an embedding is
+    diagonal and stays so.
 
     Args:
         F: a :class:`Fisher`, or :class:`KroneckerFactors` such as an optimizer averages.
@@ -67,17 +68,17 @@ class KFAC(Preconditioner):
             self._inverses = self._inverted_factors()
 
     def _apply(self, v: Tensor) -> Tensor:
-        stacks = self.partition.stacks
+        stacks = self.factors.stacks
         if self.rule == "eigen":
             layers = zip(self.factors.eigen, self._weights, stacks.split(v), strict=True)
-            return stacks.join([G.U @ ((G.U.mT @ R @ A.U) * w) @ A.U.mT for (G, A), w, R in layers])
+            return stacks.join([A.back(G.U @ (A.onto(G.U.mT @ R) * w)) for (G, A), w, R in layers])
         layers = zip(self._inverses, stacks.split(v), strict=True)
-        return stacks.join([G_inv @ (R @ A_inv) for (G_inv, A_inv), R in layers])
+        return stacks.join([G_inv @ _right(R, A_inv, G_inv) for (G_inv, A_inv), R in layers])
 
     @cached_property
     def _eigenvalues(self) -> Eigenvalues:
         """``d_G d_Aᵀ``, stacked: the same for every λ."""
-        stacks, names = self.partition.stacks, self.partition.names
+        stacks, names = self.factors.stacks, self.partition.names
         order = [f"Layer {names[l]!r}" for members in stacks.groups for l in members]
         return Eigenvalues(self._moments(), order)
 
@@ -88,19 +89,19 @@ class KFAC(Preconditioner):
         """``(G + √λ/π I)⁻¹`` and ``(A + π√λ I)⁻¹``, stacked: by Cholesky, a third of the work of LU."""
         f = self.factors
         damped = [
-            (shifted(G, for_G), shifted(A, for_A))
+            (shifted(G, for_G), shifted(A, for_A) if A.ndim == G.ndim else A + for_A[..., None])
             for (G, A), (for_G, for_A) in zip(f.stacked, f.stacked_shifts(self.damping), strict=True)
         ]
-        lower = [[torch.linalg.cholesky_ex(X) for X in pair] for pair in damped]
+        lower = [[_cholesky(X, pair[0]) for X in pair] for pair in damped]
         failed = sum(torch.cat([info.view(-1) for pair in lower for _, info in pair]).ne(0).tolist())
         if self.damping > 0 and not failed:
-            return [tuple(torch.cholesky_inverse(L) for L, _ in pair) for pair in lower]
+            return [tuple(_inverse(L, pair[0][0]) for L, _ in pair) for pair in lower]
         self.fallbacks = failed if self.damping > 0 else 0
         inverses = [
-            [(e.U * w) @ e.U.mT for e, w in zip(side, weights, strict=True)]
+            [w if e.U is None else (e.U * w) @ e.U.mT for e, w in zip(side, weights, strict=True)]
             for side, weights in zip((f.eigen_G, f.eigen_A), zip(*self._factor_weights(), strict=True), strict=True)
         ]
-        return list(zip(*map(self.partition.stacks.gather, inverses), strict=True))
+        return list(zip(*map(f.stacks.gather, inverses), strict=True))
 
     def _factor_weights(self) -> list[tuple[Tensor, Tensor]]:
         """``1/(d_G + √λ/π)`` and ``1/(d_A + π√λ)`` of every layer."""
@@ -117,18 +118,19 @@ class KFAC(Preconditioner):
     def eigenvalues(self) -> list[Tensor]:
         """The eigenvalues of M, one (out, features) per layer, in the order of the Kronecker eigenvectors."""
         if self.rule == "eigen":
-            return self.partition.stacks.scatter(self._weights, 2)
+            return self.factors.stacks.scatter(self._weights, 2)
         return [torch.outer(G, A) for G, A in self._factor_weights()]
 
     def dense(self) -> Tensor:
         self.check_dense()
-        f, scatter = self.factors, self.partition.stacks.scatter
+        f, scatter = self.factors, self.factors.stacks.scatter
         if self.rule == "factored":
-            G, A = (scatter(side, 2) for side in zip(*self._inverses, strict=True))
-            blocks = map(torch.kron, G, A)
+            pairs = [(G, A if A.ndim == G.ndim else A.diag_embed()) for G, A in self._inverses]
+            G, A = (scatter(side, 2) for side in zip(*pairs, strict=True))
+            blocks = (torch.kron(g.contiguous(), a.contiguous()) for g, a in zip(G, A, strict=True))
         else:
             layers = zip(f.eigen_G, f.eigen_A, scatter(self._weights, 2), strict=True)
-            blocks = (_from_eigenvectors(G.U, A.U, w) for G, A, w in layers)
+            blocks = (_from_eigenvectors(G.U, A.vectors(), w) for G, A, w in layers)
         return self._in_range(torch.block_diag(*blocks), "The matrix")
 
     def __repr__(self) -> str:
@@ -146,7 +148,7 @@ class EKFAC(KFAC):
     def _moments(self) -> list[Tensor]:
         f = self.factors
         bases = [(G.U, A.U) for G, A in zip(f.eigen_G, f.eigen_A, strict=True)]
-        return self.partition.stacks.gather(self._F.second_moments(bases))
+        return f.stacks.gather(self._F.second_moments(bases))
 
     def __repr__(self) -> str:
         return self._describe(f"λ = {self.damping:.3g}")
@@ -175,7 +177,7 @@ class BlockTridiagonal(Preconditioner):
     def _damp(self, damping: float) -> None:
         super()._damp(damping)
         f, round_off = self.factors, 10 * torch.finfo(self.dtype).eps
-        layers = zip(f.G, f.A, f.shifts(self.damping), strict=True)
+        layers = zip(f.G, map(f.dense_A, range(len(f.A))), f.shifts(self.damping), strict=True)
         K = [torch.kron(shifted(G, for_G), shifted(A, for_A)) for G, A, (for_G, for_A) in layers]
         Ξ = torch.eye(self.partition.size, dtype=self.dtype, device=self.device)
         slices, inverses = self.partition.slices, []
@@ -206,6 +208,23 @@ def shifted(X: Tensor, shift: Tensor) -> Tensor:
     X = X.clone()
     X.diagonal(0, -2, -1).add_(shift[..., None])
     return X
+
+
+def _right(R: Tensor, A: Tensor, G: Tensor) -> Tensor:
+    """``R A``, for a factor A that is a matrix as G is, or a diagonal."""
+    return R @ A if A.ndim == G.ndim else R * A[..., None, :]
+
+
+def _cholesky(X: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of X, and where there is none a number that is not 0; of a diagonal X the diagonal itself."""
+    if X.ndim == G.ndim:
+        return torch.linalg.cholesky_ex(X)
+    return X, (~(X > 0)).any(-1).int()
+
+
+def _inverse(L: Tensor, G: Tensor) -> Tensor:
+    """The inverse from what :func:`_cholesky` found."""
+    return torch.cholesky_inverse(L) if L.ndim == G.ndim else L.reciprocal()
 
 
 def _from_eigenvectors(U_G: Tensor, U_A: Tensor, w: Tensor) -> Tensor:

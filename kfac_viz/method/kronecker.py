@@ -12,16 +12,20 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .checks import check_type
+from .checks import check_room, check_type
 from .decompositions import Eigen, eigenpairs, psd_eigens
 from .partition import Partition
+from .stacks import Stacks
 
 CONVENTIONS = ("expand", "reduce")
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerFactors:
-    """``A_l`` (features, features) and ``G_l`` (out, out) of every layer, with block ``G_l ⊗ A_l``."""
+    """``A_l`` (features, features) and ``G_l`` (out, out) of every layer, with block ``G_l ⊗ A_l``.
+
+    An A that is a vector (features,) is a diagonal matrix: that of an embedding, or zeros.
+    """
 
     partition: Partition
     A: tuple[Tensor, ...]
@@ -44,7 +48,8 @@ class KroneckerFactors:
             ("G", self.G, [layer.out for layer in self.partition.layers]),
         ):
             shapes, expected = [tuple(X.shape) for X in factors], [(n, n) for n in sizes]
-            if shapes != expected:
+            fits = [shape == full or (what == "A" and shape == full[:1]) for shape, full in zip(shapes, expected)]  # noqa: B905
+            if len(shapes) != len(expected) or not all(fits):
                 raise ValueError(f"Factors {what} must have shapes {expected}, one per layer; got {shapes}.")
 
     @property
@@ -55,27 +60,40 @@ class KroneckerFactors:
     def device(self) -> torch.device:
         return self.A[0].device
 
+    def dense_A(self, l: int) -> Tensor:
+        """A of layer l as a matrix."""
+        A = self.A[l]
+        if A.ndim < 2:
+            check_room(f"Factor A of layer {self.partition.names[l]!r}", len(A) ** 2, A, "it is diagonal: take its A")
+        return A.diag() if A.ndim < 2 else A
+
+    @cached_property
+    def stacks(self) -> Stacks:
+        """How layers become one tensor per shape, here also of A."""
+        layers = self.partition.layers
+        return Stacks([x.shape for x in layers], [(x.vector, A.ndim) for x, A in zip(layers, self.A, strict=True)])
+
     @cached_property
     def stacked(self) -> list[tuple[Tensor, Tensor]]:
-        """(G, A) with layers of one shape together, as ``partition.stacks`` has them."""
-        gather = self.partition.stacks.gather
+        """(G, A) with layers of one shape together, as ``stacks`` has them; a diagonal A has one axis less than G."""
+        gather = self.stacks.gather
         return list(zip(gather(self.G), gather(self.A), strict=True))
 
     @cached_property
     def stacked_pi(self) -> list[Tensor]:
         """``π = √((tr A / dim A) / (tr G / dim G))``, 1 where a trace is 0 (Martens and Grosse 2015, section 6.3)."""
-        ratios = [A.diagonal(0, -2, -1).mean(-1) / G.diagonal(0, -2, -1).mean(-1) for G, A in self.stacked]
+        ratios = [diagonal(A, G).mean(-1) / diagonal(G, G).mean(-1) for G, A in self.stacked]
         return [torch.where((x > 0) & x.isfinite(), x, 1.0).sqrt() for x in ratios]
 
     @property
     def pi(self) -> list[Tensor]:
         """π of every layer."""
-        return self.partition.stacks.scatter(self.stacked_pi, 0)
+        return self.stacks.scatter(self.stacked_pi, 0)
 
     def stacked_shifts(self, damping: float) -> list[tuple[Tensor, Tensor]]:
         """What the factored rule adds to (G, A): ``√λ/π`` and ``π√λ``. The G of a vector layer is its whole block, with
         A = 1, and takes λ whole."""
-        root, vectors = damping**0.5, [self.partition.layers[i[0]].vector for i in self.partition.stacks.groups]
+        root, vectors = damping**0.5, [self.partition.layers[i[0]].vector for i in self.stacks.groups]
         return [
             (torch.full_like(π, damping), torch.zeros_like(π)) if vector else (root / π, root * π)
             for π, vector in zip(self.stacked_pi, vectors, strict=True)
@@ -83,7 +101,7 @@ class KroneckerFactors:
 
     def shifts(self, damping: float) -> list[tuple[Tensor, Tensor]]:
         """The same for every layer."""
-        scatter = self.partition.stacks.scatter
+        scatter = self.stacks.scatter
         G, A = zip(*self.stacked_shifts(damping), strict=True)
         return list(zip(scatter(G, 0), scatter(A, 0), strict=True))
 
@@ -106,10 +124,10 @@ class KroneckerFactors:
 
     def _eigenpairs(self, full: float, larger: Callable[[Tensor], Eigen] | None) -> list[tuple[Eigen, Eigen]]:
         """Eigenpairs of (G, A), stacked: all of them up to ``full`` rows, beyond that what ``larger`` finds."""
-        groups, names = self.partition.stacks.groups, self.partition.names
-        stacks = [pair[side] for side in (0, 1) for pair in self.stacked]
+        groups, names = self.stacks.groups, self.partition.names
+        stacks = [G for G, _ in self.stacked] + [A if A.ndim == G.ndim else Eigen(A, None) for G, A in self.stacked]
         called = [[f"Factor {which} of layer {names[l]!r}" for l in members] for which in "GA" for members in groups]
-        small = [X.shape[-1] <= full for X in stacks]
+        small = [isinstance(X, Eigen) or X.shape[-1] <= full for X in stacks]
         exact = iter(psd_eigens(list(compress(stacks, small)), list(chain(*compress(called, small)))))
         pairs = [next(exact) if fits else larger(X) for X, fits in zip(stacks, small, strict=True)]
         return list(zip(pairs[: len(groups)], pairs[len(groups) :], strict=True))
@@ -126,9 +144,14 @@ class KroneckerFactors:
 
     def _scattered(self, side: int) -> list[Eigen]:
         """One pair per layer from one per shape."""
-        scatter = self.partition.stacks.scatter
+        scatter = self.stacks.scatter
         d, U = zip(*(pair[side] for pair in self.eigen), strict=True)
         return [Eigen(*both) for both in zip(scatter(d, 1), scatter(U, 2), strict=True)]
+
+
+def diagonal(X: Tensor, G: Tensor) -> Tensor:
+    """The diagonal of a factor X, or X itself where it is one: with an axis less than G, which is a matrix."""
+    return X.diagonal(0, -2, -1) if X.ndim == G.ndim else X
 
 
 def _leading(X: Tensor, count: int, iterations: int) -> Eigen:

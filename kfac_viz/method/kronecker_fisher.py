@@ -11,6 +11,7 @@ from .checks import check_choice, check_type
 from .columns import CoarseSpace, RankOneSpace
 from .fisher import Fisher
 from .kronecker import CONVENTIONS
+from .one_hot import OneHot, Rows, cross
 from .operator import Image, Operator
 
 
@@ -29,17 +30,32 @@ class KroneckerFisher(Operator):
         self._rows = F.rows(convention)
 
     @cached_property
-    def _pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
-        return [[(a.mT @ b / self.F.N, g.mT @ h / self.F.N) for b, h in self._rows] for a, g in self._rows]
+    def _pairs(self) -> list[list[tuple[Tensor | None, Tensor]]]:
+        """(A, G) of every pair of layers; None for an A that has the size of an embedding."""
+        return [[(self._A(a, b), g.mT @ h / self.F.N) for b, h in self._rows] for a, g in self._rows]
+
+    def _A(self, a: Rows, b: Rows) -> Tensor | None:
+        return None if isinstance(a, OneHot) or isinstance(b, OneHot) else a.mT @ b / self.F.N
 
     def _apply(self, v: Tensor) -> Tensor:
-        V = self.partition.matrices(v)
-        rows = [sum(G @ V[m] @ A.mT for m, (A, G) in enumerate(pairs)) for pairs in self._pairs]
+        V, inputs = self.partition.matrices(v), [a for a, _ in self._rows]
+        rows = [
+            sum(self._times(G @ V_m, A, a, b) for (A, G), V_m, b in zip(pairs, V, inputs, strict=True))
+            for pairs, a in zip(self._pairs, inputs, strict=True)
+        ]
         return torch.cat([X.flatten(-2) for X in rows], dim=-1)
 
+    def _times(self, X: Tensor, A: Tensor | None, a: Rows, b: Rows) -> Tensor:
+        """``X Aᵀ`` with ``A = aᵀ b / N``."""
+        if A is not None:
+            return X @ A.mT
+        along = (b @ X.mT).mT / self.F.N
+        return a.add_product_(X.new_zeros(*X.shape[:-1], a.features), along) if isinstance(a, OneHot) else along @ a
+
     def block(self, l: int | str, m: int | str) -> Tensor:
-        A, G = self._pairs[self.partition.index(l)][self.partition.index(m)]
-        return torch.kron(G, A)
+        l, m = self.partition.index(l), self.partition.index(m)
+        A, G = self._pairs[l][m]
+        return torch.kron(G, cross(self._rows[l][0], self._rows[m][0]) / self.F.N if A is None else A)
 
     def dense(self) -> Tensor:
         self.check_dense()

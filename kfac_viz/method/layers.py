@@ -57,7 +57,8 @@ class Layer:
     """One layer as the matrix ``[W b]`` of shape ``(out, features)``; the bias is its last column.
 
     A ``vector`` layer is a column ``(out, 1)`` of parameters that act one by one, such as the scale and shift of a
-    norm: its inputs are 1, and its output-side vectors are the scores themselves.
+    norm: its inputs are 1, and its output-side vectors are the scores themselves. The inputs of a ``table`` are the
+    numbers of its columns: an embedding.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Layer:
     vector: bool = False
     pieces: tuple[Piece, ...] = field(default=(), compare=False)
     loose: bool = field(default=False, compare=False)  # a parameter of no module that is known: it may be anything
+    table: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -130,7 +132,7 @@ def _layers_in(name: str, module: nn.Module, own: dict[str, Named]) -> Iterator[
         weight_name, weight = left.pop("weight")
         words, out = weight.shape
         piece = Piece(weight_name, (words, out), 0, 0, out, words, transposed=True)
-        yield Layer(name, out, words, pieces=(piece,))
+        yield Layer(name, out, words, pieces=(piece,), table=True)
     elif is_gpt2_linear(module) and "weight" in own:
         yield _matrix(name, left.pop("weight"), left.pop("bias", None), transposed=True)
     elif isinstance(module, MATRICES) and "weight" in own:

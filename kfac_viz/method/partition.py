@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .checks import check_number, check_type, finite
 from .layers import Layer, computed, layers_of, named, parameters_of
-from .stacks import Stacks
 
 
 @dataclass(frozen=True)
@@ -147,11 +146,6 @@ class Partition:
     @cached_property
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(a, b) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True))
-
-    @cached_property
-    def stacks(self) -> Stacks:
-        """How vectors become one tensor per shape of layer."""
-        return Stacks([layer.shape for layer in self.layers], [layer.vector for layer in self.layers])
 
     @property
     def size(self) -> int:

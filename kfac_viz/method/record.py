@@ -3,7 +3,8 @@
 Inputs ``a`` (N, T, features) with a 1 appended where there is a bias, output-side vectors ``g`` (S, N, T, out). T
 counts the positions at which one example uses the layer: 1 for a plain MLP, the product of the extra axes, the pixels
 of a convolution, or the number of uses. The score of (s, n) is ``Σ_t g[s, n, t] a[n, t]ᵀ``. Where a matrix is used
-transposed its inputs and vectors change places: such layers have ``a`` (S, N, T, features), those positions last.
+transposed its inputs and vectors change places: such layers have ``a`` (S, N, T, features), those positions last. The
+inputs of an embedding are one-hot, and kept as such.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn import functional
 from .checks import warn
 from .layers import Layer
 from .likelihood import check_outputs
+from .one_hot import OneHot, Rows, cat, dense
 from .partition import Partition
 from .uses import Foreign, Use, Watch
 
@@ -203,7 +205,7 @@ class Record:
 
     def normal_form(
         self, grads: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Rows], list[Tensor]]:
         """``a`` and ``g`` of every layer from the gradients at every use."""
         a, g = [], []
         N, S = len(self.outputs), len(grads[0])
@@ -213,7 +215,7 @@ class Record:
         for layer, uses in zip(self.partition.layers, by_layer, strict=True):
             if not uses:
                 like = grads[0]
-                a_l = like.new_ones(N, 1, 1) if layer.vector else like.new_zeros(N, 1, layer.features)
+                a_l = like.new_ones(N, 1, 1) if layer.vector else _none(layer, N, like)
                 g_l = like.new_zeros(S, N, 1, layer.out)
             else:
                 uses.sort(key=lambda x: x[0].kind == "transposed")
@@ -222,8 +224,8 @@ class Record:
                     a_l, g_l = pairs[0][0], sum((g for _, g in pairs[1:]), pairs[0][1])
                 else:
                     dims = max(a.ndim for a, _ in pairs)
-                    a_l = _joined([a if a.ndim == dims else a.expand(S, *a.shape) for a, _ in pairs])
-                    g_l = _joined([g.expand(S, *g.shape[1:]) for _, g in pairs])
+                    a_l = cat([a if a.ndim == dims else dense(a).expand(S, *a.shape) for a, _ in pairs], -2)
+                    g_l = cat([g.expand(S, *g.shape[1:]) for _, g in pairs], -2)
             a.append(a_l if dtype is None else a_l.to(dtype))
             g.append(g_l if dtype is None else g_l.to(dtype))
         return a, g
@@ -235,10 +237,24 @@ def _rows(use: Use, grad: Tensor | None, vectors: Tensor) -> Tensor:
     return use.rows(vectors.new_zeros(shape) if grad is None else grad.reshape(shape))
 
 
-def _pair(use: Use, layout: Layout | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Tensor, Tensor]:
+def _none(layer: Layer, N: int, like: Tensor) -> Rows:
+    """Inputs (N, 1, features) of a layer that was not used."""
+    if layer.table:
+        return OneHot.of(like.new_full((N, 1), -1, dtype=torch.long), layer.features, like.dtype)
+    return like.new_zeros(N, 1, layer.features)
+
+
+def _pair(use: Use, layout: Layout | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Rows, Tensor]:
     """Inputs (N, T, features) or (S, N, T, features) and vectors (S, N, T, out) of one use."""
-    x = None if use.x is None else layout.by_example(use.x, use.lead, N)
     g = layout.by_example(grad, use.lead, N)
+    if use.x is not None and use.kind != "pointwise" and not use.x.is_floating_point():
+        index = layout.by_example(use.x[..., None], use.lead, N)[..., 0]
+        if use.kind == "product":
+            index = torch.where(index < 0, -1, index + use.left) if use.left else index
+            return OneHot.of(index, layer.features, g.dtype), _placed(g, use.top, layer.out)
+        index = torch.where(index < 0, -1, index + use.top)
+        return _placed(g, use.left, layer.features), OneHot.of(index, layer.out, g.dtype).dense()[None]
+    x = None if use.x is None else layout.by_example(use.x, use.lead, N)
     if use.kind == "pointwise":
         g = (g if x is None else g * x).sum(-2, keepdim=True)
         a = g.new_zeros(N, 1, layer.features)
@@ -252,11 +268,6 @@ def _pair(use: Use, layout: Layout | EveryExample, grad: Tensor, layer: Layer, N
 def _placed(x: Tensor, start: int, size: int) -> Tensor:
     """x (..., n) as the entries from ``start`` on of vectors (..., size)."""
     return x if x.shape[-1] == size else functional.pad(x, (start, size - start - x.shape[-1]))
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """All positions, one use after another."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
 
 def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -> Record:

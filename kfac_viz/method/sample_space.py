@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checks import check_room, warn
 from .decompositions import Eigen, check_invertible, cholesky, eigvalsh, psd_eigen
+from .one_hot import OneHot, Rows, inner
 
 REFINEMENTS = 5  # of a solution whose residual still comes down
 ACCURATE = 1e-6  # relative residual above which a solution is told to be none
@@ -27,7 +28,7 @@ class HasScores(Protocol):
 
     N: int
     S: int
-    a: Sequence[Tensor]
+    a: Sequence[Rows]
     g: Sequence[Tensor]
 
     def scores(self, v: Tensor) -> Tensor: ...
@@ -68,15 +69,16 @@ class SampleSpace:
 
     def _zeros(self) -> Tensor:
         what = f"A matrix of {self.size} × {self.size} inner products"
-        check_room(what, 3 * self.size**2, self.F.a[0], "take fewer examples, or one label for each: fisher='mc'")
-        return self.F.a[0].new_zeros(self.size, self.size)
+        check_room(what, 3 * self.size**2, self.F.g[0], "take fewer examples, or one label for each: fisher='mc'")
+        return self.F.g[0].new_zeros(self.size, self.size)
 
     def _add_kernel_(self, K: Tensor, l: int) -> Tensor:
         """K_l added to K, some rows at a time: by inner products of inputs and of vectors, ``T² (in / S + out)``
         multiplications for a pair of scores and T² sums, or of the scores themselves, ``in · out``: the cheaper way."""
         a, g = self.F.a[l], self.F.g[l]
         T, out, features = *g.shape[2:], a.shape[-1]
-        if a.ndim == 3 and (T == 1 or T * T * (features / self.F.S + out + _SUM) <= features * out):
+        cheaper = T == 1 or T * T * (features / self.F.S + out + _SUM) <= features * out
+        if isinstance(a, OneHot) or (a.ndim == 3 and cheaper):
             return self._add_inner_products_(K, a, g)
         size = max(1, min(_CHUNK // (features * out), -(-self.size // 4)))  # by symmetry ten products of sixteen
         starts = range(0, self.size, size)
@@ -91,11 +93,12 @@ class SampleSpace:
                     K[j : j + size, i : i + size] += block.T
         return K
 
-    def _add_inner_products_(self, K: Tensor, a: Tensor, g: Tensor) -> Tensor:
+    def _add_inner_products_(self, K: Tensor, a: Rows, g: Tensor) -> Tensor:
         S, N, T = g.shape[:3]
         size = max(1, _CHUNK // (S * N * T * T))
         for n in range(0, N, size):
-            inputs = a[n : n + size].flatten(0, 1) @ a.flatten(0, 1).T / N  # (n T, N T)
+            few = min(size, N - n)
+            inputs = inner(a.narrow(-3, n, few).flatten(0, 1), a.flatten(0, 1)) / N  # (n T, N T)
             for s in range(S):
                 pairs = (g[s, n : n + size].flatten(0, 1) @ g.flatten(0, 2).T).unflatten(1, (S, -1))  # (n T, S, N T)
                 rows = pairs.mul_(inputs[:, None]).unflatten(0, (-1, T)).sum(1).unflatten(-1, (N, T)).sum(-1)
@@ -119,7 +122,7 @@ class SampleSpace:
         """``‖F_lm‖`` in the Frobenius norm, (L, L): the root of ``⟨K_l, K_m⟩``, exact to half the digits of the dtype
         beside ``(‖F_ll‖ ‖F_mm‖)^½``."""
         L = len(self.F.a)
-        total = self.F.a[0].new_zeros(L, L)
+        total = self.F.g[0].new_zeros(L, L)
         tiny = torch.finfo(total.dtype).tiny
         if L * self.size**2 <= _CHUNK:
             K = torch.stack([self.kernel(l).flatten() for l in range(L)])

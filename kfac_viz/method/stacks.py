@@ -9,6 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .one_hot import OneHot, Rows
+
 
 class Stacks:
     """A flat vector (..., P) as one tensor per group of equal pieces, and back.
@@ -37,10 +39,12 @@ class Stacks:
         """One tensor per group from one per piece; a new axis in front counts the members."""
         return [pieces[i[0]] if len(i) == 1 else torch.stack([pieces[j] for j in i]) for i in self.groups]
 
-    def scatter(self, stacks: Sequence[Tensor], dims: int) -> list[Tensor]:
-        """The inverse of :meth:`gather` for pieces with ``dims`` axes, behind any number of others."""
+    def scatter(self, stacks: Sequence[Tensor | None], dims: int) -> list[Tensor]:
+        """The inverse of :meth:`gather` for pieces with ``dims`` axes, behind any number of others; None stays None."""
         pieces: list[Tensor] = [None] * len(self._shapes)
         for members, stack in zip(self.groups, stacks, strict=True):
+            if stack is None:
+                continue
             for i, piece in zip(members, [stack] if len(members) == 1 else stack.unbind(-1 - dims), strict=True):
                 pieces[i] = piece
         return pieces
@@ -65,12 +69,14 @@ class Stacks:
         dims = len(self._shapes[0])
         return torch.cat([piece.flatten(-dims) for piece in self.scatter(stacks, dims)], dim=-1)
 
-    def add_products_(self, v: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], alpha: float = 1.0) -> Tensor:
+    def add_products_(self, v: Tensor, pairs: Iterable[tuple[Tensor, Rows]], alpha: float = 1.0) -> Tensor:
         """``v + alpha · left @ right`` in place, with a pair (left, right) for each group of matrices."""
         views, added = [], []
         for members, (left, right) in zip(self.groups, pairs, strict=True):
             mine = [v[..., self._slices[i]].unflatten(-1, self._shapes[i]) for i in members]
-            if left.ndim == right.ndim == 2:  # a single layer, and mostly the large one: no temporary
+            if isinstance(right, OneHot):
+                right.add_product_(mine[0], left, alpha)
+            elif left.ndim == right.ndim == 2:  # a single layer, and mostly the large one: no temporary
                 mine[0].addmm_(left, right, alpha=alpha)
             else:
                 product = torch.einsum("...ij,...jk->...ik", left, right)  # @ would repeat right for every row of v

@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .checks import check_room
 from .layers import Piece, parameters_of
 from .partition import Partition
 
@@ -38,7 +37,8 @@ class Use:
         layer: its number in the partition.
         kind: ``"product"`` of rows with the matrix, ``"transposed"`` with its transpose, ``"pointwise"`` with a vector.
         x: what meets the parameter, (*lead, channels), a copy; None where a vector is added. To the rows of a product
-            a 1 is appended where the layer's own bias was added, and a 0 where it was not.
+            a 1 is appended where the layer's own bias was added, and a 0 where it was not. Where rows of the parameter
+            are looked up x is whole numbers, of shape ``lead``: the number of each row, -1 for a row of zeros.
         edge, shape: where the gradient of the result arrives. An edge, unlike the tensor, still means the
             pre-activation after an in-place ``ReLU``.
         rows: brings that gradient (S, *shape) into the form (S, *lead, channels).
@@ -169,7 +169,7 @@ class Watch(TorchFunctionMode):
     def product(
         self, W: Tensor, b: Tensor | None, x: Tensor, out: Tensor, rows: Rows, lead: Sequence[int]
     ) -> list[Tensor]:
-        """Note ``out = x Wᵀ + b``, with rows x (*lead, in) and W (out, in)."""
+        """Note ``out = x Wᵀ + b``, with rows x (*lead, in) and W (out, in); or with the numbers of columns, (*lead)."""
         place, bias = self.place(W), self.place(b)
         own: set[int] = set()
         if place is not None:
@@ -179,7 +179,7 @@ class Watch(TorchFunctionMode):
                 has_bias = bias is not None and not transposed and self._is_own(l, bias, piece.first - place.start)
                 own |= {l} if has_bias else set()
                 kind = "transposed" if transposed else "product"
-                mine = self._kept(l, x[..., here] if place.transposed else x, transposed, has_bias)
+                mine = self._kept(l, _of_these(x, here) if place.transposed else x, transposed, has_bias)
                 of_these = rows if place.transposed else _only(rows, here, count)
                 top, left = (0, at) if piece.transposed else (at, 0)
                 self._note(l, kind, mine, out, of_these, lead, top, left)
@@ -216,7 +216,7 @@ class Watch(TorchFunctionMode):
 
     def _kept(self, l: int, x: Tensor, transposed: bool, has_bias: bool) -> Tensor:
         """A copy of the rows x, before anything is done to them in place."""
-        if transposed or not self.layers[l].bias:
+        if transposed or not self.layers[l].bias or not x.is_floating_point():
             return x.detach().clone()
         return torch.cat([x.detach(), (x.new_ones if has_bias else x.new_zeros)(*x.shape[:-1], 1)], dim=-1)
 
@@ -256,7 +256,7 @@ class Watch(TorchFunctionMode):
         lead = [k for k in range(out.ndim) if k not in features]
         sizes = [out.shape[k] for k in lead]
         at = [count if count > 1 and k == axes[0] else 1 for k in lead]
-        rows = torch.eye(count, dtype=p.dtype, device=p.device).view(*at, count).expand(*sizes, count)
+        rows = torch.arange(count, device=p.device).view(at).expand(sizes)
 
         def brought(g: Tensor) -> Tensor:
             g = g if x is None else g * x
@@ -328,7 +328,8 @@ def _arrival(use: Use, y: Tensor, other: Tensor | None, out: Tensor) -> Use:
     """The use whose result y, times ``other``, is broadcast to ``out``, as a use of the rows there."""
     lead, x = tuple(out.shape[:-1]), use.x
     if x is not None:
-        x = x.reshape(*y.shape[:-1], x.shape[-1]).expand(*lead, x.shape[-1])
+        channels = x.shape[len(use.lead) :]  # none if x holds the numbers of rows
+        x = x.reshape(*y.shape[:-1], *channels).expand(*lead, *channels)
     rows = use.rows if other is None else lambda g: use.rows(g * other)
     return replace(use, x=x, edge=_edge(out), shape=out.shape, rows=rows, lead=lead, dtype=out.dtype, arrivals=[])
 
@@ -342,6 +343,13 @@ def _differentiation() -> str | None:
 
 def _only(rows: Rows, here: slice, of: int) -> Rows:
     return rows if here == slice(0, of) else lambda g: rows(g)[..., here]
+
+
+def _of_these(x: Tensor, here: slice) -> Tensor:
+    """Of rows x those columns; of numbers of columns theirs, counted from the first of them, and -1 for all others."""
+    if x.is_floating_point():
+        return x[..., here]
+    return torch.where((x >= here.start) & (x < here.stop), x - here.start, -1)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -481,10 +489,9 @@ def _embedding(
     if max_norm is not None or scale_grad_by_freq or sparse or func is not functional.embedding:
         return _UNKNOWN
     words = len(weight)
-    check_room(f"{input.numel()} words out of {words}", 2 * input.numel() * words, weight, "take fewer examples")
-    x = functional.one_hot(input.long(), words).to(weight.dtype)
+    x = input.long()
     if padding_idx is not None and padding_idx >= -words:
-        x[input == padding_idx % words] = 0
+        x = torch.where(x == padding_idx % words, -1, x)
     out = func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     return out, [weight] * bool(watch.product(weight.mT, None, x, out, lambda g: g, out.shape[:-1]))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .checks import evaluation, warn
 from .layers import named
+from .one_hot import OneHot, cross
 from .record import EveryExample, Layout, Record, layouts, record
 from .uses import Use
 
@@ -274,8 +275,9 @@ def _facts(run: Record, one: Pass) -> Tensor:
         for piece, grad in zip(layer.pieces, left, strict=False):
             if grad is not None:
                 piece.view(expected).copy_(piece.of(grad.to_dense()))
-        size = a_l.norm(dim=0) * g_l.norm()  # no less than a column, and than what rounds in it
-        differences = (g_l.mT @ a_l - expected).norm(dim=0)
+        inputs = a_l.squares().sqrt() if isinstance(a_l, OneHot) else a_l.norm(dim=0)
+        size = inputs * g_l.norm()  # no less than a column, and than what rounds in it
+        differences = (cross(g_l, a_l) - expected).norm(dim=0)
         worst = torch.where(differences > 0, differences / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0).max()
         numbers = [worst.clamp_max(1.0), differences.norm(), expected.norm(), others.sqrt(), every.sqrt()]
         facts.append(torch.stack([x.double() for x in numbers]))

@@ -88,7 +88,7 @@ def explore(
         elif values["coarse"] == "krylov":  # the mean of the scores at the labels, given or drawn, is the gradient
             space = space.replace("(F, ", "(A, M, g, ")
             scores = capture_line("mc" if targets is None else "empirical")
-            gradient = f"E = {scores}; g = E.pull(E.a[0].new_ones(1, E.N)) / E.N; "
+            gradient = f"E = {scores}; g = E.pull(E.g[0].new_ones(1, E.N)) / E.N; "
         return (
             f"{loaded}F = {capture_line(fisher)}; A = F.damped({values['damping']}); "
             f"M = kv.KFAC(F, {values['damping']}, {values['rule']!r}); {gradient}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import KFAC, Fisher, TwoLevel
 from ..method.krylov import LARGEST as MOST_SCORES
+from ..method.one_hot import inner
 from ..parameters import number
 from ..show import INK, METHODS, Plot, StepBars, plain_numbers
 from ..show.parts import LayerMap
@@ -83,8 +84,9 @@ def blocks_missed(F: Fisher, norms: Tensor) -> Tensor:
     """
     factors, found = F.kronecker(), []
     for norm, A, G, a, g in zip(norms, factors.A, factors.G, F.a, F.g, strict=True):
-        inner = (((a @ A) @ a.mT) * ((g @ G) @ g.mT)).sum() / F.N
-        found.append(norm.square() - 2 * inner + (G.norm() * A.norm()).square())
+        left = a @ A if A.ndim > 1 else a.scaled(A)  # one-hot inputs have a diagonal A
+        shared = (inner(left, a) * ((g @ G) @ g.mT)).sum() / F.N
+        found.append(norm.square() - 2 * shared + (G.norm() * A.norm()).square())
     return torch.stack(found).clamp_min(0).sqrt()
 
 

@@ -15,6 +15,7 @@ from ..method.fisher import Fisher
 from ..method.kfac import KFAC
 from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
+from ..method.one_hot import OneHot, Rows
 from ..method.partition import Layer, Partition
 from ..method.two_level import TwoLevel
 from .curvature import RunningCurvature
@@ -45,13 +46,18 @@ def _saved_levels(T: TwoLevel) -> dict[str, Any]:
     levels = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), **_vectors(T.A.operator)}
     levels |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
     if not T.galerkin:  # its Kronecker model has weights in a as well; g is the same
-        levels["kronecker a"] = list(T.coarse_operator.operator.F.a)
+        levels["kronecker a"] = _written(T.coarse_operator.operator.F.a)
     return levels
 
 
 def _vectors(F: Fisher) -> dict[str, list]:
     """What :func:`_fisher` reads."""
-    return {"a": list(F.a), "g": list(F.g), "swapped": list(F.swapped)}
+    return {"a": _written(F.a), "g": list(F.g), "swapped": list(F.swapped)}
+
+
+def _written(a: Sequence[Rows]) -> list:
+    """Inputs as tensors, and one-hot ones as a dictionary of the two tensors that they are."""
+    return [{"index": x.index, "value": x.value} if isinstance(x, OneHot) else x for x in a]
 
 
 def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor) -> RunningCurvature:
@@ -64,7 +70,7 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
         ValueError, TypeError: what the state lacks or has wrong, in words.
     """
     for x in _tensors(_of_kind(state, dict, "curvature")):
-        if not _plain(x, meta=like.is_meta):
+        if not _plain(x, meta=like.is_meta, whole=True):
             raise ValueError(f"The state of the curvature holds a tensor of {x.dtype}, {x.layout}, on {x.device}.")
     state = _converted(state, like)
     wanted = {name: tuple(_of_kind(x, list, "layers", 2)) for name, x in _field(state, "layers", dict).items()}
@@ -86,10 +92,10 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
         new.counters[name] = check_count(f"diagnostics[{name!r}]", counted[name], 0)
     for name, pair in _field(state, "factors", dict).items():
         features, out = (known[name].features, known[name].out) if name in known else (None, None)  # of a former layer
-        new.factors.A[name], new.factors.G[name] = (
-            _shaped(X, (n, n), f"factor {which} of layer {name!r}")
-            for X, n, which in zip(_of_kind(pair, list, "factors", 2), (features, out), "AG", strict=True)
-        )
+        A, G = _of_kind(pair, list, "factors", 2)
+        is_diagonal = isinstance(A, Tensor) and A.ndim == 1
+        new.factors.A[name] = _shaped(A, (features,) * (1 if is_diagonal else 2), f"factor A of layer {name!r}")
+        new.factors.G[name] = _shaped(G, (out, out), f"factor G of layer {name!r}")
     weights = _field(state, "weights", dict)
     if weights.keys() != new.factors.A.keys():
         raise ValueError("The state's 'weights' and 'factors' are not of the same layers.")
@@ -143,7 +149,21 @@ def _fisher(partition: Partition, entry: Any, options: Options, key: str) -> Fis
     swapped = entry.get("swapped", [0] * len(partition))  # states of earlier versions have none
     swapped = _of_kind(swapped, list, "swapped", len(partition))
     swapped = [check_count("The state's 'swapped'", n, 0) for n in swapped]
+    a = [_inputs(x, layer) for x, layer in zip(a, partition.layers, strict=False)]
     return Fisher(partition, a, g, likelihood=options.likelihood, flavour=options.fisher, swapped=swapped)
+
+
+def _inputs(x: Any, layer: Layer) -> Any:
+    """What :func:`_written` wrote of one layer."""
+    if not isinstance(x, dict):
+        return x
+    index, value = _field(x, "index", Tensor), _field(x, "value", Tensor)
+    fits = index.dtype == torch.long and value.is_floating_point() and index.shape == value.shape
+    if fits and index.numel() and not index.is_meta:
+        fits = 0 <= int(index.min()) and int(index.max()) < layer.features
+    if not fits:
+        raise ValueError(f"The state's one-hot inputs of layer {layer.name!r} are not of {layer.features} columns.")
+    return OneHot(index, value, layer.features)
 
 
 def _warn_of_other_options(was: dict[str, Any], options: Options) -> None:
@@ -210,9 +230,11 @@ def _shaped(x: Any, shape: tuple[int | None, ...], what: str) -> Tensor:
     return x
 
 
-def _plain(x: Tensor, *, meta: bool = False) -> bool:
-    """Whether a tensor has real numbers, all of them written down; on the ``meta`` device none are."""
-    return x.layout == torch.strided and x.is_floating_point() and (meta or not x.is_meta)
+def _plain(x: Tensor, *, meta: bool = False, whole: bool = False) -> bool:
+    """Whether a tensor has real numbers, or also ``whole`` ones, all of them written down; on the ``meta`` device none
+    are."""
+    kind = x.is_floating_point() or (whole and x.dtype == torch.long)
+    return x.layout == torch.strided and kind and (meta or not x.is_meta)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -228,4 +250,6 @@ def _converted(value: Any, like: Tensor) -> Any:
         return {key: _converted(item, like) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_converted(item, like) for item in value]
-    return value.to(like) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(like) if value.is_floating_point() else value.to(like.device)

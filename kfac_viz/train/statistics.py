@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..method.checks import same_random_state
 from ..method.fisher import Fisher
 from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
+from ..method.one_hot import OneHot, Rows, cat, dense, padded
 from ..method.partition import Partition
 
 
@@ -65,7 +65,8 @@ class RunningFactors:
             for mine, theirs in ((self.A, new.A), (self.G, new.G)):
                 fresh = [theirs[l] for l in where]
                 if share < 1:  # one operation for all layers of one share, which mostly are all layers
-                    fresh = torch._foreach_lerp([mine[name] for name in names], fresh, share)
+                    pairs = [_alike(mine[name], X) for name, X in zip(names, fresh, strict=True)]
+                    fresh = torch._foreach_lerp(*map(list, zip(*pairs, strict=True)), share)
                 mine.update(zip(names, fresh, strict=True))
         self.weight.update({name: w + F.N for name, w in before.items()})
         self.newest = reached | set(seen)
@@ -74,10 +75,18 @@ class RunningFactors:
         """The factors as K-FAC takes them, once a layer was seen; one that was never seen has zeros."""
         zeros = next(iter(self.A.values())).new_zeros
         A = tuple(
-            self.A[x.name] if x.name in self.A else zeros(x.features, x.features) + x.vector for x in partition.layers
+            self.A[x.name] if x.name in self.A else zeros(*[x.features] * (1 if x.table else 2)) + x.vector
+            for x in partition.layers
         )
         G = tuple(self.G[x.name] if x.name in self.G else zeros(x.out, x.out) for x in partition.layers)
         return KroneckerFactors(partition, A, G)
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors as matrices, if one of them is the diagonal of one and the other is not."""
+    if one.ndim == other.ndim:
+        return one, other
+    return tuple(X.diag_embed() if X.ndim < max(one.ndim, other.ndim) else X for X in (one, other))
 
 
 @dataclass
@@ -126,10 +135,16 @@ class Window:
 
         Where batches differ in their number of positions, ``a`` is scaled so that each batch is averaged over its own.
         """
-        Fs, power = [part.F for part in self.parts], 0.5 if convention == "expand" else 1.0
+        Fs, reduced = [part.F for part in self.parts], convention == "reduce"
         most = [max(a.shape[-2] for a in layer) for layer in zip(*(F.a for F in Fs), strict=True)]
         weighted = [
-            F.like([a * (scale * (T / a.shape[-2]) ** power) for a, T in zip(F.a, most, strict=True)], F.g)
+            F.like(
+                [
+                    a * (scale * (T / a.shape[-2]) ** (1.0 if reduced and not isinstance(a, OneHot) else 0.5))
+                    for a, T in zip(F.a, most, strict=True)
+                ],
+                F.g,
+            )
             for F, scale in zip(Fs, self._scales(), strict=True)
         ]
         return KroneckerFisher(_joined(weighted, self._scales()), convention)
@@ -146,12 +161,12 @@ def _joined(Fs: list[Fisher], scales: list[float]) -> Fisher:
     """One Fisher of all examples, the vectors g of each part scaled."""
     if len(Fs) == 1 and scales[0] == 1:
         return Fs[0]
-    if len({(tuple(a.shape[-2] for a in F.a), F.swapped) for F in Fs}) > 1:
+    if len({(tuple((a.shape[-2], type(a)) for a in F.a), F.swapped) for F in Fs}) > 1:
         Fs = [_with_positions(F, Fs) for F in Fs]
     joined = []
     for pairs in zip(*(F.stacked for F in Fs), strict=True):
         scaled = [g if scale == 1 else g * scale for (_, g), scale in zip(pairs, scales, strict=True)]
-        joined.append((torch.cat([a for a, _ in pairs], dim=-3), torch.cat(scaled, dim=-3)))
+        joined.append((cat([a for a, _ in pairs], dim=-3), torch.cat(scaled, dim=-3)))
     return Fs[0].with_vectors(joined)
 
 
@@ -161,11 +176,14 @@ def _with_positions(F: Fisher, others: list[Fisher]) -> Fisher:
     def most(l: int, swapped: bool) -> int:
         return max(o.swapped[l] if swapped else o.a[l].shape[-2] - o.swapped[l] for o in others)
 
-    def padded(x: Tensor, l: int) -> Tensor:
-        own = x.shape[-2] - F.swapped[l]
-        parts = (x[..., :own, :], most(l, False)), (x[..., own:, :], most(l, True))
-        return torch.cat([functional.pad(part, (0, 0, 0, T - part.shape[-2])) for part, T in parts], dim=-2)
+    def extended(x: Rows, l: int) -> Rows:
+        own, to, also = x.shape[-2] - F.swapped[l], most(l, False), most(l, True)
+        if not also:
+            return padded(x, to - own)
+        return torch.cat([padded(x[..., :own, :], to - own), padded(x[..., own:, :], also - F.swapped[l])], dim=-2)
 
-    a, g = ([padded(x, l) for l, x in enumerate(side)] for side in (F.a, F.g))
+    one_hot = [all(isinstance(o.a[l], OneHot) for o in others) for l in range(len(F.a))]
+    inputs = [a if alike else dense(a) for a, alike in zip(F.a, one_hot, strict=True)]
+    a, g = ([extended(x, l) for l, x in enumerate(side)] for side in (inputs, F.g))
     swapped = [most(l, True) for l in range(len(a))]
     return Fisher(F.partition, a, g, likelihood=F.likelihood, flavour=F.flavour, swapped=swapped)
