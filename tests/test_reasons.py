@@ -272,6 +272,36 @@ def test_a_weight_that_is_in_times_out_is_a_linear_layer():
     assert_close(F.partition.pack(model), expected.partition.pack(twin))
 
 
+@pytest.mark.parametrize("options", [{"sparse": True}, {"max_norm": 0.5}, {"max_norm": 0.5, "norm_type": 1.0}])
+def test_an_embedding_with_sparse_gradients_or_short_rows(options):
+    words, run = torch.randint(0, 7, (6, 4)), lambda s, x: s.two(torch.tanh(s.one(x)).mean(1))
+    torch.manual_seed(0)
+    model = Model(run, one=nn.Embedding(7, 5, **options), two=nn.Linear(5, 3)).double()
+    before = model.one.weight.clone()
+    F = kv.capture(model, words, likelihood="categorical")
+    assert torch.equal(model.one.weight, before)
+    plain = Model(run, one=nn.Embedding(7, 5), two=model.two).double()
+    with torch.no_grad():
+        model(words)  # which shortens the rows
+        plain.one.weight.copy_(model.one.weight)
+    assert_close(F.dense(), kv.capture(plain, words, likelihood="categorical").dense())
+
+
+def test_a_sparse_gradient_is_refused_by_the_step_with_advice_that_works():
+    torch.manual_seed(0)
+    words, run = torch.randint(0, 7, (6, 4)), lambda s, x: s.two(torch.tanh(s.one(x)).mean(1))
+    model = Model(run, one=nn.Embedding(7, 5, sparse=True), two=nn.Linear(5, 3)).double()
+    opt = kv.TwoLevelKFAC(model, likelihood="categorical")
+    kv.nll(model(words), Y, "categorical").backward()
+    opt.observe(words)
+    with pytest.raises(ValueError, match="build the embedding with sparse=False"):
+        opt.step()
+    model.one.sparse = False
+    opt.zero_grad()
+    kv.nll(model(words), Y, "categorical").backward()
+    opt.step()
+
+
 def test_addmm_with_parameters_of_no_known_module():
     torch.manual_seed(0)
     run = lambda s, x: torch.addmm(s.b, torch.tanh(s.one(x)), s.W)  # noqa: E731

@@ -486,13 +486,18 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Known:
-    if max_norm is not None or scale_grad_by_freq or sparse or func is not functional.embedding:
+    """Rows of a table of words. With ``max_norm`` the rows of a copy are shortened and the table stays as it is: their
+    gradient, as in training, is that of the shortened rows."""
+    if scale_grad_by_freq or func is not functional.embedding:
         return _UNKNOWN
     words = len(weight)
     x = input.long()
     if padding_idx is not None and padding_idx >= -words:
         x = torch.where(x == padding_idx % words, -1, x)
-    out = func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    out = func(input, weight, padding_idx, None, norm_type, False, sparse)
+    if max_norm is not None:
+        shortened = func(input, weight.detach().clone(), padding_idx, max_norm, norm_type)
+        out = out + (shortened - out.detach())
     return out, [weight] * bool(watch.product(weight.mT, None, x, out, lambda g: g, out.shape[:-1]))
 
 
