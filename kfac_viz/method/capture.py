@@ -45,9 +45,15 @@ def capture(
 
     One forward pass in eval mode and one batched backward pass to the results of every product with a weight, wherever
     in the model it is: in a module, a function, or PyTorch's own attention; reused, transposed (tied) or packed. No
-    weight gradient is formed. Training flags, ``.grad``, ``requires_grad``, batch-norm statistics and, in the main
-    thread, the random state are afterwards what they were. Autocast is off inside; half precisions are kept in float32
+    weight gradient is formed, so that hooks on parameters do not run; hooks on modules and activations do. Training
+    flags, ``.grad``, ``requires_grad``, batch-norm statistics and, in the main thread, the random state are afterwards
+    what they were. The caller's autocast is off inside, and the model's own is on; half precisions are kept in float32
     once captured.
+
+    A table that every example uses whole, such as learned positions, is a layer like a table of words: its inputs are
+    rows of the identity, so that K-FAC has a diagonal A and one G for all of its rows. Where the table is added,
+    multiplied or copied to the examples, the score of an example is what comes back to that place. Where it passes
+    through layers of its own first, each example is pulled back by itself: N passes, and a warning says so once.
 
     Args:
         model: weights and ``inputs`` share one floating dtype and one device.
