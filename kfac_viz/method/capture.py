@@ -20,7 +20,7 @@ from .checks import (
     warn,
 )
 from .fisher import Fisher
-from .layers import named
+from .layers import modules_of, named, names_of, unwrapped
 from .likelihood import FLAVOURS, LIKELIHOODS, count_vectors, output_vectors
 from .one_hot import numbers
 from .partition import Partition
@@ -89,11 +89,11 @@ def capture(
             else f"targets belong to fisher='empirical' only; fisher={fisher!r} takes its labels from the model."
         )
     check_count("samples", samples, least=1)
-    model = getattr(model, "_orig_mod", model)  # a compiled model runs without hooks; its original has them
+    model = unwrapped(model)
     partition = Partition.from_model(model, layers)
     inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     check_inputs(model, partition, inputs)
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(
                 f"Batch norm {name!r} keeps no running statistics and couples the examples, so that no per-example "
@@ -239,7 +239,7 @@ def check_inputs(model: nn.Module, partition: Partition, inputs: tuple[Tensor, .
 def _tell_others(model: nn.Module, partition: Partition) -> None:
     """Warn, once per model, of the trainable parameters outside the partition."""
     mine = {id(p) for own in partition.own_parameters(model) for p in own}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
+    others = [name for p, name in names_of(model).items() if p.requires_grad and id(p) not in mine]
     if others and model not in _told:
         _told.add(model)
         warn(

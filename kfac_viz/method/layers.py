@@ -20,7 +20,7 @@ class Piece:
     """A parameter, or some of its rows, as a rectangle in the matrix of its layer.
 
     Attributes:
-        parameter: its name, as in ``model.named_parameters()``.
+        parameter: its name, as in :func:`parameters_of`.
         shape: of the parameter, or of the rows that are meant.
         top, left, height, width: where the rectangle lies in the matrix (out, features).
         rows: first and last row of the parameter, where the piece is not all of it: ``q`` of a packed attention weight.
@@ -91,9 +91,47 @@ class Layer:
         return f"{self.name}: {self.features - self.bias}{bias}→{self.out}"
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The plain model inside ``torch.compile``, ``nn.DataParallel`` and the like; any other model as it is."""
+    while (name := _held(model)) is not None:
+        model = model._modules[name]
+    return model
+
+
+def _held(module: nn.Module) -> str | None:
+    """The name under which a wrapper holds the module that it passes its calls on to; None if it is no wrapper."""
+    if not isinstance(module, nn.Module):
+        return None
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    return next((name for name in ("_orig_mod", "_checkpoint_wrapped_module") if name in module._modules), None)
+
+
+def modules_of(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every name that it has in the plain model: wrappers add nothing to the names."""
+    yield name, model
+    held = _held(model)
+    for key, module in model._modules.items():
+        if module is not None:
+            yield from modules_of(module, name if key == held else _dotted(name, key))
+
+
+def _dotted(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By every name that a parameter has: a tied one has several."""
-    return dict(model.named_parameters(remove_duplicate=False))
+    """By every name that a parameter has in the plain model (see :func:`modules_of`): a tied one has several."""
+    own = ((name, module._parameters.items()) for name, module in modules_of(model))
+    return {_dotted(name, key): p for name, items in own for key, p in items if p is not None}
+
+
+def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The first of the names of every parameter."""
+    names: dict[nn.Parameter, str] = {}
+    for name, p in parameters_of(model).items():
+        names.setdefault(p, name)
+    return names
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
@@ -107,19 +145,19 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     Raises:
         ValueError: a parameter that is lazy and has no shape yet.
     """
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    lazy = [name for name, p in parameters_of(model).items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         raise ValueError(f"Parameter {lazy[0]!r} is lazy and has no shape yet; run the model once first.")
     claimed: set[int] = set()
     layers: dict[str, Layer] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         if is_computed(module):
             claimed |= set(map(id, module.parameters()))
         own: dict[str, Named] = {}
         for key, p in module._parameters.items():
             if p is not None and id(p) not in claimed:
                 claimed.add(id(p))
-                own[key] = f"{name}.{key}" if name else key, p
+                own[key] = _dotted(name, key), p
         for layer in _layers_in(name, module, own):
             layers[layer.name] = layer
     return layers
@@ -144,7 +182,7 @@ def _layers_in(name: str, module: nn.Module, own: dict[str, Named]) -> Iterator[
         bias, E = left.pop("in_proj_bias", None), module.embed_dim
         for i, part in enumerate("qkv"):
             rows, weight = (i * E, (i + 1) * E), left.pop(f"{part}_proj_weight", None)
-            layer = f"{name}.{part}" if name else part
+            layer = _dotted(name, part)
             if "in_proj_weight" in own:
                 yield _matrix(layer, own["in_proj_weight"], bias, rows, rows)
             elif weight is not None:
@@ -205,7 +243,11 @@ def is_gpt2_linear(module: nn.Module) -> bool:
 
 def computed(model: nn.Module) -> list[str]:
     """Names of the modules whose weight or bias is computed from other tensors."""
-    return [name for name, module in model.named_modules() if is_computed(module)]
+    names: dict[nn.Module, str] = {}
+    for name, module in modules_of(model):
+        if is_computed(module):
+            names.setdefault(module, name)
+    return list(names.values())
 
 
 def named(others: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_number, check_type, finite
-from .layers import Layer, computed, layers_of, named, parameters_of
+from .layers import Layer, computed, layers_of, modules_of, named, parameters_of
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Partition:
 
         Args:
             model: any module; layers may be nested at any depth.
-            layers: names of the layers to keep, or of modules (as in ``model.named_modules()``), which stand for all
-                layers inside; all by default.
+            layers: names of the layers to keep, or of modules, which stand for all layers inside; all by default.
+                They are those of the plain model, also where it or a part of it is compiled or wrapped.
 
         Raises:
             ValueError: no such layer, or a frozen or half-frozen one.
@@ -79,7 +79,7 @@ class Partition:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a torch.nn.Module; got {type(model).__name__}.")
-        modules = dict(model.named_modules())
+        modules = dict(modules_of(model))
         scripts = [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
         scripted = scripts if layers is None else scripts[: "" in scripts]
         if scripted:

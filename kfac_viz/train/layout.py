@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..method.layers import names_of
 from ..method.partition import Partition
 
 
@@ -28,7 +29,7 @@ class Layout:
         self.covered = {p for _, p in self.pieces}
         self.group = {p: group for group in groups for p in group["params"]}
         self.groups = [group for group in groups if not self.covered.isdisjoint(group["params"])]
-        self.names = {p: name for name, p in model.named_parameters()}
+        self.names = names_of(model)
 
     @property
     def like(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..method.capture import check_inputs
 from ..method.checks import check_damping, own_precision, warn
-from ..method.layers import Layer, computed, layers_of, parameters_of
+from ..method.layers import Layer, computed, layers_of, parameters_of, unwrapped
 from ..method.partition import Partition, inside
 from ..method.two_level import TwoLevel
 from . import state as states
@@ -77,7 +77,8 @@ class TwoLevelKFAC(Optimizer):
     Args:
         model: its trainable layers get curvature, norms, embeddings and attention included; parameters that are used
             otherwise than in sums of products get plain gradient steps, and a warning names them once. Compiled models
-            are seen through; a model distributed over several processes is refused.
+            and wrappers such as ``nn.DataParallel`` are seen through, and layers have the names of the plain model;
+            a model distributed over several processes is refused.
         params: parameters or groups with their own ``lr``, ``momentum``, ``weight_decay``, ``maximize``; all
             trainable ones by default. A layer is preconditioned if all of its parameters are given.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
@@ -154,7 +155,7 @@ class TwoLevelKFAC(Optimizer):
                 "Curvature is not averaged between processes, so that the replicas would drift apart; train in one."
             )
         self.options = Options.read(options)
-        self.model = getattr(model, "_orig_mod", model)
+        self.model = unwrapped(model)
         self._only = layers if layers is None else _layer_names(layers, self.model)
         defaults = {
             "lr": self.options.usual("lr") if lr is None else lr,
