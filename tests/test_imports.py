@@ -18,7 +18,7 @@ METHOD = (
     "operator", "likelihood", "kronecker", "fisher", "uses", "record", "witness", "capture", "kronecker_fisher",
     "preconditioner", "kfac", "coarse", "two_level", "krylov",
 )  # fmt: skip
-TRAIN = ("options", "layout", "statistics", "curvature", "state", "update", "step", "trial",
+TRAIN = ("options", "layout", "plain", "statistics", "curvature", "state", "update", "step", "trial",
          "optimizer")  # fmt: skip
 CORE = (*(f"method.{name}" for name in METHOD), *(f"train.{name}" for name in TRAIN))
 ROOMS = {  # what each may know, besides the packages of others

@@ -51,7 +51,7 @@ def contracted():
     return Forward(run, one=nn.Linear(4, 5), head=nn.Linear(5, 3))
 
 
-@pytest.mark.filterwarnings("ignore:Outside the Fisher", "ignore:Plain gradient", "ignore:Left out")
+@pytest.mark.filterwarnings("ignore:Outside the Fisher", "ignore:Adam's steps", "ignore:Left out")
 def test_an_unknown_use_is_refused_with_advice_that_works():
     x, y = normal(6, 4), torch.arange(6) % 3
     for refuses in (
@@ -71,7 +71,7 @@ def test_an_unknown_use_is_refused_with_advice_that_works():
     opt.observe(x)
     opt.step()
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
-    assert moved == [name for name, _ in model.named_parameters()], "the other layer takes plain gradient steps"
+    assert moved == [name for name, _ in model.named_parameters()], "the other layer follows Adam's rule"
 
 
 class Unseen(torch.autograd.Function):

@@ -499,18 +499,6 @@ def test_frozen_layers_are_left_out_and_said():
     assert opt.partition.names == ("2", "4")
 
 
-def test_a_weight_without_its_bias_gets_plain_gradient_steps():
-    model = mlp()
-    with pytest.warns(UserWarning, match="Plain gradient steps.*: 0.weight"):
-        opt = TwoLevelKFAC(model, [model[0].weight, *model[2].parameters()], **FIXED)
-    assert opt.partition.names == ("2",)
-    closure_of(opt, model)()
-    expected = model[0].weight - 0.1 * model[0].weight.grad
-    opt.observe(X)
-    opt.step()
-    assert_close(model[0].weight, expected)
-
-
 def test_a_weight_that_is_computed_from_others_is_left_out():
     model = mlp()
     nn.utils.parametrizations.weight_norm(model[0])

@@ -479,11 +479,11 @@ def test_an_encoder_is_accumulated_frozen_saved_and_lowered_as_other_models_are(
     assert all(p.isfinite().all() for p in single.parameters())
 
 
-def test_a_parameter_in_an_unknown_function_takes_plain_steps():
+def test_a_parameter_in_an_unknown_function_follows_adams_rule():
     model = Model(lambda s, x: s.one(x) * s.scale.exp(), one=nn.Linear(4, 3), scale=torch.zeros(3)).double()
     x = normal(12, 4)
     opt = kv.TwoLevelKFAC(model, **OPTIONS, step_rule="fixed", lr=0.05)
-    with pytest.warns(UserWarning, match="Plain gradient steps.*scale"):
+    with pytest.warns(UserWarning, match="Adam's steps.*scale"):
         train(model, x, opt, 4)
     assert opt.partition.names == ("one",) and float(model.scale.detach().norm()) > 0
     assert len(opt.curvature.window.parts) == 4, "the window goes on after the parameter was left out"

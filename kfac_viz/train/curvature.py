@@ -22,6 +22,7 @@ from .statistics import RunningFactors, Window, untouched
 
 COUNTERS = (
     *("observations", "refreshes", "coarse refreshes", "overshoots", "shortened", "rejected", "evaluations", "stuck"),
+    "without plain steps",
     *("fallbacks to eigenvalues", "fallbacks to one level", "layers without statistics"),
 )
 

@@ -22,6 +22,7 @@ from . import state as states
 from .curvature import RunningCurvature
 from .layout import Layout
 from .options import Options, check_group, shows_options
+from .plain import MOMENTS
 from .step import Step
 from .trial import Trial, loss_alone
 from .update import QuadraticModel, adapted_damping, update
@@ -76,14 +77,23 @@ class TwoLevelKFAC(Optimizer):
 
     Args:
         model: its trainable layers get curvature, norms, embeddings and attention included; parameters that are used
-            otherwise than in sums of products get plain gradient steps, and a warning names them once. Compiled models
+            otherwise than in sums of products follow Adam's rule, and a warning names them once. Compiled models
             and wrappers such as ``nn.DataParallel`` are seen through, and layers have the names of the plain model;
             a model distributed over several processes is refused.
-        params: parameters or groups with their own ``lr``, ``momentum``, ``weight_decay``, ``maximize``; all
-            trainable ones by default. A layer is preconditioned if all of its parameters are given.
+        params: parameters or groups with their own ``lr``, ``plain_lr``, ``momentum``, ``weight_decay``, ``maximize``;
+            all trainable ones by default. A layer is preconditioned if all of its parameters are given.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
         lr: factor on every step. None is 0.3 where ``kl_clip`` bounds the step, 0.1 where it is fixed, and 1 with
             ``"quadratic"``, the rule's own length, and ``"line_search"``, its first try.
+        plain_lr: length of the steps of parameters without curvature, which follow Adam's update (Kingma and Ba 2015,
+            arXiv 1412.6980, algorithm 1) with β₁ = ``momentum``, β₂ = 0.999 and ε = 1e-8. They are loose parameters in
+            functions that are not sums of products, weights that are computed from others, and layers that are not in
+            ``layers`` or not given in full. PyTorch's schedulers move ``lr`` alone; edit ``plain_lr`` in the groups.
+            Adam's step is no part of the direction whose length the step rules choose, it is added to it:
+            ``"line_search"`` halves both together, and with ``momentum=0``, its default, both go downhill;
+            ``"quadratic"`` with a closure predicts its change by its slope, and looks at a step that went up once
+            more without it. A step that is undone or refused undoes the moments too. The moments are kept at least
+            in float32. A parameter that gains or loses curvature starts without momentum and moments.
         momentum: in [0, 1); None is 0.9, and 0 with ``"line_search"``, whose gains a heavy ball destroys. The quadratic
             rule finds its own coefficient, and 0 turns that off.
         decay: weight of a batch against the next newer one in every average, of K-FAC's factors and of the batches in
@@ -99,7 +109,8 @@ class TwoLevelKFAC(Optimizer):
         observe_every, refresh_every, coarse_every: steps between observations, factorisations of M, and rebuilds
             of the coarse level (None: with M).
         coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches.
-        weight_decay: of the loss, also in the quadratic model; or shrinks weights directly if ``decoupled``.
+        weight_decay: of the loss, also in the quadratic model; or shrinks weights directly if ``decoupled``, by
+            ``lr * weight_decay`` of themselves in each step, and by ``plain_lr * weight_decay`` without curvature.
         step_rule: ``"fixed"``; ``"kl_clip"`` shortens directions with ``lr² vᵀ(F + λI)v > kl_clip``, F itself and
             not its Kronecker model, which to second order is no less than twice the KL divergence; where F
             vanishes because the model is sure of itself, λ still bounds the step. The bound holds before momentum,
@@ -129,6 +140,7 @@ class TwoLevelKFAC(Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
         *,
         lr: float | None = None,
+        plain_lr: float = 1e-3,
         momentum: float | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -159,6 +171,7 @@ class TwoLevelKFAC(Optimizer):
         self._only = layers if layers is None else _layer_names(layers, self.model)
         defaults = {
             "lr": self.options.usual("lr") if lr is None else lr,
+            "plain_lr": plain_lr,
             "momentum": self.options.usual("momentum") if momentum is None else momentum,
             "weight_decay": weight_decay,
             "maximize": bool(maximize),
@@ -310,10 +323,13 @@ class TwoLevelKFAC(Optimizer):
             guarded=not searching and (closure is not None or self._on_guard),
         )
         moves = step.moves(proposed)  # here, since a closure may write into the gradients at every length that is tried
+        measured = proposed.facts
+        if "predicted" in measured and (slope := step.plain_slope(moves)) is not None:
+            measured = measured | {"predicted": measured["predicted"] + slope, "plain slope": slope}
 
         def take(length: float = 1.0) -> None:
             """Take the step, or so much of it, and note what was measured."""
-            facts, skipped = step.write(moves, proposed.facts, T, length)
+            facts, skipped = step.write(moves, measured, T, length)
             self._facts.update(facts)
             if skipped is not None:
                 self._skipped = skipped + (0 if self._skipped is None else self._skipped)
@@ -361,8 +377,11 @@ class TwoLevelKFAC(Optimizer):
 
     def _judge(self, trial: Trial) -> None:
         """Compare with the loss after the step: undo what went up, and adapt λ."""
-        change = trial.change()
-        predicted = self._facts["predicted"]
+        change, predicted = trial.change(), self._facts["predicted"]
+        if not change <= 0 and trial.plain:  # λ cannot mend the steps of these
+            trial.restore(trial.plain)
+            change, predicted = trial.change(), predicted - self._facts["plain slope"]
+            self.curvature.counters["without plain steps"] += 1
         ratio = self._facts["reduction ratio"] = change / predicted if predicted else 0.0
         if not change <= 0:  # which NaN is not, either
             trial.reject()
@@ -474,11 +493,14 @@ class TwoLevelKFAC(Optimizer):
             self._tell("left", f"Left out of the curvature, being frozen or not given in full: {', '.join(left)}.")
         plain = [layout.names.get(p, "?") for p in layout.group if p not in layout.covered and p.requires_grad]
         if plain:
-            self._tell("plain", f"Plain gradient steps, with the lr of their group, for: {', '.join(plain)}.")
+            self._tell("plain", f"Adam's steps, with the plain_lr of their group, for: {', '.join(plain)}.")
 
     def _lay_out(self) -> None:
         """Look up the parameters of the layers: groups and partition are new, or the model is a copy."""
         self._layout = Layout(self.partition, self.model, self.param_groups)
+        for p, own in self.state.items():  # who gains or loses curvature starts anew
+            for name in MOMENTS if p in self._layout.covered else ("momentum_buffer",):
+                own.pop(name, None)
 
     def _tell(self, key: str, message: str) -> None:
         if key not in self._told:
@@ -492,7 +514,9 @@ class TwoLevelKFAC(Optimizer):
         return super().state_dict() | {"curvature": states.saved(self.curvature)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume bit for bit, with the saved λ, lr, momentum and weight decay in place of the constructor's.
+        """Resume bit for bit, with the saved λ and options of the groups in place of the constructor's.
+
+        States of the version before are loaded too; they have no ``plain_lr`` and no moments.
 
         The constructor's other arguments are the caller's to repeat. Those that shape the curvature are in the
         state: where they differ, a warning names both values, and this optimizer's hold from now on.
@@ -501,11 +525,12 @@ class TwoLevelKFAC(Optimizer):
             ValueError, TypeError: a state of another optimizer, of other layers, or with something missing or out of
                 range, in words; nothing has been changed then.
         """
-        if not isinstance(state_dict, dict) or "curvature" not in state_dict:
-            raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
-        matching = states.matching(state_dict, self.param_groups)
-        curvature = self._restored(state_dict["curvature"])
+        matching, saved = states.matching(state_dict, self.param_groups)
+        curvature = self._restored(saved)
         super().load_state_dict(matching)
+        own = [matching["state"].get(i, {}) for group in matching["param_groups"] for i in group["params"]]
+        for p, kept in zip(self._layout.group, own, strict=True):  # PyTorch has cast moments to the parameter's dtype
+            self.state[p].update({name: kept[name] for name in MOMENTS if name in kept})
         self.curvature = curvature
         self._lay_out()
 

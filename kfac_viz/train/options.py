@@ -132,15 +132,16 @@ SHAPING = (
 
 def check_group(group: dict[str, Any]) -> None:
     """Refuse options of a group that are missing or out of range: they may be edited at any time."""
-    missing = [name for name in ("lr", "momentum", "weight_decay", "maximize") if name not in group]
+    missing = [name for name in ("lr", "plain_lr", "momentum", "weight_decay", "maximize") if name not in group]
     if missing:
         raise ValueError(f"A group of parameters has no {missing[0]!r}.")
     check_type("maximize", group["maximize"], bool)
     check_number("lr", group["lr"], 0.0, math.inf)
+    check_number("plain_lr", group["plain_lr"], 0.0, math.inf)
     check_number("momentum", group["momentum"], 0.0, 1.0, open_high=True)
     check_number("weight_decay", group["weight_decay"], 0.0, math.inf)
     for dtype in {p.dtype for p in group["params"] if isinstance(p, Tensor) and p.is_floating_point()}:
-        for name in ("lr", "weight_decay"):
+        for name in ("lr", "plain_lr", "weight_decay"):
             if float(group[name]) > torch.finfo(dtype).max:
                 raise ValueError(f"{name} {group[name]:.3g} overflows parameters of {dtype}; choose a smaller one.")
 

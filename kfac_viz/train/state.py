@@ -20,6 +20,7 @@ from ..method.partition import Layer, Partition
 from ..method.two_level import TwoLevel
 from .curvature import RunningCurvature
 from .options import SHAPING, Options, check_group
+from .plain import MOMENTS
 from .statistics import Part
 
 
@@ -177,35 +178,55 @@ def _warn_of_other_options(was: dict[str, Any], options: Options) -> None:
         )
 
 
-def matching(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A whole saved state, once its groups and momentum fit these groups; the momentum is copied, for PyTorch would go
-    on with the caller's tensors.
+def matching(state: Any, groups: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
+    """A whole saved state, once its groups, momentum and moments fit these groups, and the curvature that was in it.
+
+    Tensors are copied, for PyTorch would go on with the caller's. Groups of earlier versions have no ``plain_lr``: they
+    take that of these groups.
 
     Raises:
         ValueError, TypeError: groups or momentum of other parameters, or an option that is missing or out of range.
     """
-    saved, kept = state.get("param_groups"), state.get("state")
-    whole = isinstance(saved, list) and isinstance(kept, dict)
-    if not whole or not all(isinstance(x, dict) and isinstance(x.get("params"), list) for x in saved):
+    state = state if isinstance(state, dict) else {}
+    given, kept = state.get("param_groups"), state.get("state")
+    is_whole = isinstance(given, list) and isinstance(kept, dict)
+    if not is_whole or not all(isinstance(x, dict) and isinstance(x.get("params"), list) for x in given):
         raise ValueError("The state has no 'param_groups' and 'state' as PyTorch's optimizers write them.")
-    sizes, mine = ([len(group["params"]) for group in each] for each in (saved, groups))
+    if "curvature" not in state:
+        raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
+    sizes, mine = ([len(group["params"]) for group in each] for each in (given, groups))
     if sizes != mine:
         raise ValueError(f"The state has groups of {sizes} parameters; this optimizer has groups of {mine}.")
-    for group in saved:
+    given = [{"plain_lr": own["plain_lr"]} | group for own, group in zip(groups, given, strict=True)]
+    for group in given:
         check_group(group)
-    numbers = [i for group in saved for i in group["params"]]
-    if not all(isinstance(i, int) for i in numbers):
+    names = [i for group in given for i in group["params"]]
+    if not all(isinstance(i, int) for i in names):
         raise ValueError("The state numbers its parameters; in a group stands something else.")
-    shapes = dict(zip(numbers, (p.shape for group in groups for p in group["params"]), strict=True))
+    params = dict(zip(names, (p for group in groups for p in group["params"]), strict=True))
     copies = {}
     for i, own in kept.items():
-        buffer = own.get("momentum_buffer") if isinstance(own, dict) else None
-        if i not in shapes or not isinstance(buffer, Tensor) or buffer.shape != shapes[i] or not _plain(buffer):
-            raise ValueError(f"The state of parameter {i!r} has no momentum_buffer of that parameter's shape.")
-        if not finite([buffer])[0]:
-            raise ValueError(f"The momentum_buffer of parameter {i!r} holds NaN or inf.")
-        copies[i] = own | {"momentum_buffer": buffer.detach().clone()}
-    return state | {"state": copies}
+        if i not in params or not isinstance(own, dict):
+            raise ValueError(f"The state is of no parameter {i!r}.")
+        copies[i] = {name: own[name].detach().clone() for name in _checked(own, i, params[i])}
+    return {"state": copies, "param_groups": given}, state["curvature"]
+
+
+def _checked(own: dict[str, Any], i: int, p: Tensor) -> list[str]:
+    """What of the state of a parameter is taken, once it is found to be right."""
+    names = [name for name in ("momentum_buffer", *MOMENTS) if name in own]
+    if 0 < len(own.keys() & set(MOMENTS)) < len(MOMENTS):
+        raise ValueError(f"The state of parameter {i!r} needs all of {', '.join(MOMENTS)}, or none of them.")
+    for name in names:
+        shape = () if name == "step" else tuple(p.shape)
+        x = _shaped(own[name], shape, f"{name} of parameter {i!r}")
+        if not _plain(x):
+            raise ValueError(f"The {name} of parameter {i!r} is a tensor of {x.dtype}, {x.layout}, on {x.device}.")
+    squares = ("step", "exp_avg_sq")  # which are not negative
+    for name, fine in zip(names, finite([own[x].sqrt() if x in squares else own[x] for x in names]), strict=True):
+        if not fine:
+            raise ValueError(f"The {name} of parameter {i!r} holds NaN, inf or the root of a negative number.")
+    return names
 
 
 def _field(state: dict[str, Any], key: str, kind: type = object, length: int | None = None) -> Any:

@@ -14,16 +14,20 @@ from ..method.layers import Piece
 from ..method.two_level import TwoLevel
 from .layout import Layout
 from .options import Options, check_group
+from .plain import MOMENTS, Moments, adam, no_moments
 from .update import Update
 
 
 class Move(NamedTuple):
-    """What a step does to a parameter p, or to a piece of it: what is added, and the momentum that is left, if any."""
+    """What a step does to a parameter p, or to a piece of it: what is added to it, and what is left in its state.
+
+    A parameter without curvature has no piece.
+    """
 
     p: Tensor
     piece: Piece | None
     step: Tensor
-    momentum: Tensor | None
+    left: dict[str, Tensor]
 
     def of(self, x: Tensor) -> Tensor:
         """What is meant of p, or of anything in its shape: a view."""
@@ -35,7 +39,8 @@ class Step:
 
     Args:
         layout: of the layers that have curvature.
-        groups, state: the optimizer's; ``state`` has the momentum of each parameter.
+        groups, state: the optimizer's; ``state`` has the momentum of each parameter of a layer, and the moments of
+            each other one.
         options: of the optimizer.
 
     Attributes:
@@ -74,12 +79,17 @@ class Step:
         """The momentum of a parameter, None where it has none yet."""
         return self.state.get(p, {}).get("momentum_buffer")
 
-    def buffer(self, p: Tensor) -> Tensor:
-        """The same to write into, made or moved to where the model is now."""
-        last = self.last(p)
-        if last is None or (last.dtype, last.device) != (p.dtype, p.device):
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p) if last is None else last.to(p)
-        return self.state[p]["momentum_buffer"]
+    def moments(self, p: Tensor) -> Moments:
+        """The moments of a parameter without curvature, where the model is now."""
+        none, own = no_moments(p), self.state.get(p, {})
+        return tuple(own[name].to(zero) if name in own else zero for name, zero in zip(MOMENTS, none, strict=True))
+
+    def buffer(self, p: Tensor, name: str = "momentum_buffer", like: Tensor | None = None) -> Tensor:
+        """Something in the state of a parameter to write into, made or moved to the dtype and device of ``like``."""
+        like, last = p if like is None else like, self.state.get(p, {}).get(name)
+        if last is None or (last.dtype, last.device) != (like.dtype, like.device):
+            self.state[p][name] = torch.zeros_like(like) if last is None else last.to(like)
+        return self.state[p][name]
 
     def momentum(self) -> Tensor | None:
         """The layers' momentum (P,), zero where there is none yet or none is wanted; None without any momentum."""
@@ -110,31 +120,34 @@ class Step:
         return v
 
     def moves(self, proposed: Update) -> list[Move]:
-        """What happens to every parameter that has a gradient: in layers as proposed, elsewhere a plain gradient step,
-        ``-lr · buffer`` with ``buffer ← momentum · buffer + gradient``."""
-        pieces, split = self.layout.pieces, self.layout.split
-        left = [None] * len(pieces) if proposed.momentum is None else split(proposed.momentum)
+        """What happens to every parameter that has a gradient: in layers as proposed, elsewhere Adam's step."""
+        pieces, split, left = self.layout.pieces, self.layout.split, [{}] * len(self.layout.pieces)
+        if proposed.momentum is not None:
+            left = [{"momentum_buffer": x} for x in split(proposed.momentum)]
         triples = zip(pieces, split(proposed.step), left, strict=True)
         moves = [Move(p, piece, step.to(p.dtype), x) for (piece, p), step, x in triples if p in self.grads]
         for group in self.groups:
             plain = [p for p in group["params"] if p in self.grads and p not in self.layout.covered]
-            if not plain:
-                continue
-            along, left = [self.grads[p] for p in plain], [None] * len(plain)
-            if group["momentum"]:
-                last = [self.last(p) for p in plain]
-                last = [torch.zeros_like(p) if x is None else x for p, x in zip(plain, last, strict=True)]
-                along = left = torch._foreach_add(torch._foreach_mul(last, group["momentum"]), along)
-            steps = torch._foreach_mul(along, -group["lr"])
-            moves += [Move(p, None, step.to(p.dtype), x) for p, step, x in zip(plain, steps, left, strict=True)]
+            if plain:
+                grads, before = [self.grads[p] for p in plain], [self.moments(p) for p in plain]
+                steps, after = adam(grads, before, lr=group["plain_lr"], beta1=float(group["momentum"]))
+                after = [dict(zip(MOMENTS, x, strict=True)) for x in after]
+                moves += [Move(p, None, step.to(p.dtype), x) for p, step, x in zip(plain, steps, after, strict=True)]
         return [self._shrinking(move) for move in moves] if self.options.decoupled else moves
+
+    def plain_slope(self, moves: list[Move]) -> Tensor | None:
+        """``gᵀδ`` over the parameters without curvature, None where none moves: the change that their steps should make
+        to the loss, to first order."""
+        products = [(self.grads[x.p] * x.step).sum(dtype=self.g.dtype) for x in moves if x.piece is None]
+        return torch.stack(products).sum() if products else None
 
     def _shrinking(self, move: Move) -> Move:
         """The move with decoupled weight decay in it."""
         group = self.layout.group[move.p]
         if not group["weight_decay"]:
             return move
-        return move._replace(step=torch.add(move.step, move.of(move.p), alpha=-group["lr"] * group["weight_decay"]))
+        lr = group["plain_lr" if move.piece is None else "lr"]
+        return move._replace(step=torch.add(move.step, move.of(move.p), alpha=-lr * group["weight_decay"]))
 
     # ---- writing it -----------------------------------------------------------------------------------
 
@@ -142,25 +155,28 @@ class Step:
         self, moves: list[Move], facts: dict[str, Tensor], T: TwoLevel, length: float
     ) -> tuple[dict[str, Any], Tensor | None]:
         """Take the step, or ``length`` of it, if all that it would write is finite. T, which it comes from, helps to
-        find what is not.
+        find what is not. The momentum of a shorter step is shorter; moments are averages of gradients, and stay.
 
         Returns:
             The facts as numbers, read in the one look at the device; and None. If capturable there is no such look: the
             facts stay on the device, and so does the answer whether the step was skipped.
         """
         params = [move.of(move.p) for move in moves]
-        held = [move for move in moves if move.momentum is not None]
-        steps, left = [move.step for move in moves], [move.momentum for move in held]
+        held = [move for move in moves if move.piece is not None and move.left]
+        steps, left = [move.step for move in moves], [move.left["momentum_buffer"] for move in held]
         if length != 1.0:
             steps, left = torch._foreach_mul(steps, length), torch._foreach_mul(left, length) if left else []
         new = torch._foreach_add(params, steps)
         left = [x.to(move.p.dtype) for move, x in zip(held, left, strict=True)]
+        moments = [(move.p, name, x) for move in moves if move.piece is None for name, x in move.left.items()]
         written = [*new, *(x for x in left if x.dtype != self.g.dtype)]  # what is finite in v may overflow there
+        written += [x for _, _, x in moments]
         numbers = torch.stack([*facts.values(), self.g.sum(), *torch._foreach_norm(written, dtype=self.g.dtype)])
+        left += [x for _, _, x in moments]
 
         def buffers() -> list[Tensor]:
-            """The momentum that takes ``left``, made only when that is to be written: a refused step leaves none."""
-            return [move.of(self.buffer(move.p)) for move in held]
+            """The state that takes ``left``, made only when that is to be written: a refused step leaves none."""
+            return [move.of(self.buffer(move.p)) for move in held] + [self.buffer(*moment) for moment in moments]
 
         skipped = None
         if self.options.capturable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,12 +14,16 @@ from .step import Step
 
 
 class Trial:
-    """Parameters, momentum and loss before a step.
+    """Parameters, their state and the loss before a step.
 
     Args:
         step: the step that is about to be taken.
         closure: recomputes the loss.
         loss: what it returned before the step.
+
+    Attributes:
+        before: the value and the state of every parameter that the step moves.
+        plain: those of them without curvature.
 
     Raises:
         TypeError: a loss that is not one number.
@@ -27,8 +31,9 @@ class Trial:
 
     def __init__(self, step: Step, closure: Callable[[], Tensor], loss: Any) -> None:
         self.step, self.closure, self.loss = step, closure, _number(loss)
-        last = {p: step.last(p) for p in step.grads}
-        self.before = {p: (p.clone(), None if buffer is None else buffer.clone()) for p, buffer in last.items()}
+        own = {p: step.state.get(p, {}) for p in step.grads}
+        self.before = {p: (p.clone(), {name: x.clone() for name, x in state.items()}) for p, state in own.items()}
+        self.plain = [p for p in self.before if p not in step.layout.covered]
 
     def change(self) -> float:
         """How much the loss has gone up since, weight decay included; if the closure fails, no step was taken."""
@@ -45,19 +50,21 @@ class Trial:
                 change += 0.5 * decay * float(p.square().sum() - value.square().sum())
         return change
 
-    def restore(self) -> None:
-        """Parameters and momentum as they were."""
-        for p, (value, buffer) in self.before.items():
+    def restore(self, params: Iterable[Tensor] | None = None) -> None:
+        """Parameters and their state as they were, or some of them."""
+        for p in self.before if params is None else params:
+            value, state = self.before[p]
             p.copy_(value)
             self.step.state.pop(p, None)
-            if buffer is not None:
-                self.step.state[p]["momentum_buffer"] = buffer.clone()
+            if state:
+                self.step.state[p].update({name: x.clone() for name, x in state.items()})
 
     def reject(self) -> None:
-        """Parameters as they were, and no momentum, which would lead the same way again."""
-        for p, (value, _) in self.before.items():
-            p.copy_(value)
-            self.step.buffer(p).zero_()
+        """Everything as it was, but for the momentum of the layers, which would lead the same way again."""
+        self.restore()
+        for p in self.before:
+            if p in self.step.layout.covered:
+                self.step.buffer(p).zero_()
 
 
 def _number(loss: Any) -> float:

@@ -50,12 +50,15 @@ def expected_step(opt: kv.TwoLevelKFAC, T: kv.TwoLevel, dtype: torch.dtype) -> T
     pieces = {mine[name]: x for name, x in apart(opt.partition, v, mine).items()}
     for p, gradient in grads.items():
         group, known = groups[p], p in pieces
-        if known and opt.options.step_rule == "quadratic":
+        if not known:
+            step, loose = _adam(opt, p, gradient, group), 1e-2 * group["plain_lr"] * (dtype != F64)
+        elif opt.options.step_rule == "quadratic":
             step, loose = pieces[p], off
         else:
-            along = (pieces[p] if known else gradient) + group["momentum"] * _buffer(opt, p, group)
-            step, loose = -group["lr"] * along, group["lr"] * off * known
-        start = p.detach().to(F64) * (1 - group["lr"] * group["weight_decay"] if opt.options.decoupled else 1)
+            along = pieces[p] + group["momentum"] * _buffer(opt, p, group)
+            step, loose = -group["lr"] * along, group["lr"] * off
+        rate = group["lr" if known else "plain_lr"]
+        start = p.detach().to(F64) * (1 - rate * group["weight_decay"] if opt.options.decoupled else 1)
         sizes = sum(float(x.abs().max()) for x in (start, step, group["lr"] * _buffer(opt, p, group)))
         targets[p] = (start + step, loose + 1e2 * eps * sizes)
     return targets
@@ -82,6 +85,17 @@ def _gradient(opt: kv.TwoLevelKFAC, p: Tensor, group: dict) -> Tensor:
 def _buffer(opt: kv.TwoLevelKFAC, p: Tensor, group: dict) -> Tensor:
     buffer = opt.state.get(p, {}).get("momentum_buffer")
     return torch.zeros_like(p, dtype=F64) if buffer is None or not group["momentum"] else buffer.to(F64)
+
+
+def _adam(opt: kv.TwoLevelKFAC, p: Tensor, g: Tensor, group: dict) -> Tensor:
+    """The step of a parameter without curvature."""
+    own, β = opt.state.get(p, {}), (group["momentum"], 0.999)
+    t = float(own.get("step", 0)) + 1
+    m, v = (
+        (own[name].to(F64) if name in own else 0) * b + (1 - b) * x
+        for name, b, x in zip(("exp_avg", "exp_avg_sq"), β, (g, g**2), strict=True)
+    )
+    return -group["plain_lr"] * m / (1 - β[0] ** t) / ((v / (1 - β[1] ** t)).sqrt() + 1e-8)
 
 
 def _clipped(opt: kv.TwoLevelKFAC, A: Tensor, v: Tensor, lr: Tensor, off: float) -> tuple[Tensor, float] | None:
