@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -252,3 +253,13 @@ def empirical_fisher(model: nn.Module, inputs: Tensor, targets: Tensor, likeliho
 
 def blocks(partition: kv.Partition, matrix: Tensor) -> list[list[Tensor]]:
     return [[matrix[a, b] for b in partition.slices] for a in partition.slices]
+
+
+# ---- saved optimizers --------------------------------------------------------------------------------
+
+
+def opened(state: dict) -> dict:
+    """A saved state with its curvature open to be read and changed, beside its groups as in earlier versions."""
+    groups = [group | {"curvature": None} for group in state["param_groups"]]
+    packed = io.BytesIO(state["param_groups"][0]["curvature"][0].cpu().numpy().tobytes())
+    return {"state": state["state"], "param_groups": groups, "curvature": torch.load(packed, weights_only=True)}

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import DEVICES, assert_close, mlp, normal
+from helpers import DEVICES, assert_close, mlp, normal, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -344,10 +344,10 @@ def test_a_bad_batch_changes_nothing_even_when_a_layer_was_just_frozen():
     opt = TwoLevelKFAC(model, **FIXED)
     train(opt, model)
     model[2].requires_grad_(False)
-    state = str(opt.state_dict())
+    state = str(opened(opt.state_dict()))
     with pytest.raises(ValueError, match="NaN or inf"):
         opt.observe(X * float("nan"))
-    assert str(opt.state_dict()) == state
+    assert str(opened(opt.state_dict())) == state
 
 
 def test_parts_of_an_accumulated_batch_make_one_batch():
@@ -807,7 +807,7 @@ def test_a_state_saved_with_other_options_is_said():
     model = mlp()
     opt = TwoLevelKFAC(model, **FIXED, coarse="random", per_layer=2)
     train(opt, model, 2)
-    state = opt.state_dict()
+    state = opened(opt.state_dict())
     other = TwoLevelKFAC(model, **FIXED | {"damping": 7.0}, fisher="exact", per_layer=3, coarse="random")
     with pytest.warns(UserWarning) as told:
         other.load_state_dict(state)
@@ -990,15 +990,15 @@ def test_a_broken_gradient_names_its_layer_and_changes_nothing(value):
     train(opt, model, 2)
     closure_of(opt, model)()
     model[2].bias.grad[0] = value
-    state, before = copy.deepcopy(opt.state_dict()), weights(model)
+    state, before = str(opened(opt.state_dict())), weights(model)
     with pytest.raises(ValueError, match="layer '2'"):
         opt.step()
     assert torch.equal(weights(model), before)
-    assert str(opt.state_dict()) == str(state)
+    assert str(opened(opt.state_dict())) == state
     closure_of(opt, model)()
     with pytest.raises(ValueError, match="NaN or inf"):
         opt.observe(X.clone().fill_(value))
-    assert str(opt.state_dict()) == str(state)
+    assert str(opened(opt.state_dict())) == state
 
 
 def test_what_is_missing_is_said():

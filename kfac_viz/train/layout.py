@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.layers import names_of
+from ..method.layers import layers_of, names_of
 from ..method.partition import Partition
 
 
@@ -19,6 +19,7 @@ class Layout:
         covered: the parameters of the layers. All others of the optimizer have no curvature.
         group: the group of every parameter of the optimizer.
         groups: those with parameters of the layers.
+        loose: parameters of no known module, which the way they are used may give or deny curvature.
         names: of the parameters of the model.
     """
 
@@ -30,6 +31,8 @@ class Layout:
         self.group = {p: group for group in groups for p in group["params"]}
         self.groups = [group for group in groups if not self.covered.isdisjoint(group["params"])]
         self.names = names_of(model)
+        loose = {piece.parameter for layer in layers_of(model).values() if layer.loose for piece in layer.pieces}
+        self.loose = {p for p, name in self.names.items() if name in loose}
 
     @property
     def like(self) -> Tensor:

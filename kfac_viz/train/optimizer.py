@@ -175,6 +175,7 @@ class TwoLevelKFAC(Optimizer):
             "momentum": self.options.usual("momentum") if momentum is None else momentum,
             "weight_decay": weight_decay,
             "maximize": bool(maximize),
+            "curvature": None,  # the place where a saved state has it, known to checkpoints that are flattened
         }
         if given is None:
             given = [p for p in self.model.parameters() if p.requires_grad]
@@ -278,6 +279,9 @@ class TwoLevelKFAC(Optimizer):
                 overflows the parameters, or a group whose options were edited out of range; parameters and momentum
                 have not been changed then.
         """
+        if closure is None and self._asked_for_state:
+            self._make_state()
+            return None
         searching = self.options.step_rule == "line_search"
         judged = searching or (closure is not None and self.options.step_rule == "quadratic")
         if self.options.capturable and judged:
@@ -510,13 +514,42 @@ class TwoLevelKFAC(Optimizer):
     # ---- state ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As PyTorch's, with ``"curvature"`` beside it: tensors, numbers, strings, lists and dictionaries only."""
-        return super().state_dict() | {"curvature": states.saved(self.curvature)}
+        """As PyTorch's: tensors, numbers, strings, lists, dictionaries and one tuple.
+
+        ``state`` has the momentum or the moments of every trainable parameter, those that are zero included; the first
+        of the ``param_groups`` has in ``"curvature"`` all that belongs to no parameter, as a copy. So
+        ``get_optimizer_state_dict``, ``set_optimizer_state_dict``, ``save`` and ``load`` of
+        ``torch.distributed.checkpoint`` lose nothing. With ``flatten_optimizer_state_dict=True`` they write that copy
+        once for every parameter of the first group.
+        """
+        state = super().state_dict()
+        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if p.requires_grad:
+                state["state"][i] = states.whole(state["state"].get(i, {}), p, self._layout)
+        like = self._layout.like
+        state["param_groups"][0]["curvature"] = states.packed(self.curvature, "cpu" if like.is_meta else like.device)
+        return state
+
+    @property
+    def _asked_for_state(self) -> bool:
+        """Whether a step is to make the state alone, as ``torch.distributed.checkpoint`` has it done before it saves or
+        loads: the first one, at ``lr=0`` and with gradients of zeros, without any observation."""
+        if self.state or self.curvature.observed_at is not None or any(group["lr"] for group in self.param_groups):
+            return False
+        grads = [p.grad for p in self._layout.group if p.grad is not None]
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)
+
+    def _make_state(self) -> None:
+        """Zeros for the momentum or the moments of every trainable parameter."""
+        for p in self._layout.group:
+            if p.requires_grad:
+                self.state[p] = states.whole({}, p, self._layout)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit, with the saved λ and options of the groups in place of the constructor's.
 
-        States of the version before are loaded too; they have no ``plain_lr`` and no moments.
+        States of the version before, with ``"curvature"`` beside ``"param_groups"``, are loaded too; they have no
+        ``plain_lr`` and no moments.
 
         The constructor's other arguments are the caller's to repeat. Those that shape the curvature are in the
         state: where they differ, a warning names both values, and this optimizer's hold from now on.
@@ -525,8 +558,8 @@ class TwoLevelKFAC(Optimizer):
             ValueError, TypeError: a state of another optimizer, of other layers, or with something missing or out of
                 range, in words; nothing has been changed then.
         """
-        matching, saved = states.matching(state_dict, self.param_groups)
-        curvature = self._restored(saved)
+        curvature = self._restored(states.curvature_in(state_dict))
+        matching = states.matching(state_dict, self.param_groups)
         super().load_state_dict(matching)
         own = [matching["state"].get(i, {}) for group in matching["param_groups"] for i in group["params"]]
         for p, kept in zip(self._layout.group, own, strict=True):  # PyTorch has cast moments to the parameter's dtype
@@ -555,7 +588,7 @@ class TwoLevelKFAC(Optimizer):
 
     def __repr__(self) -> str:
         groups = "; ".join(
-            ", ".join(f"{key}={_shown(value)}" for key, value in group.items() if key != "params")
+            ", ".join(f"{key}={_shown(value)}" for key, value in group.items() if key not in ("params", "curvature"))
             for group in self.param_groups
         )
         return (

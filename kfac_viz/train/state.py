@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from math import inf
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ from ..method.one_hot import OneHot, Rows
 from ..method.partition import Layer, Partition
 from ..method.two_level import TwoLevel
 from .curvature import RunningCurvature
+from .layout import Layout
 from .options import SHAPING, Options, check_group
-from .plain import MOMENTS
+from .plain import MOMENTS, no_moments
 from .statistics import Part
 
 
@@ -39,6 +42,28 @@ def saved(c: RunningCurvature) -> dict[str, Any]:
         "window": [{"batch": part.batch, "N": part.N, **_vectors(part.F)} for part in c.window.parts],
         "level": None if c._T is None else _saved_levels(c._T),
     }
+
+
+def packed(c: RunningCurvature, device: torch.device | str) -> tuple[Tensor]:
+    """The same as the bytes that ``torch.save`` writes, a tensor (bytes,) of uint8 in a tuple.
+
+    ``torch.distributed.checkpoint`` keeps what it finds in ``state`` and ``param_groups``, takes lists and dictionaries
+    apart, and loads a tensor only into one of the same shape. A tuple it stores and loads whole.
+    """
+    file = io.BytesIO()
+    torch.save(saved(c), file)
+    return (torch.frombuffer(file.getbuffer(), dtype=torch.uint8).to(device),)
+
+
+def _unpacked(value: Any) -> Any:
+    """What :func:`packed` was made of; checkpoints may have made a list of the tuple."""
+    whole = isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], Tensor)
+    if not whole or value[0].dtype != torch.uint8 or value[0].is_meta:
+        raise ValueError("The state's 'curvature' must be one tensor of uint8 in a tuple.")
+    try:
+        return torch.load(io.BytesIO(value[0].cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"The state's 'curvature' cannot be read, it is not whole: {error}") from None
 
 
 def _saved_levels(T: TwoLevel) -> dict[str, Any]:
@@ -178,41 +203,66 @@ def _warn_of_other_options(was: dict[str, Any], options: Options) -> None:
         )
 
 
-def matching(state: Any, groups: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
-    """A whole saved state, once its groups, momentum and moments fit these groups, and the curvature that was in it.
+def whole(own: dict[str, Tensor], p: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """The state of a parameter, with zeros for momentum or moments that it does not have yet.
 
-    Tensors are copied, for PyTorch would go on with the caller's. Groups of earlier versions have no ``plain_lr``: they
-    take that of these groups.
+    It has both if another batch may give or deny it curvature, so that what is saved has the same names in every run.
+    """
+    covered, loose = p in layout.covered, p in layout.loose
+    if (covered or loose) and "momentum_buffer" not in own:
+        own = own | {"momentum_buffer": torch.zeros_like(p)}
+    if (loose or not covered) and "step" not in own:
+        own = own | dict(zip(MOMENTS, no_moments(p), strict=True))
+    return own
+
+
+def curvature_in(state: Any) -> Any:
+    """What :func:`saved` gave, out of a saved optimizer: of its groups or, in earlier versions, beside them.
+
+    Raises:
+        ValueError: it is not there, or not whole, or this is no state of an optimizer.
+    """
+    state = state if isinstance(state, dict) else {}
+    groups = state.get("param_groups")
+    whole = isinstance(groups, list) and isinstance(state.get("state"), dict)
+    if not whole or not all(isinstance(x, dict) and isinstance(x.get("params"), list) for x in groups):
+        raise ValueError("The state has no 'param_groups' and 'state' as PyTorch's optimizers write them.")
+    found = [group["curvature"] for group in groups if group.get("curvature") is not None]
+    if not found and "curvature" not in state:
+        raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
+    return _unpacked(found[0]) if found else state["curvature"]
+
+
+def matching(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A saved state as PyTorch takes it, once its groups, momentum and moments fit these groups.
+
+    Tensors are copied, for PyTorch would go on with the caller's. Groups of earlier versions, which have the curvature
+    beside them, know no ``plain_lr``: they take that of these groups.
 
     Raises:
         ValueError, TypeError: groups or momentum of other parameters, or an option that is missing or out of range.
     """
-    state = state if isinstance(state, dict) else {}
-    given, kept = state.get("param_groups"), state.get("state")
-    is_whole = isinstance(given, list) and isinstance(kept, dict)
-    if not is_whole or not all(isinstance(x, dict) and isinstance(x.get("params"), list) for x in given):
-        raise ValueError("The state has no 'param_groups' and 'state' as PyTorch's optimizers write them.")
-    if "curvature" not in state:
-        raise ValueError("This is not a state of TwoLevelKFAC: it has no 'curvature'.")
+    given, kept = state["param_groups"], state["state"]
     sizes, mine = ([len(group["params"]) for group in each] for each in (given, groups))
     if sizes != mine:
         raise ValueError(f"The state has groups of {sizes} parameters; this optimizer has groups of {mine}.")
-    given = [{"plain_lr": own["plain_lr"]} | group for own, group in zip(groups, given, strict=True)]
+    earlier = [{"plain_lr": group["plain_lr"]} if "curvature" in state else {} for group in groups]
+    given = [more | group | {"curvature": None} for more, group in zip(earlier, given, strict=True)]
     for group in given:
         check_group(group)
     names = [i for group in given for i in group["params"]]
-    if not all(isinstance(i, int) for i in names):
-        raise ValueError("The state numbers its parameters; in a group stands something else.")
+    if not all(isinstance(i, (int, str)) for i in names):
+        raise ValueError("The state numbers or names its parameters; in a group stands something else.")
     params = dict(zip(names, (p for group in groups for p in group["params"]), strict=True))
     copies = {}
     for i, own in kept.items():
         if i not in params or not isinstance(own, dict):
             raise ValueError(f"The state is of no parameter {i!r}.")
         copies[i] = {name: own[name].detach().clone() for name in _checked(own, i, params[i])}
-    return {"state": copies, "param_groups": given}, state["curvature"]
+    return {"state": copies, "param_groups": given}
 
 
-def _checked(own: dict[str, Any], i: int, p: Tensor) -> list[str]:
+def _checked(own: dict[str, Any], i: int | str, p: Tensor) -> list[str]:
     """What of the state of a parameter is taken, once it is found to be right."""
     names = [name for name in ("momentum_buffer", *MOMENTS) if name in own]
     if 0 < len(own.keys() & set(MOMENTS)) < len(MOMENTS):
