@@ -114,6 +114,7 @@ def capture(
             targets=targets,
             samples=samples,
             generator=generator,
+            batch_statistics=False,
         )
     _tell_others(model, F.partition)
     return F
@@ -130,9 +131,12 @@ def observed(
     samples: int,
     generator: torch.Generator | None,
     partial: bool = False,
+    batch_statistics: bool = True,
 ) -> tuple[Fisher, tuple[str, ...]]:
     """The Fisher in the mode that the model is in, and the names of the layers that took part.
 
+    Where batch norm takes the mean and variance of the batch, scores are those with these held constant (K-FAC's usual
+    approximation), or it is refused without ``batch_statistics``.
     With ``partial``, a layer that took none has zero vectors, which is its exact share; otherwise it is refused. Loose
     parameters that are used otherwise than in sums of products are left out of the partition.
     Vectors are kept in the precision of the parameters and at least in float32.
@@ -150,7 +154,7 @@ def observed(
                 f"Layer {silent[0]!r} runs {run.silent[silent[0]]}; no gradient reaches it there from the outputs, and "
                 f"so it has no score. {advice(run, silent)}"
             )
-        if run.batch_statistics and not partial:
+        if run.batch_statistics and not batch_statistics:
             raise ValueError(
                 "The model normalises with the statistics of the batch also in eval mode (functional.batch_norm with "
                 "training=True), which couples the examples, so that no per-example Fisher exists; pass "

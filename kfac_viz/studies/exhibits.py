@@ -6,12 +6,14 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..method import coarse as spaces
-from ..method.capture import observed
 from ..method.checks import check_choice
+from ..method.fisher import Fisher
 from ..method.kfac import KFAC
 from ..method.kronecker import KroneckerFactors
+from ..method.likelihood import output_vectors
 from ..method.partition import Partition
 from ..method.two_level import TwoLevel
 from ..train.statistics import untouched
@@ -89,10 +91,7 @@ class Published(torch.optim.Optimizer):
             return
         generator = torch.Generator(inputs.device).manual_seed(self.observations)
         with untouched(self.model, inputs.device):
-            self.F, _ = observed(
-                self.model, (inputs,), self.partition, likelihood=self.likelihood, fisher="mc", targets=None, samples=1,
-                generator=generator,
-            )  # fmt: skip
+            self.F = self._captured(inputs, generator)
         kept = min(1 - 1 / (self.observations + 1), 0.95)
         new = self.F.kronecker()
         self.A = [kept * old + (1 - kept) * fresh for old, fresh in zip(self.A, new.A, strict=True)]
@@ -103,6 +102,27 @@ class Published(torch.optim.Optimizer):
         self.sums_A = torch.where(lower, kept * sums_A + (1 - kept) * (a @ a.T / self.F.N), sums_A)
         self.sums_G = torch.where(upper, kept * sums_G + (1 - kept) * (g @ g.T / self.F.N), sums_G)
         self.observations += 1
+
+    def _captured(self, inputs: Tensor, generator: torch.Generator) -> Fisher:
+        """Inputs of the layers and gradients of the loss at their results, as hooks on the modules see them: these go
+        through the statistics of the batch, where batch norm takes them."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        layers = {name: self.model.get_submodule(name) for name in self.partition.names}
+        handles = [
+            layer.register_forward_hook(lambda _, args, out, name=name: seen.update({name: (args[0].detach(), out)}))
+            for name, layer in layers.items()
+        ]
+        try:
+            with torch.enable_grad():
+                outputs = self.model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        vectors = output_vectors(outputs, self.likelihood, "mc", generator=generator)
+        g = torch.autograd.grad(outputs, [seen[name][1] for name in layers], vectors[0])
+        biases = [(0, int(layer.bias is not None)) for layer in layers.values()]
+        a = [functional.pad(seen[name][0], pad, value=1.0)[:, None] for name, pad in zip(layers, biases, strict=True)]
+        return Fisher(self.partition, a, [x[None, :, None] for x in g], flavour="mc")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
