@@ -255,6 +255,21 @@ def blocks(partition: kv.Partition, matrix: Tensor) -> list[list[Tensor]]:
     return [[matrix[a, b] for b in partition.slices] for a in partition.slices]
 
 
+def fisher_by_backward(model: nn.Module, inputs: Tensor, partition: kv.Partition, likelihood: str) -> Tensor:
+    """``(1/N) Σ_n J_nᵀ H_n J_n`` as the layers of a partition have it, from ``backward()`` of one output at a time."""
+    rows = []
+    for x in inputs:
+        for output in model(x[None]).flatten():
+            model.zero_grad()
+            output.backward(retain_graph=True)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            rows.append(partition.pack_grad(model))
+    model.zero_grad()
+    J, H = torch.stack(rows).unflatten(0, (len(inputs), -1)), output_hessian(model(inputs), likelihood)
+    return torch.einsum("nap,nab,nbq->pq", J, H, J) / len(inputs)
+
+
 # ---- saved optimizers --------------------------------------------------------------------------------
 
 

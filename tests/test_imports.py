@@ -14,7 +14,7 @@ ROOT = Path(kv.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 # Each may import those before it.
 METHOD = (
-    "checks", "decompositions", "stacks", "layers", "partition", "columns", "sample_space",
+    "checks", "decompositions", "one_hot", "stacks", "layers", "partition", "columns", "sample_space",
     "operator", "likelihood", "kronecker", "fisher", "uses", "record", "witness", "capture", "kronecker_fisher",
     "preconditioner", "kfac", "coarse", "two_level", "krylov",
 )  # fmt: skip

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import io
 
 import pytest
 import torch
-from helpers import assert_close, normal, output_hessian
+from helpers import assert_close, fisher_by_backward, normal, opened
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,28 +84,12 @@ def words(n: int = 5, T: int = 7, seed: int = 0, of: int = 6) -> Tensor:
     return torch.randint(0, of, (n, T), generator=torch.Generator().manual_seed(seed))
 
 
-def exact(model: nn.Module, x: Tensor, partition: kv.Partition, likelihood: str) -> tuple[Tensor, Tensor]:
-    """``(1/N) Σ_n J_nᵀ H_n J_n`` and its rows (N, C, P), by autograd for one example and one output at a time."""
-    rows = []
-    for one in x:
-        outputs = model(one[None])[0]
-        for c in range(len(outputs)):
-            model.zero_grad()
-            outputs[c].backward(retain_graph=True)
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            rows.append(partition.pack_grad(model))
-    model.zero_grad()
-    J, H = torch.stack(rows).unflatten(0, (len(x), -1)), output_hessian(model(x), likelihood)
-    return torch.einsum("nap,nab,nbq->pq", J, H, J) / len(x), J
-
-
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 @pytest.mark.parametrize("name", ALL)
 def test_the_fisher_is_that_of_autograd(name, likelihood):
     model, x = make(name), words()
     F = kv.capture(model, x, likelihood=likelihood)
-    expected, _ = exact(model, x, F.partition, likelihood)
+    expected = fisher_by_backward(model, x, F.partition, likelihood)
     assert any(isinstance(a, OneHot) for a in F.a) == (name not in ("tied",))
     v = normal(F.partition.size, 3)
     assert_close(F.dense(), expected)
@@ -295,7 +278,7 @@ def test_a_checkpoint_with_a_word_that_is_none_is_refused(index):
     model = make("words")
     opt = kv.TwoLevelKFAC(model, **OPTIONS)
     train(model, opt, 1)
-    state = copy.deepcopy(opt.state_dict())
+    state = opened(opt.state_dict())
     state["curvature"]["window"][0]["a"][0]["index"][0, 0] = index
     with pytest.raises(ValueError, match="one-hot inputs of layer 'table' are not of 6 columns"):
         kv.TwoLevelKFAC(make("words"), **OPTIONS).load_state_dict(state)

@@ -369,8 +369,11 @@ def test_the_kronecker_model_takes_layers_with_other_numbers_of_positions(name, 
     matrix = K.dense()
     d = torch.linalg.eigvalsh(matrix)
     assert float(d[0]) > -1e-12 * float(d[-1])
-    for l, s in enumerate(F.partition.slices):
-        assert_close(matrix[s, s], torch.kron(f.G[l], f.dense_A(l)), 1e-12)
+    for l, (s, layer) in enumerate(zip(F.partition.slices, F.partition.layers, strict=True)):
+        own = matrix[s, s].unflatten(0, (layer.groups, -1)).unflatten(2, (layer.groups, -1))
+        A, G = (X.view(layer.groups, *X.shape[-2:]) for X in (f.dense_A(l), f.G[l]))
+        for i in range(layer.groups):
+            assert_close(own[i, :, i], torch.kron(G[i], A[i]), 1e-12)
     Z = kv.coarse.spectral(F, 2)
     assert_close(K.image(Z).galerkin(), Z.dense().T @ matrix @ Z.dense(), 1e-11)
     v = normal(F.partition.size)

@@ -134,7 +134,8 @@ def _kronecker_eigenvectors(
         raise TypeError(f"{name} needs a Fisher, a K-FAC preconditioner or KroneckerFactors; got {type(F).__name__}.")
     kronecker = F if isinstance(F, KroneckerFactors) else F.kronecker()
     eigens = [(G, _ends(A, limit, largest)) for G, A in zip(kronecker.eigen_G, kronecker.eigen_A, strict=True)]
-    found = [torch.outer(G.d, A.d).flatten().sort(descending=largest, stable=True) for G, A in eigens]
+    products = [(G.d[..., :, None] * A.d[..., None, :]).flatten() for G, A in eigens]
+    found = [d.sort(descending=largest, stable=True) for d in products]
     counts = [min(limit, d.numel()) for d, _ in found]
     if total is not None:
         d = torch.cat([d[:n] for (d, _), n in zip(found, counts, strict=True)])
@@ -143,9 +144,18 @@ def _kronecker_eigenvectors(
         counts = torch.bincount(layers[best], minlength=len(found)).tolist()
     factors = []
     for (G, A), (_, order), n in zip(eigens, found, counts, strict=True):
-        rows = torch.div(order[:n], len(A.d), rounding_mode="floor")
-        factors.append((G.U[:, rows], A.U[:, order[:n] % len(A.d)]))
+        rows, columns = torch.div(order[:n], A.d.shape[-1], rounding_mode="floor"), order[:n] % A.d.shape[-1]
+        factors.append((G.U[:, rows], A.U[:, columns]) if G.d.ndim == 1 else _in_one_group(G, A, rows, columns))
     return RankOneSpace(kronecker.partition, factors, name=name)
+
+
+def _in_one_group(G: Eigen, A: Eigen, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """(W, U) of eigenvectors of the groups of a layer, counted through the groups: W is zero in all other groups."""
+    groups, out = G.d.shape
+    group, rows = torch.div(rows, out, rounding_mode="floor"), rows % out
+    W = G.U.new_zeros(len(rows), groups, out)
+    W[torch.arange(len(rows), device=W.device), group] = G.U[group, :, rows]
+    return W.flatten(1).mT.contiguous(), A.U[group, :, columns].mT.contiguous()
 
 
 def _ends(A: Eigen, count: int, largest: bool) -> Eigen:

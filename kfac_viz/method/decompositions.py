@@ -36,7 +36,7 @@ class Eigen(NamedTuple):
         if self.U is not None:
             return self.U if numbers is None else self.U[:, numbers]
         if numbers is None:
-            return torch.eye(len(self.d), dtype=self.d.dtype, device=self.d.device)
+            return torch.ones_like(self.d).diag_embed()
         zeros = self.d.new_zeros(len(self.d), len(numbers))
         return zeros.scatter_(0, numbers[None], 1.0)
 

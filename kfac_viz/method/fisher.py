@@ -12,6 +12,7 @@ from torch import Tensor
 from .checks import check_choice, check_room, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace
 from .kronecker import CONVENTIONS, KroneckerFactors
+from .layers import Layer
 from .one_hot import OneHot, Rows, cross, dense, numbers, padded
 from .operator import Image, Operator, ParameterSpace
 from .partition import Partition
@@ -31,7 +32,8 @@ class Fisher(Operator):
     Attributes:
         a: layer inputs, one (N, T, features) per layer; (S, N, T, features) where a weight is used transposed. Those of
             an embedding are a :class:`kfac_viz.method.one_hot.OneHot` of that shape.
-        g: output-side vectors, one (S, N, T, out) per layer.
+        g: output-side vectors, one (S, N, T, out) per layer. In a layer of several groups both have an axis for them in
+            front: (groups, N, T, features) and (groups, S, N, T, out / groups).
         swapped: for each layer, how many of its T positions, the last ones, are uses of its transpose.
     """
 
@@ -54,7 +56,7 @@ class Fisher(Operator):
         self.swapped = (0,) * len(partition) if swapped is None else tuple(swapped)
         self._check_vectors()
         self.likelihood, self.flavour = likelihood, flavour
-        self.S, self.N = self.g[0].shape[:2]
+        self.S, self.N = self.g[0].shape[-4:-2]
         self.dtype, self.device = self.g[0].dtype, self.g[0].device
         self._factors: dict[str, KroneckerFactors] = {}
 
@@ -66,16 +68,19 @@ class Fisher(Operator):
                 f"Expected one a and one g for each of {len(layers)} layers; got {len(self.a)}, {len(self.g)}."
             )
         like = self.a[0]
+        both = self.g[0].shape[-4:-2] if isinstance(self.g[0], Tensor) else None
         for layer, a, g, swapped in zip(layers, self.a, self.g, self.swapped, strict=True):
             check_type(f"a of layer {layer.name!r}", a, Tensor, OneHot)
             check_type(f"g of layer {layer.name!r}", g, Tensor)
-            lead = "(S, N, T, " if swapped else "(N, T, "
-            fits = a.ndim == 3 + (swapped > 0) and g.ndim == 4 and g.shape[3] == layer.out and g.numel() > 0
-            fits = fits and g.shape[:2] == (len(self.g[0]), like.shape[-3]) and a.shape[-1] == layer.features
-            if not fits or a.shape[:-1] != g.shape[4 - a.ndim : 3] or not 0 <= swapped <= g.shape[2]:
+            out, features = layer.unit
+            own = "(" + "".join(f"{n}, " for n in layer.axis)
+            vectors = (*layer.axis, *both, *g.shape[-2:-1], out)  # what g has to be
+            inputs = (*layer.axis, *vectors[-4 if swapped else -3 : -1], features)
+            fits = g.ndim == 4 + len(layer.axis) and (tuple(g.shape), tuple(a.shape)) == (vectors, inputs)
+            if not fits or not g.numel() or not 0 <= swapped <= g.shape[-2]:
                 raise ValueError(
-                    f"Layer {layer.name!r} needs a {lead}{layer.features}) and g (S, N, T, {layer.out}), with N and S "
-                    f"as everywhere; got {tuple(a.shape)} and {tuple(g.shape)}."
+                    f"Layer {layer.name!r} needs a {own}{'S, ' * (swapped > 0)}N, T, {features}) and g {own}S, N, T, "
+                    f"{out}), with N and S as everywhere; got {tuple(a.shape)} and {tuple(g.shape)}."
                 )
             if any((x.dtype, x.device, x.layout) != (like.dtype, like.device, torch.strided) for x in (a, g)):
                 raise TypeError(f"Layer {layer.name!r}: a and g must be dense, of one dtype and on one device.")
@@ -86,7 +91,8 @@ class Fisher(Operator):
     def _stacks(self) -> Stacks:
         alone = [l if isinstance(a, OneHot) else None for l, a in enumerate(self.a)]  # no stack is made of these
         positions = [(a.shape[-2], n, l) for a, n, l in zip(self.a, self.swapped, alone, strict=True)]
-        return Stacks([layer.shape for layer in self.partition.layers], positions)
+        layers = self.partition.layers
+        return Stacks([layer.unit for layer in layers], positions, [layer.groups for layer in layers])
 
     @cached_property
     def stacked(self) -> list[tuple[Rows, Tensor]]:
@@ -96,10 +102,10 @@ class Fisher(Operator):
     def with_vectors(self, stacked: list[tuple[Rows, Tensor]]) -> Fisher:
         """The same layers and kind, with other (a, g), stacked as ``self.stacked`` has them."""
         pairs: list[tuple[Rows, Tensor]] = [None] * len(self.partition)
-        for members, (a, g) in zip(self._stacks.groups, stacked, strict=True):
-            both = [(a, g)] if len(members) == 1 else zip(a.unbind(0), g.unbind(0), strict=True)
-            for l, pair in zip(members, both, strict=True):
-                pairs[l] = pair
+        for members, both in zip(self._stacks.groups, stacked, strict=True):
+            apart = (self._stacks.apart(members, x, 0) for x in both)
+            for l, *pair in zip(members, *apart, strict=True):
+                pairs[l] = tuple(pair)
         twin = self.like(*zip(*pairs, strict=True))
         vars(twin).update(_stacks=self._stacks, stacked=stacked)
         return twin
@@ -129,9 +135,9 @@ class Fisher(Operator):
     def scores(self, v: Tensor) -> Tensor:
         """``J v``: every score times v (..., P), shape (..., S, N)."""
         parts = []
-        for members, (a, g), V in zip(self._stacks.groups, self.stacked, self._stacks.split(v), strict=True):
+        for count, (a, g), V in zip(self._stacks.sizes, self.stacked, self._stacks.split(v), strict=True):
             s = _directional(a, g, V)
-            parts.append(s if len(members) == 1 else s.sum(-3))
+            parts.append(s if count == 1 else s.sum(-3))
         return reduce(torch.add, parts)
 
     def pull(self, s: Tensor) -> Tensor:
@@ -141,16 +147,16 @@ class Fisher(Operator):
     def add_pulled_(self, v: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
         """``v + alpha Jᵀ s``, in place."""
         pairs = []
-        for members, (a, g) in zip(self._stacks.groups, self.stacked, strict=True):
+        for count, (a, g) in zip(self._stacks.sizes, self.stacked, strict=True):
             if a.ndim == g.ndim:  # a weight used transposed: both sides depend on the vector
-                each = s.unsqueeze(-3) if len(members) > 1 else s
+                each = s.unsqueeze(-3) if count > 1 else s
                 pairs.append(((g * each[..., None, None]).flatten(-4, -2).mT, a.flatten(-4, -2)))
                 continue
             if s.ndim == 2:  # einsum would take twice as long for one vector
                 weighted = g * s[:, :, None, None]
                 weighted = weighted.squeeze(-4) if self.S == 1 else weighted.sum(-4)
             else:
-                weighted = torch.einsum("...snto,...sn->...nto", g, s.unsqueeze(-3) if len(members) > 1 else s)
+                weighted = torch.einsum("...snto,...sn->...nto", g, s.unsqueeze(-3) if count > 1 else s)
             pairs.append((weighted.flatten(-3, -2).mT, a.flatten(-3, -2)))
         return self._stacks.add_products_(v, pairs, alpha)
 
@@ -185,9 +191,10 @@ class Fisher(Operator):
 
     def _fill(self, block: Tensor, l: int, m: int) -> Tensor:
         """Write the block of layers l and m into ``block``, and return it."""
-        (o, i), (p, j) = self.partition.layers[l].shape, self.partition.layers[m].shape
+        both = self.partition.layers[l], self.partition.layers[m]
+        (o, i), (p, j) = (layer.shape for layer in both)
         positions = self.a[l].shape[-2] * self.a[m].shape[-2]
-        if positions > self.S or self.swapped[l] or self.swapped[m]:
+        if positions > self.S or self.swapped[l] or self.swapped[m] or any(layer.groups > 1 for layer in both):
             factors, per_example = _scores, self.S * max(o * i, p * j)
         else:
             factors, per_example = (
@@ -219,17 +226,17 @@ class Fisher(Operator):
         moments = []
         for l, (a, g) in enumerate(zip(self.a, self.g, strict=True)):
             if bases is not None:
-                g, a = g @ bases[l][0], a if bases[l][1] is None else dense(a) @ bases[l][1]
+                g, a = rotated(g, bases[l][0]), a if bases[l][1] is None else rotated(dense(a), bases[l][1])
             if isinstance(a, OneHot):
                 words, sums = a.merged(g)
                 total = g.new_zeros(g.shape[3], a.features)
                 words.add_product_(total, sums.square().sum(0).flatten(0, 1).mT)
-            elif a.shape[-2] == 1 and a.ndim == 3:
-                total = g[:, :, 0].square().sum(0).T @ a[:, 0].square()
+            elif a.shape[-2] == 1 and a.ndim < g.ndim:
+                total = (g[..., 0, :].square().sum(-3).mT @ a[..., 0, :].square()).view(self.partition.layers[l].shape)
             else:
                 total = 0.0
                 for a_, g_ in self._chunks((a, g), self.S * self.partition.layers[l].size):
-                    total = total + _layer_scores(a_, g_).square().sum(0).view(g.shape[3], a.shape[-1])
+                    total = total + _layer_scores(a_, g_).square().sum(0).view(self.partition.layers[l].shape)
             moments.append(total / self.N)
         return moments
 
@@ -240,6 +247,8 @@ class Fisher(Operator):
         a layer has positions, Eschenhagen et al. 2023: ``expand`` takes each for an example of its own,
         ``reduce`` averages a and sums g over them first. How layers with different numbers of them are aligned:
         see :meth:`rows`. Both are dense, the diagonal A of an embedding included: :meth:`kronecker` has its diagonal.
+        A layer of several groups has a stack of pairs, (groups, …); between two layers one of which has groups there
+        is a pair for each group of the one and each of the other, (groups_l, groups_m, …).
         """
         l, m = self.partition.index(l), self.partition.index(m)
         if l == m:
@@ -248,10 +257,11 @@ class Fisher(Operator):
         rows = self.rows(convention)
         (a, g), (b, h) = rows[l], rows[m]
         check_room(f"Factor A of layers {l} and {m}", a.shape[-1] * b.shape[-1], g, "apply F with @")
-        return cross(a, b) / self.N, g.mT @ h / self.N
+        return tuple(X / self.N for X in (between(a, b), between(g, h)))
 
     def rows(self, convention: str = "expand") -> list[tuple[Rows, Tensor]]:
-        """What K-FAC takes for independent examples, aligned between layers: (N', features) and (S·N', out) per layer.
+        """What K-FAC takes for independent examples, aligned between layers: (N', features) and (S·N', out) per layer,
+        or so much for each of its groups.
 
         A layer with one position stands at every position of the others; further differences are filled with zeros. So
         each layer keeps its own factors, and all of them together stay a Gram matrix. An embedding is expanded under
@@ -262,17 +272,17 @@ class Fisher(Operator):
             raise ValueError(f"The weight of layer {name!r} is used transposed; its cross factors have no definition.")
         check_choice("convention", convention, CONVENTIONS)
         reduced = [convention == "reduce" and not isinstance(a, OneHot) for a in self.a]
-        T = max(1 if less else a.shape[1] for a, less in zip(self.a, reduced, strict=True))
+        T = max(1 if less else a.shape[-2] for a, less in zip(self.a, reduced, strict=True))
         rows = []
         for a, g, less in zip(self.a, self.g, reduced, strict=True):
             if less:
-                a, g = a.mean(1, keepdim=True), g.sum(2, keepdim=True)
-            own = a.shape[1]
+                a, g = a.mean(-2, keepdim=True), g.sum(-2, keepdim=True)
+            own = a.shape[-2]
             if own == 1:
-                a, g = a.expand(-1, T, -1) / T**0.5, g.expand(-1, -1, T, -1) / T**0.5
+                a, g = (x.expand(*x.shape[:-2], T, x.shape[-1]) / T**0.5 for x in (a, g))
             else:
                 a, g = padded(a, T - own) / own**0.5, padded(g, T - own)
-            rows.append((a.flatten(0, 1), g.flatten(0, 2)))
+            rows.append((a.flatten(-3, -2), g.flatten(-4, -2)))
         return rows
 
     def kronecker(self, convention: str = "expand") -> KroneckerFactors:
@@ -313,10 +323,13 @@ class ScoreImage(Image):
         layers = list(zip(F.a, F.g, strict=True))
         if isinstance(Z, RankOneSpace):
             both = zip(layers, Z.factors, strict=True)
-            rows = [((a @ U) * (g @ W)).sum(2).movedim(-1, 0) for (a, g), (W, U) in both]
+            rows = [_rank_one(a, g, W, U).movedim(-1, 0) for (a, g), (W, U) in both]
         elif isinstance(Z, LocalSpace):
             blocks = zip(layers, Z.blocks, F.partition.layers, strict=True)
-            rows = [_directional(a, g, block.mT.unflatten(1, layer.shape)) for (a, g), block, layer in blocks]
+            rows = [
+                _of_all_groups(_directional(a, g, block.mT.unflatten(1, (*layer.axis, *layer.unit))), layer)
+                for (a, g), block, layer in blocks
+            ]
         else:
             rows = [F.scores(Z.rows)]
         self.U = torch.cat(rows).flatten(1)
@@ -390,9 +403,38 @@ def _directional(a: Rows, g: Tensor, V: Tensor) -> Tensor:
     return torch.einsum("...snto,...nto->...sn", g, outputs)
 
 
+def _of_all_groups(s: Tensor, layer: Layer) -> Tensor:
+    """s (..., S, N) of a layer from what its groups, if it has several, contribute."""
+    return s.sum(-3) if layer.groups > 1 else s
+
+
+def _rank_one(a: Rows, g: Tensor, W: Tensor, U: Tensor) -> Tensor:
+    """``Σ_t (g[s,n,t]ᵀ w) (uᵀ a[n,t])`` for the columns w of W and u of U, (S, N, k); one group after another."""
+    if g.ndim == 4:
+        return ((a @ U) * (g @ W)).sum(2)
+    return sum(_rank_one(*group, U) for group in zip(a, g, W.unflatten(0, (len(g), -1)), strict=True))
+
+
+def rotated(x: Tensor, U: Tensor) -> Tensor:
+    """``x U`` for rows x (..., c) and U (c, c), or for a matrix U of each group in x."""
+    return x @ U if U.ndim == 2 else (x.flatten(1, -2) @ U).view(*x.shape[:-1], -1)
+
+
+def between(a: Rows, b: Rows) -> Tensor:
+    """``aᵀ b`` of two layers, dense: (i, j), or (groups_a, groups_b, i, j) if one of them has groups."""
+    if a.ndim == b.ndim == 2:
+        return cross(a, b)
+    if isinstance(a, OneHot):
+        return torch.stack([cross(a, y) for y in b])[None]
+    if isinstance(b, OneHot):
+        return torch.stack([cross(x, b) for x in a])[:, None]
+    return torch.einsum("xni,ynj->xyij", *(x if x.ndim == 3 else x[None] for x in (a, b)))
+
+
 def _layer_scores(a: Tensor, g: Tensor) -> Tensor:
     """Scores of one layer, (S·N, out·features)."""
-    return torch.einsum("snto,nti->snoi" if a.ndim == 3 else "snto,snti->snoi", g, a).flatten(0, 1).flatten(1)
+    per, of = ("h" * (g.ndim > 4), "s" * (a.ndim == g.ndim))
+    return torch.einsum(f"{per}snto,{per}{of}nti->sn{per}oi", g, a).flatten(0, 1).flatten(1)
 
 
 def _scores(a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

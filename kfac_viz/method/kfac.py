@@ -11,6 +11,7 @@ from .checks import check_choice, check_type
 from .decompositions import Eigenvalues, cholesky, inverse
 from .fisher import Fisher
 from .kronecker import KroneckerFactors
+from .kronecker_fisher import KroneckerFisher
 from .preconditioner import Preconditioner
 
 RULES = ("eigen", "factored")
@@ -27,7 +28,8 @@ class KFAC(Preconditioner):
     A vector layer, such as the scale and shift of a norm, has its exact block for G and A = 1; λ is added to it whole
     under either rule. The rule for a tied weight: :func:`kfac_viz.method.fisher.kronecker_factors`.
     Layers of one shape, wherever they are in the network, go through one batched product. The A of an embedding is
-    diagonal and stays so.
+    diagonal and stays so. A layer of several groups, such as a depthwise convolution, has a pair of factors for each,
+    and what lies between them in its block is left out.
 
     Args:
         F: a :class:`Fisher`, or :class:`KroneckerFactors` such as an optimizer averages.
@@ -78,8 +80,9 @@ class KFAC(Preconditioner):
     @cached_property
     def _eigenvalues(self) -> Eigenvalues:
         """``d_G d_Aᵀ``, stacked: the same for every λ."""
-        stacks, names = self.factors.stacks, self.partition.names
-        order = [f"Layer {names[l]!r}" for members in stacks.groups for l in members]
+        f = self.factors
+        names = [name for members in f.stacks.groups for l in members for name in f.called(l)]
+        order = [name[0].upper() + name[1:] for name in names]
         return Eigenvalues(self._moments(), order)
 
     def _moments(self) -> list[Tensor]:
@@ -98,7 +101,7 @@ class KFAC(Preconditioner):
             return [tuple(_inverse(L, pair[0][0]) for L, _ in pair) for pair in lower]
         self.fallbacks = failed if self.damping > 0 else 0
         inverses = [
-            [w if e.U is None else (e.U * w) @ e.U.mT for e, w in zip(side, weights, strict=True)]
+            [w if e.U is None else (e.U * w[..., None, :]) @ e.U.mT for e, w in zip(side, weights, strict=True)]
             for side, weights in zip((f.eigen_G, f.eigen_A), zip(*self._factor_weights(), strict=True), strict=True)
         ]
         return list(zip(*map(f.stacks.gather, inverses), strict=True))
@@ -109,8 +112,8 @@ class KFAC(Preconditioner):
         layers = zip(f.eigen_G, f.eigen_A, f.shifts(self.damping), self.partition.names, strict=True)
         return [
             (
-                inverse(G.d, float(for_G), f"Layer {name!r}, factor G"),
-                inverse(A.d, float(for_A), f"Layer {name!r}, factor A"),
+                _damped_inverse(G.d, for_G, f"Layer {name!r}, factor G"),
+                _damped_inverse(A.d, for_A, f"Layer {name!r}, factor A"),
             )
             for G, A, (for_G, for_A), name in layers
         ]
@@ -118,19 +121,21 @@ class KFAC(Preconditioner):
     def eigenvalues(self) -> list[Tensor]:
         """The eigenvalues of M, one (out, features) per layer, in the order of the Kronecker eigenvectors."""
         if self.rule == "eigen":
-            return self.factors.stacks.scatter(self._weights, 2)
-        return [torch.outer(G, A) for G, A in self._factor_weights()]
+            found = self.factors.stacks.scatter(self._weights, 2)
+        else:
+            found = [G[..., :, None] * A[..., None, :] for G, A in self._factor_weights()]
+        return [w.reshape(layer.shape) for w, layer in zip(found, self.partition.layers, strict=True)]
 
     def dense(self) -> Tensor:
         self.check_dense()
-        f, scatter = self.factors, self.factors.stacks.scatter
+        f, units = self.factors, self.factors.stacks.units
         if self.rule == "factored":
             pairs = [(G, A if A.ndim == G.ndim else A.diag_embed()) for G, A in self._inverses]
-            G, A = (scatter(side, 2) for side in zip(*pairs, strict=True))
+            G, A = (units(side, 2) for side in zip(*pairs, strict=True))
             blocks = (torch.kron(g.contiguous(), a.contiguous()) for g, a in zip(G, A, strict=True))
         else:
-            layers = zip(f.eigen_G, f.eigen_A, scatter(self._weights, 2), strict=True)
-            blocks = (_from_eigenvectors(G.U, A.vectors(), w) for G, A, w in layers)
+            G, A = ([pair[side].vectors() for pair in f.eigen] for side in (0, 1))
+            blocks = map(_from_eigenvectors, *(units(side, 2) for side in (G, A, self._weights)))
         return self._in_range(torch.block_diag(*blocks), "The matrix")
 
     def __repr__(self) -> str:
@@ -148,7 +153,8 @@ class EKFAC(KFAC):
     def _moments(self) -> list[Tensor]:
         f = self.factors
         bases = [(G.U, A.U) for G, A in zip(f.eigen_G, f.eigen_A, strict=True)]
-        return f.stacks.gather(self._F.second_moments(bases))
+        moments = zip(self._F.second_moments(bases), self.partition.layers, strict=True)
+        return f.stacks.gather([x.view(*layer.axis, *layer.unit) for x, layer in moments])
 
     def __repr__(self) -> str:
         return self._describe(f"λ = {self.damping:.3g}")
@@ -163,22 +169,27 @@ class BlockTridiagonal(Preconditioner):
         M = Ξᵀ Λ Ξ,   Ξ = I − superdiag(Ψ),   Λ = diag(Σ_1⁻¹, …, Σ_L⁻¹),
         Ψ_l = K_{l,l+1} K_{l+1,l+1}⁻¹,   Σ_l = K_ll − Ψ_l K_{l+1,l+1} Ψ_lᵀ,   Σ_L = K_LL.
 
-    ``M⁻¹`` agrees with K on the diagonal and next to it, and M is its exact inverse for two layers.
+    ``M⁻¹`` agrees with K on the diagonal and next to it, and M is its exact inverse for two layers. K has what lies
+    between the groups of a layer.
     """
 
     def __init__(self, F: Fisher, damping: float, convention: str = "expand") -> None:
         check_type("F", F, Fisher)
         F.check_dense()
         self.factors = F.kronecker(convention)
-        pairs = [F.factors(l, l + 1, convention) for l in range(len(F.partition) - 1)]
-        self._cross = [torch.kron(G, A) for A, G in pairs]
+        K, f = KroneckerFisher(F, convention), self.factors
+        self._cross = [K.block(l, l + 1) for l in range(len(F.partition) - 1)]
+        grouped = [l for l, layer in enumerate(F.partition.layers) if layer.groups > 1]
+        self._within = {l: K.block(l, l) - _kron(f.G[l], f.A[l]) for l in grouped}  # what lies between the groups
         self._init(F, damping)
 
     def _damp(self, damping: float) -> None:
         super()._damp(damping)
         f, round_off = self.factors, 10 * torch.finfo(self.dtype).eps
         layers = zip(f.G, map(f.dense_A, range(len(f.A))), f.shifts(self.damping), strict=True)
-        K = [torch.kron(shifted(G, for_G), shifted(A, for_A)) for G, A, (for_G, for_A) in layers]
+        K = [_kron(shifted(G, for_G), shifted(A, for_A)) for G, A, (for_G, for_A) in layers]
+        for l, block in self._within.items():
+            K[l] += block
         Ξ = torch.eye(self.partition.size, dtype=self.dtype, device=self.device)
         slices, inverses = self.partition.slices, []
         for l, (here, name) in enumerate(zip(slices, self.partition.names, strict=True)):
@@ -225,6 +236,18 @@ def _cholesky(X: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 def _inverse(L: Tensor, G: Tensor) -> Tensor:
     """The inverse from what :func:`_cholesky` found."""
     return torch.cholesky_inverse(L) if L.ndim == G.ndim else L.reciprocal()
+
+
+def _kron(G: Tensor, A: Tensor) -> Tensor:
+    """``G ⊗ A`` of a layer, or of each of its groups."""
+    return torch.kron(G, A) if G.ndim == 2 else torch.block_diag(*map(torch.kron, G, A))
+
+
+def _damped_inverse(d: Tensor, shift: Tensor, what: str) -> Tensor:
+    """``1 / (d + shift)`` of a layer, or of each of its groups."""
+    if d.ndim == 1:
+        return inverse(d, float(shift), what)
+    return torch.stack([_damped_inverse(*group, what) for group in zip(d, shift, strict=True)])
 
 
 def _from_eigenvectors(U_G: Tensor, U_A: Tensor, w: Tensor) -> Tensor:

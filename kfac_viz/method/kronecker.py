@@ -24,7 +24,8 @@ CONVENTIONS = ("expand", "reduce")
 class KroneckerFactors:
     """``A_l`` (features, features) and ``G_l`` (out, out) of every layer, with block ``G_l ⊗ A_l``.
 
-    An A that is a vector (features,) is a diagonal matrix: that of an embedding, or zeros.
+    An A that is a vector (features,) is a diagonal matrix: that of an embedding. A layer of several groups has a
+    stack of both, (groups, …), and its block is that of each group, with zeros between them.
     """
 
     partition: Partition
@@ -43,12 +44,14 @@ class KroneckerFactors:
         ):
             found = sorted({f"{X.dtype} on {X.device}" for X in (*self.A, *self.G)})
             raise TypeError(f"Kronecker factors must all be float32 or all float64, on one device; got {found}.")
+        layers = self.partition.layers
         for what, factors, sizes in (
-            ("A", self.A, [layer.features for layer in self.partition.layers]),
-            ("G", self.G, [layer.out for layer in self.partition.layers]),
+            ("A", self.A, [layer.features for layer in layers]),
+            ("G", self.G, [layer.unit[0] for layer in layers]),
         ):
-            shapes, expected = [tuple(X.shape) for X in factors], [(n, n) for n in sizes]
-            fits = [shape == full or (what == "A" and shape == full[:1]) for shape, full in zip(shapes, expected)]  # noqa: B905
+            shapes = [tuple(X.shape) for X in factors]
+            expected = [(*layer.axis, n, n) for layer, n in zip(layers, sizes, strict=True)]
+            fits = [shape == full or (what == "A" and shape == full[:-1]) for shape, full in zip(shapes, expected)]  # noqa: B905
             if len(shapes) != len(expected) or not all(fits):
                 raise ValueError(f"Factors {what} must have shapes {expected}, one per layer; got {shapes}.")
 
@@ -61,17 +64,27 @@ class KroneckerFactors:
         return self.A[0].device
 
     def dense_A(self, l: int) -> Tensor:
-        """A of layer l as a matrix."""
+        """A of layer l as a matrix, or as one for each of its groups."""
         A = self.A[l]
-        if A.ndim < 2:
-            check_room(f"Factor A of layer {self.partition.names[l]!r}", len(A) ** 2, A, "it is diagonal: take its A")
-        return A.diag() if A.ndim < 2 else A
+        if A.ndim == self.G[l].ndim:
+            return A
+        name, size = self.partition.names[l], A.numel() * A.shape[-1]
+        check_room(f"Factor A of layer {name!r} as a matrix", size, A, "it is a diagonal, which is in A")
+        return A.diag_embed()
+
+    def called(self, l: int) -> list[str]:
+        """What layer l is called in a sentence, or each of its groups."""
+        layer = self.partition.layers[l]
+        name = f"layer {layer.name!r}"
+        return [name] if layer.groups == 1 else [f"group {i} of {name}" for i in range(layer.groups)]
 
     @cached_property
     def stacks(self) -> Stacks:
         """How layers become one tensor per shape, here also of A."""
         layers = self.partition.layers
-        return Stacks([x.shape for x in layers], [(x.vector, A.ndim) for x, A in zip(layers, self.A, strict=True)])
+        diagonal = [A.ndim < G.ndim for A, G in zip(self.A, self.G, strict=True)]
+        keys = [(layer.vector, alone) for layer, alone in zip(layers, diagonal, strict=True)]
+        return Stacks([layer.unit for layer in layers], keys, [layer.groups for layer in layers])
 
     @cached_property
     def stacked(self) -> list[tuple[Tensor, Tensor]]:
@@ -124,9 +137,10 @@ class KroneckerFactors:
 
     def _eigenpairs(self, full: float, larger: Callable[[Tensor], Eigen] | None) -> list[tuple[Eigen, Eigen]]:
         """Eigenpairs of (G, A), stacked: all of them up to ``full`` rows, beyond that what ``larger`` finds."""
-        groups, names = self.stacks.groups, self.partition.names
+        groups = self.stacks.groups
         stacks = [G for G, _ in self.stacked] + [A if A.ndim == G.ndim else Eigen(A, None) for G, A in self.stacked]
-        called = [[f"Factor {which} of layer {names[l]!r}" for l in members] for which in "GA" for members in groups]
+        called = [[f"Factor {which} of {name}" for l in members for name in self.called(l)]
+                  for which in "GA" for members in groups]  # fmt: skip
         small = [isinstance(X, Eigen) or X.shape[-1] <= full for X in stacks]
         exact = iter(psd_eigens(list(compress(stacks, small)), list(chain(*compress(called, small)))))
         pairs = [next(exact) if fits else larger(X) for X, fits in zip(stacks, small, strict=True)]

@@ -58,7 +58,8 @@ class Layer:
 
     A ``vector`` layer is a column ``(out, 1)`` of parameters that act one by one, such as the scale and shift of a
     norm: its inputs are 1, and its output-side vectors are the scores themselves. The inputs of a ``table`` are the
-    numbers of its columns: an embedding.
+    numbers of its columns: an embedding. In a layer of several ``groups``, each ``out / groups`` rows have inputs of
+    their own: the channels that the group of a convolution sees.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Layer:
     features: int
     bias: bool = False
     vector: bool = False
+    groups: int = 1
     pieces: tuple[Piece, ...] = field(default=(), compare=False)
     loose: bool = field(default=False, compare=False)  # a parameter of no module that is known: it may be anything
     table: bool = field(default=False, compare=False)
@@ -75,10 +77,23 @@ class Layer:
             raise TypeError(f"The name of a layer is text; got {self.name!r}.")
         check_count(f"out of layer {self.name!r}", self.out, 0)
         check_count(f"features of layer {self.name!r}", self.features, 0)
+        check_count(f"groups of layer {self.name!r}", self.groups, 1)
+        if self.out % self.groups:
+            raise ValueError(f"Layer {self.name!r} has {self.out} rows: not {self.groups} groups of one size.")
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.out, self.features
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The shape of one group, for which K-FAC has a pair of factors."""
+        return self.out // self.groups, self.features
+
+    @property
+    def axis(self) -> tuple[int, ...]:
+        """The axis that counts the groups in front of everything there is for each: none for a single one."""
+        return (self.groups,) if self.groups > 1 else ()
 
     @property
     def size(self) -> int:
@@ -87,8 +102,8 @@ class Layer:
     def __str__(self) -> str:
         if self.vector:
             return f"{self.name}: {self.out}"
-        bias = "+1" if self.bias else ""
-        return f"{self.name}: {self.features - self.bias}{bias}→{self.out}"
+        one = f"{self.features - self.bias}{'+1' * self.bias}→{self.out // self.groups}"
+        return f"{self.name}: {one}" if self.groups == 1 else f"{self.name}: {self.groups} × ({one})"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -174,7 +189,8 @@ def _layers_in(name: str, module: nn.Module, own: dict[str, Named]) -> Iterator[
     elif is_gpt2_linear(module) and "weight" in own:
         yield _matrix(name, left.pop("weight"), left.pop("bias", None), transposed=True)
     elif isinstance(module, MATRICES) and "weight" in own:
-        yield _matrix(name, left.pop("weight"), left.pop("bias", None))
+        groups = getattr(module, "groups", 1)
+        yield _matrix(name, left.pop("weight"), left.pop("bias", None), groups=groups)
     elif isinstance(module, NORMS) and own:
         yield _vector(name, *own.values())
         left = {}
@@ -203,6 +219,7 @@ def _matrix(
     bias_rows: tuple[int, int] | None = None,
     *,
     transposed: bool = False,
+    groups: int = 1,
 ) -> Layer:
     """``[W b]`` of a weight (out, …), or ``transposed`` (in, out), and a bias (out,), or of some of their rows."""
     weight_name, W = weight
@@ -213,7 +230,8 @@ def _matrix(
     pieces = [Piece(weight_name, shape, 0, 0, out, width, rows, transposed)]
     if bias is not None:
         pieces.append(Piece(bias[0], (out,), 0, width, out, 1, bias_rows))
-    return Layer(name, out, width + (bias is not None), bias is not None, pieces=tuple(pieces))
+    features, has_bias = width + (bias is not None), bias is not None
+    return Layer(name, out, features, has_bias, groups=groups, pieces=tuple(pieces))
 
 
 def _vector(name: str, *parameters: Named, loose: bool = False) -> Layer:

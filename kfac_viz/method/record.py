@@ -4,7 +4,8 @@ Inputs ``a`` (N, T, features) with a 1 appended where there is a bias, output-si
 counts the positions at which one example uses the layer: 1 for a plain MLP, the product of the extra axes, the pixels
 of a convolution, or the number of uses. The score of (s, n) is ``Σ_t g[s, n, t] a[n, t]ᵀ``. Where a matrix is used
 transposed its inputs and vectors change places: such layers have ``a`` (S, N, T, features), those positions last. The
-inputs of an embedding are one-hot, and kept as such.
+inputs of an embedding are one-hot, and kept as such. Where a layer has groups, ``a`` and ``g`` have an axis for them in
+front of the others.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ class Record:
             if not uses:
                 like = grads[0]
                 a_l = like.new_ones(N, 1, 1) if layer.vector else _none(layer, N, like)
-                g_l = like.new_zeros(S, N, 1, layer.out)
+                g_l = like.new_zeros(*layer.axis, S, N, 1, layer.unit[0])
             else:
                 uses.sort(key=lambda x: x[0].kind == "transposed")
                 pairs = [_pair(use, layout, grad, layer, N) for use, layout, grad in uses]
@@ -224,8 +225,8 @@ class Record:
                     a_l, g_l = pairs[0][0], sum((g for _, g in pairs[1:]), pairs[0][1])
                 else:
                     dims = max(a.ndim for a, _ in pairs)
-                    a_l = cat([a if a.ndim == dims else dense(a).expand(S, *a.shape) for a, _ in pairs], -2)
-                    g_l = cat([g.expand(S, *g.shape[1:]) for _, g in pairs], -2)
+                    a_l = cat([a if a.ndim == dims else _for_each(S, dense(a).unsqueeze(-4)) for a, _ in pairs], -2)
+                    g_l = cat([_for_each(S, g) for _, g in pairs], -2)
             a.append(a_l if dtype is None else a_l.to(dtype))
             g.append(g_l if dtype is None else g_l.to(dtype))
         return a, g
@@ -241,11 +242,28 @@ def _none(layer: Layer, N: int, like: Tensor) -> Rows:
     """Inputs (N, 1, features) of a layer that was not used."""
     if layer.table:
         return OneHot.of(like.new_full((N, 1), -1, dtype=torch.long), layer.features, like.dtype)
-    return like.new_zeros(N, 1, layer.features)
+    return like.new_zeros(*layer.axis, N, 1, layer.features)
 
 
+def _for_each(S: int, x: Tensor) -> Tensor:
+    """x (..., S, N, T, c), or what all vectors share, (..., 1, N, T, c), as the former."""
+    return x.expand(*x.shape[:-4], S, *x.shape[-3:])
 def _pair(use: Use, layout: Layout | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Rows, Tensor]:
-    """Inputs (N, T, features) or (S, N, T, features) and vectors (S, N, T, out) of one use."""
+    """Inputs (N, T, features) or (S, N, T, features) and vectors (S, N, T, out) of one use, by groups if it has any."""
+    a, g = _sides(use, layout, grad, layer, N)
+    if layer.groups > 1 and use.groups == 1:  # each group of rows has the same inputs
+        a = dense(a)
+        return a.expand(layer.groups, *a.shape), _by_group(g, layer.groups)
+    return a, g
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """x (..., groups · c) with an axis for the groups in front, if there are several."""
+    return x if groups == 1 else x.unflatten(-1, (groups, -1)).movedim(-2, 0)
+
+
+def _sides(use: Use, layout: Layout | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Rows, Tensor]:
+    """Inputs and vectors of one use, by groups if the use has any."""
     g = layout.by_example(grad, use.lead, N)
     if use.x is not None and use.kind != "pointwise" and not use.x.is_floating_point():
         index = layout.by_example(use.x[..., None], use.lead, N)[..., 0]
@@ -261,8 +279,10 @@ def _pair(use: Use, layout: Layout | EveryExample, grad: Tensor, layer: Layer, N
         a[..., use.left] = 1
         return a, _placed(g, use.top, layer.out)
     if use.kind == "transposed":
-        return _placed(g, use.left, layer.features), _placed(x, use.top, layer.out)[None]
-    return _placed(x, use.left, layer.features), _placed(g, use.top, layer.out)
+        a, g = _by_group(g, use.groups), _by_group(_placed(x, use.top, layer.out)[None], use.groups)
+    else:
+        a, g = _by_group(x, use.groups), _by_group(_placed(g, use.top, layer.out), use.groups)
+    return _placed(a, use.left, layer.features), g
 
 
 def _placed(x: Tensor, start: int, size: int) -> Tensor:

@@ -76,7 +76,7 @@ class SampleSpace:
         """K_l added to K, some rows at a time: by inner products of inputs and of vectors, ``T² (in / S + out)``
         multiplications for a pair of scores and T² sums, or of the scores themselves, ``in · out``: the cheaper way."""
         a, g = self.F.a[l], self.F.g[l]
-        T, out, features = *g.shape[2:], a.shape[-1]
+        T, features, out = g.shape[-2], a.shape[-1], g.shape[-1] * (len(g) if g.ndim > 4 else 1)
         cheaper = T == 1 or T * T * (features / self.F.S + out + _SUM) <= features * out
         if isinstance(a, OneHot) or (a.ndim == 3 and cheaper):
             return self._add_inner_products_(K, a, g)
@@ -211,6 +211,9 @@ class SampleSpace:
 
 def _scores(a: Tensor, g: Tensor, start: int, size: int) -> Tensor:
     """Some scores of one layer, (≤ size, out · features), counted through (s, n)."""
-    rows = torch.arange(start, min(start + size, g.shape[0] * g.shape[1]), device=g.device)
-    s, n = rows.div(g.shape[1], rounding_mode="floor"), rows % g.shape[1]
-    return torch.einsum("rto,rti->roi", g[s, n], a[n] if a.ndim == 3 else a[s, n]).flatten(1)
+    S, N = g.shape[-4:-2]
+    rows = torch.arange(start, min(start + size, S * N), device=g.device)
+    s, n = rows.div(N, rounding_mode="floor"), rows % N
+    if g.ndim == 4:
+        return torch.einsum("rto,rti->roi", g[s, n], a[n] if a.ndim == 3 else a[s, n]).flatten(1)
+    return torch.einsum("hrto,hrti->rhoi", g[:, s, n], a[:, n] if a.ndim == 4 else a[:, s, n]).flatten(1)

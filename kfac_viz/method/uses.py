@@ -47,6 +47,8 @@ class Use:
         dtype: of the result: under an autocast inside of the model, its half precision.
         arrivals: where the result, if it has no axis of examples, meets tensors that have one: each as a use by itself,
             by which a score of every example is known.
+        groups: of the layer and of x. In a product of several the channels of x are those of one group after another,
+            each of which meets its own rows of the layer.
     """
 
     layer: int
@@ -59,6 +61,7 @@ class Use:
     top: int
     left: int
     dtype: torch.dtype
+    groups: int = 1
     arrivals: list[Use] = field(default_factory=list)
 
 
@@ -166,10 +169,26 @@ class Watch(TorchFunctionMode):
 
     # ---- what is noted, each time with the tensors whose use is understood ------------------------------------
 
+    def in_groups(self, W: Tensor, groups: int) -> bool:
+        """Whether W is all of a parameter whose layers have so many groups, more than one."""
+        place = self.place(W)
+        owners = () if place is None or groups == 1 or W.numel() < place.p.numel() else self._owners[id(place.p)]
+        return bool(owners) and all(self.layers[l].groups == groups for l, _ in owners)
+
     def product(
-        self, W: Tensor, b: Tensor | None, x: Tensor, out: Tensor, rows: Rows, lead: Sequence[int]
+        self,
+        W: Tensor,
+        b: Tensor | None,
+        x: Tensor,
+        out: Tensor,
+        rows: Rows,
+        lead: Sequence[int],
+        groups: int = 1,
     ) -> list[Tensor]:
-        """Note ``out = x Wᵀ + b``, with rows x (*lead, in) and W (out, in); or with the numbers of columns, (*lead)."""
+        """Note ``out = x Wᵀ + b``, with rows x (*lead, in) and W (out, in); or with the numbers of columns, (*lead).
+
+        With ``groups`` of a weight that is :meth:`in_groups`, x is (*lead, groups · in).
+        """
         place, bias = self.place(W), self.place(b)
         own: set[int] = set()
         if place is not None:
@@ -179,10 +198,10 @@ class Watch(TorchFunctionMode):
                 has_bias = bias is not None and not transposed and self._is_own(l, bias, piece.first - place.start)
                 own |= {l} if has_bias else set()
                 kind = "transposed" if transposed else "product"
-                mine = self._kept(l, _of_these(x, here) if place.transposed else x, transposed, has_bias)
+                mine = self._kept(l, _of_these(x, here) if place.transposed else x, transposed, has_bias, groups)
                 of_these = rows if place.transposed else _only(rows, here, count)
                 top, left = (0, at) if piece.transposed else (at, 0)
-                self._note(l, kind, mine, out, of_these, lead, top, left)
+                self._note(l, kind, mine, out, of_these, lead, top, left, groups)
         return [W] * (place is not None) + self.pointwise(b, None, out, rows, lead, but=own)
 
     def pointwise(
@@ -214,11 +233,13 @@ class Watch(TorchFunctionMode):
             if low < high:
                 yield l, piece, slice(low - place.start, high - place.start), low - piece.first
 
-    def _kept(self, l: int, x: Tensor, transposed: bool, has_bias: bool) -> Tensor:
+    def _kept(self, l: int, x: Tensor, transposed: bool, has_bias: bool, groups: int) -> Tensor:
         """A copy of the rows x, before anything is done to them in place."""
         if transposed or not self.layers[l].bias or not x.is_floating_point():
             return x.detach().clone()
-        return torch.cat([x.detach(), (x.new_ones if has_bias else x.new_zeros)(*x.shape[:-1], 1)], dim=-1)
+        x = x.detach().unflatten(-1, (groups, -1)) if groups > 1 else x.detach()
+        x = torch.cat([x, (x.new_ones if has_bias else x.new_zeros)(*x.shape[:-1], 1)], dim=-1)
+        return x.flatten(-2) if groups > 1 else x
 
     def _is_own(self, l: int, bias: Place, shift: int) -> bool:
         """Whether a bias that was added with W is that of layer l, row for row."""
@@ -228,13 +249,22 @@ class Watch(TorchFunctionMode):
         return p is bias.p and piece.first - bias.start == shift
 
     def _note(
-        self, l: int, kind: Kind, x: Tensor | None, out: Tensor, rows: Rows, lead: Sequence[int], top: int, left: int
+        self,
+        l: int,
+        kind: Kind,
+        x: Tensor | None,
+        out: Tensor,
+        rows: Rows,
+        lead: Sequence[int],
+        top: int,
+        left: int,
+        groups: int = 1,
     ) -> None:
         edge = _edge(out)
         if edge is None:
             self.silent[l] = _silence()
         else:
-            use = Use(l, kind, x, edge, out.shape, rows, tuple(lead), top, left, out.dtype)
+            use = Use(l, kind, x, edge, out.shape, rows, tuple(lead), top, left, out.dtype, groups)
             self.uses.append(use)
             self._results.setdefault(out, []).append(use)
 
@@ -443,14 +473,17 @@ def _convolution(
     fits = input.ndim == weight.ndim and input.shape[1] == channels
     _check_input(watch, weight, input, fits, f"(N, {channels}, {space})")
     x = _patches(input.detach(), weight.shape[2:], stride, padding, dilation)  # (N, L, channels, kernel)
-    x = x.unflatten(2, (groups, -1)).flatten(3).movedim(2, 1)  # (N, groups, L, features)
     out = func(input, weight, bias, stride, padding, dilation, groups)
+    if groups == 1 or watch.in_groups(weight, groups):
+        x = x.flatten(2)  # (N, L, groups · features)
+        return out, watch.product(weight, bias, x, out, lambda g: g.flatten(3).mT, x.shape[:2], groups)
+    # A weight of no layer with such groups: they are further positions.
+    x = x.unflatten(2, (groups, -1)).flatten(3).movedim(2, 1)  # (N, groups, L, features)
 
     def rows(g: Tensor) -> Tensor:
         g = g.flatten(3).unflatten(2, (groups, -1)).mT  # (S, N, groups, L, out / groups)
-        if groups > 1:  # rows of the other groups do not see this one
-            g = torch.einsum("snglo,gh->snglho", g, torch.eye(groups, dtype=g.dtype, device=g.device)).flatten(-2)
-        return g
+        # Rows of the other groups do not see this one.
+        return torch.einsum("snglo,gh->snglho", g, torch.eye(groups, dtype=g.dtype, device=g.device)).flatten(-2)
 
     return out, watch.product(weight, bias, x, out, rows, x.shape[:3])
 

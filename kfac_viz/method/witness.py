@@ -269,15 +269,15 @@ def _facts(run: Record, one: Pass) -> Tensor:
         others = at.by_example(grad, use.lead, N)[0][~half]
         rows[use.layer] += torch.stack([others.norm(), grad.norm()]).double().square()
     for layer, a_l, g_l, (others, every) in zip(run.partition.layers, a, g, rows, strict=True):
-        a_l, g_l = (x[0] if x.ndim == 4 else x for x in (a_l, g_l))
-        a_l, g_l = (x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1) for x in (a_l, g_l))
+        a_l, g_l = (x.select(-4, 0) if x.ndim == g_l.ndim else x for x in (a_l, g_l))  # the one vector of this pass
+        a_l, g_l = (x.to(torch.promote_types(x.dtype, torch.float32)).flatten(-3, -2) for x in (a_l, g_l))
         expected = g_l.new_zeros(layer.shape)
         for piece, grad in zip(layer.pieces, left, strict=False):
             if grad is not None:
                 piece.view(expected).copy_(piece.of(grad.to_dense()))
-        inputs = a_l.squares().sqrt() if isinstance(a_l, OneHot) else a_l.norm(dim=0)
-        size = inputs * g_l.norm()  # no less than a column, and than what rounds in it
-        differences = (cross(g_l, a_l) - expected).norm(dim=0)
+        inputs = a_l.squares().sqrt() if isinstance(a_l, OneHot) else a_l.norm(dim=-2)
+        size = inputs * g_l.norm(dim=(-2, -1))[..., None]  # no less than a column, and than what rounds in it
+        differences = (cross(g_l, a_l) - expected.view(*layer.axis, *layer.unit)).norm(dim=-2)
         worst = torch.where(differences > 0, differences / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0).max()
         numbers = [worst.clamp_max(1.0), differences.norm(), expected.norm(), others.sqrt(), every.sqrt()]
         facts.append(torch.stack([x.double() for x in numbers]))

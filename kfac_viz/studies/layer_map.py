@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import KFAC, Fisher, TwoLevel
+from ..method.fisher import rotated
 from ..method.krylov import LARGEST as MOST_SCORES
 from ..method.one_hot import inner
 from ..parameters import number
@@ -84,9 +86,11 @@ def blocks_missed(F: Fisher, norms: Tensor) -> Tensor:
     """
     factors, found = F.kronecker(), []
     for norm, A, G, a, g in zip(norms, factors.A, factors.G, F.a, F.g, strict=True):
-        left = a @ A if A.ndim > 1 else a.scaled(A)  # one-hot inputs have a diagonal A
-        shared = (inner(left, a) * ((g @ G) @ g.mT)).sum() / F.N
-        found.append(norm.square() - 2 * shared + (G.norm() * A.norm()).square())
+        left = rotated(a, A) if A.ndim == G.ndim else a.scaled(A)  # one-hot inputs have a diagonal A
+        inputs, vectors = inner(left, a), rotated(g, G) @ g.mT
+        shared = ((inputs if inputs.ndim == vectors.ndim else inputs.unsqueeze(-4)) * vectors).sum() / F.N
+        sizes = (X.flatten(G.ndim - 2).norm(dim=-1) for X in (G, A))  # of every group
+        found.append(norm.square() - 2 * shared + prod(sizes).square().sum())
     return torch.stack(found).clamp_min(0).sqrt()
 
 

@@ -117,11 +117,8 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     for name in new.counters.keys() & counted.keys():
         new.counters[name] = check_count(f"diagnostics[{name!r}]", counted[name], 0)
     for name, pair in _field(state, "factors", dict).items():
-        features, out = (known[name].features, known[name].out) if name in known else (None, None)  # of a former layer
         A, G = _of_kind(pair, list, "factors", 2)
-        is_diagonal = isinstance(A, Tensor) and A.ndim == 1
-        new.factors.A[name] = _shaped(A, (features,) * (1 if is_diagonal else 2), f"factor A of layer {name!r}")
-        new.factors.G[name] = _shaped(G, (out, out), f"factor G of layer {name!r}")
+        new.factors.A[name], new.factors.G[name] = _factors(A, G, name, known.get(name))
     weights = _field(state, "weights", dict)
     if weights.keys() != new.factors.A.keys():
         raise ValueError("The state's 'weights' and 'factors' are not of the same layers.")
@@ -177,6 +174,18 @@ def _fisher(partition: Partition, entry: Any, options: Options, key: str) -> Fis
     swapped = [check_count("The state's 'swapped'", n, 0) for n in swapped]
     a = [_inputs(x, layer) for x, layer in zip(a, partition.layers, strict=False)]
     return Fisher(partition, a, g, likelihood=options.likelihood, flavour=options.fisher, swapped=swapped)
+
+
+def _factors(A: Any, G: Any, name: str, layer: Layer | None) -> tuple[Tensor, Tensor]:
+    """Factors of a layer, once they have its shapes; of a former one, which is None, they may have any."""
+    if layer is None:
+        axis = (None,) * (isinstance(G, Tensor) and G.ndim == 3)
+        features = out = None
+    else:
+        axis, (out, features) = layer.axis, layer.unit
+    is_diagonal = isinstance(A, Tensor) and A.ndim == len(axis) + 1
+    A = _shaped(A, (*axis, *[features] * (1 if is_diagonal else 2)), f"factor A of layer {name!r}")
+    return A, _shaped(G, (*axis, out, out), f"factor G of layer {name!r}")
 
 
 def _inputs(x: Any, layer: Layer) -> Any:

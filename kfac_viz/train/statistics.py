@@ -75,10 +75,12 @@ class RunningFactors:
         """The factors as K-FAC takes them, once a layer was seen; one that was never seen has zeros."""
         zeros = next(iter(self.A.values())).new_zeros
         A = tuple(
-            self.A[x.name] if x.name in self.A else zeros(*[x.features] * (1 if x.table else 2)) + x.vector
+            self.A[x.name] if x.name in self.A else zeros(*x.axis, *[x.features] * (1 if x.table else 2)) + x.vector
             for x in partition.layers
         )
-        G = tuple(self.G[x.name] if x.name in self.G else zeros(x.out, x.out) for x in partition.layers)
+        G = tuple(
+            self.G[x.name] if x.name in self.G else zeros(*x.axis, *[x.unit[0]] * 2) for x in partition.layers
+        )
         return KroneckerFactors(partition, A, G)
 
 

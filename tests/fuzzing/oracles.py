@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_viz as kv
-from kfac_viz.method.one_hot import OneHot, dense
+from kfac_viz.method.one_hot import dense
 
 from .judge import F64, Try
 
@@ -93,14 +93,13 @@ def real(x: Any) -> Tensor:
     return (x.real if x.is_complex() else x).to(F64).contiguous()
 
 
-def written(F: kv.Fisher) -> list[tuple[Tensor, Tensor, bool]]:
-    """Inputs and vectors of every layer in float64, and whether it is a table, whose inputs are one-hot."""
-    return [(dense(a).to(F64), g.to(F64), isinstance(a, OneHot)) for a, g in zip(F.a, F.g, strict=True)]
-
-
 def scores(F: kv.Fisher) -> Tensor:
     """(S, N, P), from the captured vectors."""
-    layers = [(g, a.expand(F.S, *a.shape[-3:])) for a, g, _ in written(F)]
+    layers = [
+        (g.to(F64), dense(a).to(F64).expand(F.S, *a.shape[-3:]))
+        for layer, gs, inputs in zip(F.partition.layers, F.g, F.a, strict=True)
+        for g, a in ([(gs, inputs)] if layer.groups == 1 else zip(gs, inputs, strict=True))
+    ]
     return torch.cat([torch.einsum("snto,snti->snoi", g, a).flatten(2) for g, a in layers], -1)
 
 
@@ -112,11 +111,12 @@ def gram(F: kv.Fisher) -> Tensor:
 def kron_factors(F: kv.Fisher, convention: str = "expand") -> list[tuple[Tensor, Tensor]]:
     """(A, G) of every layer in float64."""
     pairs = []
-    for l, (a, g, table) in enumerate(written(F)):
+    for l, (a, g) in enumerate(zip(F.a, F.g, strict=True)):
+        a, g = a.to(F64), g.to(F64)
         if F.swapped[l]:  # a rule of its own, which the tests of the uses judge
             A, G = F.factors(l, l, convention)
             pairs.append((A.to(F64), G.to(F64)))
-        elif convention == "reduce" and not table:
+        elif convention == "reduce":
             a, g = a.mean(1), g.sum(2)
             pairs.append((a.T @ a / F.N, torch.einsum("sno,snp->op", g, g) / F.N))
         else:
@@ -219,12 +219,12 @@ def tridiagonal(F: kv.Fisher, λ: float) -> tuple[Tensor, float]:
 
 def aligned(F: kv.Fisher, convention: str) -> list[tuple[Tensor, Tensor]]:
     """Rows of a and g of every layer, as many as the layer with the most positions has."""
-    T, rows = max(1 if convention == "reduce" and not table else g.shape[2] for _, g, table in written(F)), []
-    for a, g, table in written(F):
-        if convention == "reduce" and not table:
+    T, rows = max(g.shape[2] for g in F.g), []
+    for a, g in zip(F.a, F.g, strict=True):
+        a, g, t = a.to(F64), g.to(F64), g.shape[2]
+        if convention == "reduce":
             a, g = a.mean(1, keepdim=True), g.sum(2, keepdim=True)
-        t = g.shape[2]
-        if t == 1:
+        elif t == 1:
             a, g = (torch.cat([x] * T, dim=-2) / T**0.5 for x in (a, g))
         else:
             zeros = [x.new_zeros(*x.shape[:-2], T - t, x.shape[-1]) for x in (a, g)]
