@@ -33,6 +33,18 @@ def ready(layers: int = 16, device: str = "cpu", **options) -> tuple[kv.TwoLevel
     return opt, model
 
 
+class Kinds(nn.Module):
+    """An embedding, a depthwise convolution and a transposed one."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.table, self.conv = nn.Embedding(9, channels), nn.Conv1d(channels, channels, 3, groups=channels)
+        self.up, self.head = nn.ConvTranspose1d(channels, 4, 2, groups=2), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.up(torch.tanh(self.conv(self.table(x).mT)))).mean(2))
+
+
 def counted(call) -> Counting:
     with Counting() as seen:
         call()
@@ -65,6 +77,27 @@ def test_reads_of_a_step_an_observation_and_a_refresh(space, rule, step_rule):
         opt.curvature.observed_at = -(10**7)
         assert counted(lambda: opt.observe(X)).reads <= 2  # noqa: B023
         assert counted(lambda: opt.preconditioner).reads <= 4  # noqa: B023
+
+
+@pytest.mark.parametrize("rule", ["eigen", "factored"])
+@pytest.mark.parametrize("space", [ONE, TWO], ids=["one level", "two levels"])
+def test_tables_and_groups_are_not_read_and_a_step_does_not_grow_with_groups(space, rule):
+    words = torch.randint(0, 9, (32, 8), generator=torch.Generator().manual_seed(0))
+    operations = []
+    for channels in (4, 16):
+        torch.manual_seed(0)
+        model = Kinds(channels)
+        opt = kv.TwoLevelKFAC(model, likelihood="categorical", observe_every=10**6, refresh_every=1, rule=rule, **space)
+        kv.nll(model(words), Y, "categorical").backward()
+        opt.observe(words)
+        opt.step()
+        step = counted(opt.step)
+        assert step.reads <= 1
+        operations.append(step.operations)
+        opt.curvature.observed_at = -(10**7)
+        assert counted(lambda: opt.observe(words)).reads <= 2  # noqa: B023
+        assert counted(lambda: opt.preconditioner).reads <= 4  # noqa: B023
+    assert operations[0] == operations[1]
 
 
 def test_a_new_layer_of_a_known_shape_costs_an_observation_its_own_passes_alone():

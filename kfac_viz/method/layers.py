@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from .checks import check_count
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
-MATRICES = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
+MATRICES = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
 Named = tuple[str, Tensor]  # a parameter with its name in the model
 
 
@@ -24,7 +25,8 @@ class Piece:
         shape: of the parameter, or of the rows that are meant.
         top, left, height, width: where the rectangle lies in the matrix (out, features).
         rows: first and last row of the parameter, where the piece is not all of it: ``q`` of a packed attention weight.
-        transposed: whether the rectangle is the parameter's transpose: an embedding (words, out).
+        transposed: whether the rectangle is the transpose of the parameter or its rows: an embedding (words, out),
+            a transposed convolution (in, out, …).
     """
 
     parameter: str
@@ -152,10 +154,11 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
 def layers_of(model: nn.Module) -> dict[str, Layer]:
     """Every layer that the parameters of a model make up, by name, in the order of its modules; trainable or not.
 
-    Linear layers, convolutions and embeddings are a matrix each; attention has ``q``, ``k``, ``v`` and
-    its own ``out_proj``; the scale and shift of a norm are one vector. A parameter that two modules share belongs to
-    the first of them. Parameters of other modules are layers by themselves, called by their own names. Those from
-    which a weight is computed belong to none.
+    Linear layers, convolutions and embeddings are a matrix each; so is the weight of a transposed convolution, whose
+    bias is a vector of its own, called by its own name. Attention has ``q``, ``k``, ``v`` and its own ``out_proj``; the
+    scale and shift of a norm are one vector. A parameter that two modules share belongs to the first of them.
+    Parameters of other modules are layers by themselves, called by their own names. Those from which a weight is
+    computed belong to none.
 
     Raises:
         ValueError: a parameter that is lazy and has no shape yet.
@@ -188,6 +191,11 @@ def _layers_in(name: str, module: nn.Module, own: dict[str, Named]) -> Iterator[
         yield Layer(name, out, words, pieces=(piece,), table=True)
     elif is_gpt2_linear(module) and "weight" in own:
         yield _matrix(name, left.pop("weight"), left.pop("bias", None), transposed=True)
+    elif isinstance(module, TRANSPOSED) and "weight" in own:
+        yield _transposed_convolution(name, left.pop("weight"), module.groups)
+        if "bias" in left:
+            bias = left.pop("bias")
+            yield _vector(bias[0], bias)
     elif isinstance(module, MATRICES) and "weight" in own:
         groups = getattr(module, "groups", 1)
         yield _matrix(name, left.pop("weight"), left.pop("bias", None), groups=groups)
@@ -232,6 +240,21 @@ def _matrix(
         pieces.append(Piece(bias[0], (out,), 0, width, out, 1, bias_rows))
     features, has_bias = width + (bias is not None), bias is not None
     return Layer(name, out, features, has_bias, groups=groups, pieces=tuple(pieces))
+
+
+def _transposed_convolution(name: str, weight: Named, groups: int) -> Layer:
+    """A weight (in, out / groups, *kernel) as the matrix (out · kernel, in / groups) that spreads each pixel of the
+    input over a patch of the output: a convolution's with the roles of inputs and outputs exchanged.
+
+    Its bias is added to pixels of the output, not to patches, and belongs to no column of it.
+    """
+    weight_name, W = weight
+    features, height = len(W) // groups, W.shape[1:].numel()
+    shape, pieces = (features, *W.shape[1:]), []
+    for i in range(groups):
+        rows = (i * features, (i + 1) * features) if groups > 1 else None
+        pieces.append(Piece(weight_name, shape, i * height, 0, height, features, rows, transposed=True))
+    return Layer(name, groups * height, features, groups=groups, pieces=tuple(pieces))
 
 
 def _vector(name: str, *parameters: Named, loose: bool = False) -> Layer:

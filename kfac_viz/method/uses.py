@@ -184,16 +184,23 @@ class Watch(TorchFunctionMode):
         rows: Rows,
         lead: Sequence[int],
         groups: int = 1,
+        *,
+        flipped: bool = False,
     ) -> list[Tensor]:
         """Note ``out = x Wᵀ + b``, with rows x (*lead, in) and W (out, in); or with the numbers of columns, (*lead).
 
-        With ``groups`` of a weight that is :meth:`in_groups`, x is (*lead, groups · in).
+        ``flipped`` for ``out = x W``, with W (in, …). With ``groups`` of a weight that is :meth:`in_groups`, x is
+        (*lead, groups · in).
         """
         place, bias = self.place(W), self.place(b)
         own: set[int] = set()
         if place is not None:
             count = W.shape[1] if place.transposed else len(W)
-            for l, piece, here, at in self._parts(place, count):
+            parts = self._parts(place, count)
+            if groups > 1:  # the pieces of all groups are used at once
+                parts = {l: (l, piece, slice(0, count), 0) for l, piece, *_ in parts if piece.first == 0}.values()
+            place = place._replace(transposed=place.transposed != flipped)
+            for l, piece, here, at in parts:
                 transposed = place.transposed != piece.transposed
                 has_bias = bias is not None and not transposed and self._is_own(l, bias, piece.first - place.start)
                 own |= {l} if has_bias else set()
@@ -469,9 +476,9 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Known:
-    channels, space = weight.shape[1] * groups, ("length", "height, width", "depth, height, width")[weight.ndim - 3]
+    channels = weight.shape[1] * groups
     fits = input.ndim == weight.ndim and input.shape[1] == channels
-    _check_input(watch, weight, input, fits, f"(N, {channels}, {space})")
+    _check_input(watch, weight, input, fits, f"(N, {channels}, {_space(weight)})")
     x = _patches(input.detach(), weight.shape[2:], stride, padding, dilation)  # (N, L, channels, kernel)
     out = func(input, weight, bias, stride, padding, dilation, groups)
     if groups == 1 or watch.in_groups(weight, groups):
@@ -488,8 +495,44 @@ def _convolution(
     return out, watch.product(weight, bias, x, out, rows, x.shape[:3])
 
 
-def _patches(x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """The windows of a convolution over x (N, channels, *space): (N, L, channels, kernel)."""
+def _transposed_convolution(
+    watch: Watch,
+    func: Callable,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Known:
+    """Each pixel of the input, a row (in,), times the weight (in, out · kernel) is added to a patch of the output."""
+    fits = input.ndim == weight.ndim and input.shape[1] == len(weight)
+    _check_input(watch, weight, input, fits, f"(N, {len(weight)}, {_space(weight)})")
+    x, (N, _, *pixels) = input.detach().flatten(2).mT, input.shape
+    out = func(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    def patches(g: Tensor) -> Tensor:
+        of_all = _patches(g.flatten(0, 1), weight.shape[2:], stride, padding, dilation, pixels)
+        return of_all.unflatten(0, g.shape[:2]).flatten(3)  # (S, N, L, out · kernel)
+
+    noted = watch.pointwise(bias, None, out, lambda g: g.movedim(2, -1), (N, *out.shape[2:]))
+    if groups == 1 or watch.in_groups(weight, groups):
+        noted += watch.product(weight, None, x, out, patches, x.shape[:2], groups, flipped=True)
+    return out, noted
+
+
+def _space(weight: Tensor) -> str:
+    """The axes of images for a convolution with this weight."""
+    return ("length", "height, width", "depth, height, width")[weight.ndim - 3]
+
+
+def _patches(
+    x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, counts: Sequence[int] | None = None
+) -> Tensor:
+    """The windows of a convolution over x (N, channels, *space): (N, L, channels, kernel); on each axis the first
+    ``counts`` of them, where these are given."""
     n = len(kernel)
 
     def for_each_axis(value: Any) -> tuple[int, ...]:
@@ -505,6 +548,7 @@ def _patches(x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilati
     x = functional.pad(x, pad)
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+        x = x if counts is None else x.narrow(axis, 0, counts[axis - 2])
     return x.flatten(2 + n).flatten(2, 1 + n).movedim(2, 1)
 
 
@@ -646,6 +690,7 @@ _KNOWN: dict[str, Callable[..., Known]] = {
     **dict.fromkeys(("matmul", "mm"), _matmul),
     "addmm": _addmm,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
     "embedding": _embedding,
     **dict.fromkeys(("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm"), _norm),
     **dict.fromkeys(("add", "add_", "mul"), _broadcast),
