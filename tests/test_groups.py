@@ -13,6 +13,7 @@ from torch.nn import functional
 import kfac_viz as kv
 from kfac_viz.method.one_hot import OneHot
 from kfac_viz.method.sample_space import SampleSpace
+from kfac_viz.studies.layer_map import blocks_missed
 
 
 class Model(nn.Module):
@@ -169,6 +170,9 @@ def test_kfac_has_a_pair_of_factors_for_each_group(name, convention):
     assert_close(M @ v, expected @ v, 1e-10)
     values = torch.cat([d.flatten() for d in M.eigenvalues()]).sort()[0]
     assert_close(values, torch.linalg.eigvalsh(expected), 1e-10)
+    assert_close(torch.block_diag(*M.factors.blocks()), blocks)
+    U = torch.block_diag(*M.factors.basis())
+    assert_close((U * torch.cat([d.flatten() for d in M.eigenvalues()])) @ U.T, expected, 1e-10)
     assert [d.shape for d in M.eigenvalues()] == [layer.shape for layer in F.partition.layers]
 
     def damped(a: Tensor, g: Tensor) -> Tensor:
@@ -179,9 +183,21 @@ def test_kfac_has_a_pair_of_factors_for_each_group(name, convention):
     units = [(a, g) for A, G in pairs for a, g in zip(A, G, strict=True)]
     expected = torch.linalg.inv(torch.block_diag(*(damped(a, g) for a, g in units)))
     M = kv.KFAC(F, λ, "factored", convention)
+    assert_close(torch.linalg.inv(torch.block_diag(*M.factors.blocks(λ))), expected, 1e-10)
     assert_close(M.dense(), expected, 1e-10)
     assert_close(M @ v, expected @ v, 1e-10)
     assert_close(torch.cat([d.flatten() for d in M.eigenvalues()]).sort()[0], torch.linalg.eigvalsh(expected), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["groups", "no bias", "beside layers of its shape", "after an embedding"])
+def test_the_map_of_layers_says_what_kfac_misses_of_each_block(name):
+    F = kv.capture(make(name), normal(4, *SHAPE), likelihood="categorical")
+    exact, norms = F.dense(), SampleSpace(F).norms().diagonal()
+    missed = []
+    for l, s in enumerate(F.partition.slices):
+        pairs = zip(*factors_of(F, l, "expand"), strict=True)
+        missed.append((exact[s, s] - torch.block_diag(*(torch.kron(g, a) for a, g in pairs))).norm())
+    assert_close(blocks_missed(F, norms), torch.stack(missed), 1e-6)
 
 
 def test_a_group_that_is_singular_is_named():
@@ -376,3 +392,9 @@ def test_nothing_grows_with_the_square_of_the_groups():
 def test_a_layer_is_made_of_groups_of_one_size():
     with pytest.raises(ValueError, match="has 5 rows: not 2 groups of one size"):
         kv.method.partition.Layer("conv", 5, 3, groups=2)
+
+
+@pytest.mark.parametrize("name", ["groups", "after an embedding"])
+def test_explore_shows_such_a_model(name):
+    panel = kv.explore(make(name), normal(6, *SHAPE), likelihood="categorical")
+    assert "exact natural gradient 1, 1, 1" in panel.children[-1].value

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kfac_viz as kv
 from kfac_viz.method.one_hot import OneHot, cat, cross, inner, padded
 from kfac_viz.method.sample_space import SampleSpace
+from kfac_viz.studies.layer_map import blocks_missed
 
 
 class Model(nn.Module):
@@ -153,6 +154,15 @@ def test_the_factor_of_a_table_is_a_diagonal_and_kfac_that_of_the_matrix(name, c
             assert_close(mine.flatten().sort()[0], theirs.flatten().sort()[0])
     assert_close(kv.KFAC(f, 0.1) @ v, torch.linalg.solve(K + 0.1 * torch.eye(len(K)).double(), v))
     assert list(map(float, f.pi)) == pytest.approx(list(map(float, same.pi)))
+
+
+@pytest.mark.parametrize("name", ["words", "padded", "tied"])
+def test_the_map_of_layers_says_what_kfac_misses_of_each_block(name):
+    F = kv.capture(make(name), words(), likelihood="categorical")
+    exact, f = F.dense(), F.kronecker()
+    kept = [torch.kron(f.G[l], f.dense_A(l)) for l in range(len(f.A))]
+    missed = [(exact[s, s] - block).norm() for s, block in zip(F.partition.slices, kept, strict=True)]
+    assert_close(blocks_missed(F, SampleSpace(F).norms().diagonal()), torch.stack(missed), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["words", "called twice", "one position"])

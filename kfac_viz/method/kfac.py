@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import check_choice, check_type
 from .decompositions import Eigenvalues, cholesky, inverse
 from .fisher import Fisher
-from .kronecker import KroneckerFactors
+from .kronecker import KroneckerFactors, shifted
 from .kronecker_fisher import KroneckerFisher
 from .preconditioner import Preconditioner
 
@@ -180,14 +180,13 @@ class BlockTridiagonal(Preconditioner):
         K, f = KroneckerFisher(F, convention), self.factors
         self._cross = [K.block(l, l + 1) for l in range(len(F.partition) - 1)]
         grouped = [l for l, layer in enumerate(F.partition.layers) if layer.groups > 1]
-        self._within = {l: K.block(l, l) - _kron(f.G[l], f.A[l]) for l in grouped}  # what lies between the groups
+        plain = f.blocks() if grouped else []
+        self._within = {l: K.block(l, l) - plain[l] for l in grouped}  # what lies between the groups
         self._init(F, damping)
 
     def _damp(self, damping: float) -> None:
         super()._damp(damping)
-        f, round_off = self.factors, 10 * torch.finfo(self.dtype).eps
-        layers = zip(f.G, map(f.dense_A, range(len(f.A))), f.shifts(self.damping), strict=True)
-        K = [_kron(shifted(G, for_G), shifted(A, for_A)) for G, A, (for_G, for_A) in layers]
+        round_off, K = 10 * torch.finfo(self.dtype).eps, self.factors.blocks(self.damping)
         for l, block in self._within.items():
             K[l] += block
         Ξ = torch.eye(self.partition.size, dtype=self.dtype, device=self.device)
@@ -214,13 +213,6 @@ class BlockTridiagonal(Preconditioner):
         return self._in_range(self._matrix.clone(), "The matrix")
 
 
-def shifted(X: Tensor, shift: Tensor) -> Tensor:
-    """``X + shift I`` for a stack X and one shift for each member."""
-    X = X.clone()
-    X.diagonal(0, -2, -1).add_(shift[..., None])
-    return X
-
-
 def _right(R: Tensor, A: Tensor, G: Tensor) -> Tensor:
     """``R A``, for a factor A that is a matrix as G is, or a diagonal."""
     return R @ A if A.ndim == G.ndim else R * A[..., None, :]
@@ -236,11 +228,6 @@ def _cholesky(X: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 def _inverse(L: Tensor, G: Tensor) -> Tensor:
     """The inverse from what :func:`_cholesky` found."""
     return torch.cholesky_inverse(L) if L.ndim == G.ndim else L.reciprocal()
-
-
-def _kron(G: Tensor, A: Tensor) -> Tensor:
-    """``G ⊗ A`` of a layer, or of each of its groups."""
-    return torch.kron(G, A) if G.ndim == 2 else torch.block_diag(*map(torch.kron, G, A))
 
 
 def _damped_inverse(d: Tensor, shift: Tensor, what: str) -> Tensor:

@@ -78,6 +78,16 @@ class KroneckerFactors:
         name = f"layer {layer.name!r}"
         return [name] if layer.groups == 1 else [f"group {i} of {name}" for i in range(layer.groups)]
 
+    def blocks(self, damping: float = 0.0) -> list[Tensor]:
+        """``G ⊗ A`` of every layer as a matrix (P_l, P_l), with zeros between its groups; with damping, what the
+        factored rule inverts."""
+        layers = zip(self.G, map(self.dense_A, range(len(self.A))), self.shifts(damping), strict=True)
+        return [_kron(shifted(G, for_G), shifted(A, for_A)) for G, A, (for_G, for_A) in layers]
+
+    def basis(self) -> list[Tensor]:
+        """``U_G ⊗ U_A`` of every layer, (P_l, P_l): the eigenvectors of its block, group by group."""
+        return [_kron(G.vectors(), A.vectors()) for G, A in zip(self.eigen_G, self.eigen_A, strict=True)]
+
     @cached_property
     def stacks(self) -> Stacks:
         """How layers become one tensor per shape, here also of A."""
@@ -161,6 +171,20 @@ class KroneckerFactors:
         scatter = self.stacks.scatter
         d, U = zip(*(pair[side] for pair in self.eigen), strict=True)
         return [Eigen(*both) for both in zip(scatter(d, 1), scatter(U, 2), strict=True)]
+
+
+def shifted(X: Tensor, shift: Tensor) -> Tensor:
+    """``X + shift I`` for a stack X and one shift for each member."""
+    X = X.clone()
+    X.diagonal(0, -2, -1).add_(shift[..., None])
+    return X
+
+
+def _kron(G: Tensor, A: Tensor) -> Tensor:
+    """``G ⊗ A`` of a layer, or of each of its groups."""
+    if G.ndim == 3:
+        return torch.block_diag(*map(_kron, G, A))
+    return torch.kron(G.contiguous(), A.contiguous())
 
 
 def diagonal(X: Tensor, G: Tensor) -> Tensor:

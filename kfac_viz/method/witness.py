@@ -277,7 +277,7 @@ def _facts(run: Record, one: Pass) -> Tensor:
                 piece.view(expected).copy_(piece.of(grad.to_dense()))
         inputs = a_l.squares().sqrt() if isinstance(a_l, OneHot) else a_l.norm(dim=-2)
         size = inputs * g_l.norm(dim=(-2, -1))[..., None]  # no less than a column, and than what rounds in it
-        differences = (cross(g_l, a_l) - expected.view(*layer.axis, *layer.unit)).norm(dim=-2)
+        differences = cross(g_l, a_l).sub_(expected.view(*layer.axis, *layer.unit)).norm(dim=-2)
         worst = torch.where(differences > 0, differences / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0).max()
         numbers = [worst.clamp_max(1.0), differences.norm(), expected.norm(), others.sqrt(), every.sqrt()]
         facts.append(torch.stack([x.double() for x in numbers]))

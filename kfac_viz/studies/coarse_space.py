@@ -284,8 +284,8 @@ def directions(F: Fisher, T: TwoLevel, g: Tensor) -> dict[str, Tensor]:
 def _of_network(network: Setting) -> tuple[Tensor, Tensor, float, dict[str, list[list[float]]]]:
     """What neither λ nor the coarse space changes: K-FAC's eigenvectors ``U_G ⊗ U_A``, (P, P), in which K-FAC is
     diagonal for every λ; the Fisher in that basis; ‖F − blocks‖ / ‖F‖; and the norms of the blocks of both."""
-    f, partition = network.F.kronecker(), network.F.partition
-    basis = torch.block_diag(*(torch.kron(G.U, A.U) for A, G in zip(f.eigen_A, f.eigen_G, strict=True)))
+    partition = network.F.partition
+    basis = torch.block_diag(*network.F.kronecker().basis())
     norms = {"fisher": _norms(partition, network.dense), "blocks": _norms(partition, network.blocks)}
     error = _share((network.dense - network.blocks).norm(), network.dense.norm())
     return basis, basis.T @ network.dense @ basis, error, norms

@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import KFAC, CoarseSpace, Damped, Dense, Fisher, Operator, coarse, exact_direction, pcg
 from ..method.checks import quietly
 from ..method.columns import LocalSpace
-from ..method.kfac import shifted
 from ..parameters import Range
 from . import problems
 from .curves import rounded
@@ -111,9 +110,7 @@ def first_network(steps: int = 100) -> Setting:
 
 def kronecker_blocks(F: Fisher, damping: float = 0.0) -> Tensor:
     """K-FAC as a matrix (P, P): ``G ⊗ A`` in each layer; with damping, what its factored rule inverts."""
-    f = F.kronecker()
-    layers = zip(f.A, f.G, f.shifts(damping), strict=True)
-    return torch.block_diag(*(torch.kron(shifted(G, for_G), shifted(A, for_A)) for A, G, (for_G, for_A) in layers))
+    return torch.block_diag(*F.kronecker().blocks(damping))
 
 
 class Shares(NamedTuple):
