@@ -315,6 +315,33 @@ def test_a_table_that_a_batch_does_not_use_adds_zeros():
     assert_close(opt.curvature.factors.A["other"], counted(kv.capture(model, x, likelihood="categorical"), 1))
 
 
+@pytest.mark.parametrize("coarse", [{}, {"coarse_operator": "kronecker", "correction": "additive"}])
+def test_a_table_that_is_a_matrix_in_one_of_the_batches_is_written_out(coarse):
+    """In the second batch the words are multiplied with the same parameter as well."""
+
+    def call(s: Model, x: Tensor) -> Tensor:
+        h = torch.tanh(functional.embedding(x, s.table.T))
+        also = torch.tanh(functional.one_hot(5 - x, 6).double() @ s.table.T) if int(x[0, 0]) == 0 else 0
+        return s.head((h + also).mean(1))
+
+    torch.manual_seed(0)
+    model = Model(call, table=nn.Parameter(torch.randn(4, 6)), head=nn.Linear(4, 3)).double()
+    opt = kv.TwoLevelKFAC(model, **OPTIONS | {"lr": 0.0} | coarse, coarse_window=2, coarse_examples=100, decay=1.0)
+    Fs = []
+    for first in (1, 0):
+        x = words(8)
+        x[0, 0] = first
+        opt.zero_grad()
+        kv.nll(model(x), x[:, 0] % 3, "categorical").backward()
+        opt.observe(x)
+        opt.step()
+        Fs.append(kv.capture(model, x, likelihood="categorical"))
+    assert [isinstance(F.a[0], OneHot) for F in Fs] == [True, False]
+    assert_close(opt.curvature.window.fisher().dense(), (Fs[0].dense() + Fs[1].dense()) / 2)
+    expected = (Fs[0].kronecker().dense_A(0) + Fs[1].kronecker().dense_A(0)) / 2
+    assert_close(opt.preconditioner.M.factors.A[0], expected)
+
+
 class Largest(TorchDispatchMode):
     """The number of entries in the largest tensor that any operation makes."""
 
