@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from kfac_viz import parameters
+from kfac_viz.checkout import ROOT, check_checkout
 from kfac_viz.executor import run_notebooks
 from kfac_viz.show.publish import Output, only_run_in, publish, refuse_folders, sha256, write_gallery, write_index
 
-ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("matplotlib", "numpy", "pandas", "pillow", "scikit-learn", "scipy", "seaborn", "torch")
 START_SECONDS, CELL_SECONDS = 60, 1800
 
@@ -77,6 +77,8 @@ def source_hash(here: Path = Path(__file__).parent) -> str:
 
 def load(path: Path, run: Callable) -> Notebook:
     """Read a notebook and check its own parameters against the signature of ``run``."""
+    if not path.is_file():
+        raise ValueError(f"The notebook {path} is missing; a fresh checkout has it.")
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         text = ["".join(cell["source"]) for cell in cells]
@@ -257,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "figures" and arguments.jobs < 1:
             raise ValueError(f"--jobs must be 1 or more; {arguments.jobs} came.")
+        check_checkout("The notebooks", ROOT)
         status = list_notebooks() if arguments.command == "list" else figures(arguments)
         sys.stdout.flush()  # here, where a reader that has gone can still be met
         return status

@@ -9,6 +9,8 @@ import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from kfac_viz.checkout import ROOT
+
 # Kernels inherit these. Small matrices are faster on one thread, and kernels side by side would fight over the cores.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -28,6 +30,9 @@ def run_notebooks(orders: list[dict], workers: int) -> Iterator[tuple[int, dict]
         counted from 1, and finally ``{"error": None}`` or ``{"error": "what happened", "cell": 3}``.
     """
     os.environ.update(_ENVIRONMENT)
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(ROOT) != path[0]:  # kernels import this copy of the package, not one that was installed beside it
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, path)])
     events, left = queue.SimpleQueue(), len(orders)
     pool = ThreadPoolExecutor(workers)
     for index, order in enumerate(orders):

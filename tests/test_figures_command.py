@@ -14,6 +14,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import kfac_viz.__main__ as cli
+from kfac_viz import checkout
 from kfac_viz.parameters import Range, Seed
 from kfac_viz.show import publish
 
@@ -217,9 +218,46 @@ def test_notebooks_that_cannot_be_read(shelf, no_kernel, capsys):
     path.write_text(path.read_text().replace('"parameters"', '"other"'))
     assert cli.main(["figures"]) == 2
     assert "exactly one cell tagged parameters; it has 0" in capsys.readouterr().err
-    path.unlink()
+    path.write_text("not JSON")
     assert cli.main(["figures"]) == 2
     assert "cannot be read as a notebook" in capsys.readouterr().err
+    path.unlink()
+    assert cli.main(["figures"]) == 2
+    assert f"The notebook {path} is missing; a fresh checkout has it." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["figures"], ["figures", "05", "-p", "damping=1"]])
+def test_a_copy_without_its_checkout_says_where_the_notebooks_are(tmp_path, no_kernel, monkeypatch, arguments, capsys):
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("The notebooks are in the source checkout only, and this copy of kfac_viz, in ")
+    assert said.err.endswith("install from there with: pip install -e .\n") and said.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_that_only_a_checkout_has(tmp_path, monkeypatch):
+    from kfac_viz.studies import depth, measured
+
+    monkeypatch.setattr(measured, "MEASURED", tmp_path)
+    monkeypatch.setattr(depth, "NOTEBOOKS", tmp_path)
+    with pytest.raises(ValueError, match="no timings in figures/benchmarks/none.csv; measure them with make bench"):
+        measured.measured_rows("none.csv")
+    monkeypatch.setattr(checkout.check_checkout, "__defaults__", (tmp_path,))
+    for table in (lambda: measured.measured_rows("none.csv"), depth.run_depth):
+        with pytest.raises(ValueError, match="Measured tables are in the source checkout only"):
+            table()
+
+
+def test_kernels_import_the_copy_that_the_command_is_of(shelf, tmp_path, monkeypatch):
+    """Not another one that was installed into their environment."""
+    (tmp_path / "other" / "kfac_viz").mkdir(parents=True)
+    (tmp_path / "other" / "kfac_viz" / "__init__.py").write_text("raise RuntimeError('another copy')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "other"))
+    code = "import pathlib, kfac_viz.checkout as c\npathlib.Path(out_dir, '01_twice.txt').write_text(c.__file__)"
+    write_notebook(shelf / "notebooks" / "01_twice.ipynb", "seed = 0\nout_dir = None", code)
+    assert cli.main(["figures"]) == 0
+    assert Path((shelf / "figures" / "01_twice.txt").read_text()) == Path(checkout.__file__)
 
 
 def test_names_may_be_short(monkeypatch):

@@ -25,9 +25,10 @@ ROOMS = {  # what each may know, besides the packages of others
     "method": {"method"},
     "train": {"method", "train"},
     "show": {"method", "train", "show", "parameters"},
-    "studies": {"method", "train", "show", "studies", "parameters"},
+    "studies": {"method", "train", "show", "studies", "parameters", "checkout"},
     "parameters": set(),
-    "executor": set(),
+    "checkout": set(),
+    "executor": {"checkout"},
     "one_page": set(),
 }
 WIDGETS = {"ipywidgets", "IPython", "anywidget"}

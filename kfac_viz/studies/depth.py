@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .. import KFAC, BlockDiagonal, Damped, Dense, Diagonal, Identity, Operator, Partition, TwoLevel, coarse, spectrum
+from ..checkout import ROOT, check_checkout
 from ..method.checks import quietly
 from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
@@ -27,7 +28,7 @@ from .threads import one_thread
 if TYPE_CHECKING:
     import pandas
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = ROOT / "notebooks"
 NETWORKS = {
     "planted_bn": "planted, batch norm",
     "planted": "planted",
@@ -259,6 +260,7 @@ def _stored(path: str) -> dict[Case, Found]:
     """What the table says, by case."""
     file = NOTEBOOKS / path
     if not file.is_file():
+        check_checkout("Measured tables")
         raise ValueError(f"measured must name a table, as seen from notebooks/; {path!r} is none. "
                          "make bench ARGS=depth writes one, and measured=\"\" does without.")
     return read(file)

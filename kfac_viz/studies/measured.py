@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkout import ROOT, check_checkout
 from ..show import Curve
 from .curves import curve, rounded
 
 Row = dict[str, str]
 Run = list[Row]  # what was written while it went on
 TUNING_SEED = "99"  # of the runs that choose rates and λ, and are not shown
-MEASURED = Path(__file__).parents[2] / "figures" / "benchmarks"
+MEASURED = ROOT / "figures" / "benchmarks"
 WITHOUT_EFFECT = "has no effect; all of it is measured, and every notebook has this parameter."
 
 
@@ -31,6 +32,7 @@ def rows_of(table: Path) -> list[Row]:
 def measured_rows(name: str) -> list[Row]:
     """The rows of a table that ``make bench`` has written; a ValueError says which is missing."""
     if not (MEASURED / name).exists():
+        check_checkout("Measured tables")
         raise ValueError(f"There are no timings in figures/benchmarks/{name}; measure them with make bench.")
     return rows_of(MEASURED / name)
 
