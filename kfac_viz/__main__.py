@@ -142,6 +142,7 @@ def plan(names: list[str], given: list[str]) -> list[Job]:
     for stem in select(names):
         try:
             notebook = load(ROOT / "notebooks" / f"{stem}.ipynb", notebooks()[stem])
+            _refuse_bare_lists(notebook.run, grid)
             for point in itertools.product(*grid.values()):
                 checked = parameters.check(notebook.run, dict(zip(grid, point, strict=True)))
                 for name in checked.keys() - notebook.defaults.keys():
@@ -157,6 +158,16 @@ def plan(names: list[str], given: list[str]) -> list[Job]:
     if mistakes:
         raise ValueError("\n".join(dict.fromkeys(mistakes)))
     return list(jobs.values())
+
+
+def _refuse_bare_lists(run: Callable, grid: dict[str, list]) -> None:
+    """ValueError for ``widths=12,14``: one list without its brackets, or a grid of lists without theirs."""
+    for name, parameter in parameters.read(run).items():
+        values = grid.get(name, ())
+        if parameter.many and len(values) > 1 and not all(isinstance(value, list) for value in values):
+            each = ",".join(parameters.to_text(value if isinstance(value, list) else [value]) for value in values)
+            raise ValueError(f"{name} is a list, like {name}={parameters.to_text(parameter.default)}; "
+                             f"for a grid of lists write {name}={each}.")
 
 
 # ---- the commands ----------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ Widget bounds, the command line and papermill all use what stands there::
               device: Device = "cpu") -> XResult:
 
 A parameter is a bool, int, float or str, one of a ``Literal``, a ``tuple[..., ...]`` of those (range and
-choices then hold for each element), or any of these ``| None``.
+choices then hold for each element), or any of these ``| None``. A text is read as the parameter's kind wherever it can
+mean one thing only: papermill hands over ``"[12, 12]"``, and YAML reads ``1e-3`` as a text.
 """
 
 import difflib
@@ -61,6 +62,7 @@ Device = Annotated[Literal["cpu", "cuda", "mps"], "where to compute."]
 
 DEEPEST = 20  # lists in lists, on a command line
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _ABSTRACT = {bool: bool, int: Integral, float: Real, str: str}  # numpy's scalars are welcome
 
 
@@ -92,16 +94,51 @@ class Parameter:
         return text + " or none" * self.optional
 
     def check(self, value: Any) -> Any:
-        """``value`` as the experiment expects it; TypeError or ValueError saying what is possible."""
-        if self.optional and (value is None or value == "none"):
+        """``value``, or what a text says, as the experiment expects it; TypeError or ValueError with what is possible.
+
+        >>> widths = Parameter("widths", int, (4,), many=True)
+        >>> widths.check("[12, 12]"), widths.check("12,12"), widths.check(12), Parameter("x", float, 1.0).check("1e-3")
+        ((12, 12), (12, 12), (12,), 0.001)
+        """
+        if self.optional and (value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))):
             return None
         if not self.many:
             return self._element(value, value)
-        if not isinstance(value, (list, tuple)):
-            raise self._wrong(TypeError, value)
-        return tuple(self._element(element, value) for element in value)
+        elements = self._split(value) if isinstance(value, str) else value
+        elements = elements if isinstance(elements, (list, tuple)) else [elements]
+        return tuple(self._element(element, value) for element in elements)
+
+    def _split(self, text: str) -> list[str]:
+        """The elements of a list that was typed, with or without brackets or parentheses."""
+        bare = text.strip()
+        enclosed = bare[:1] + bare[-1:] in ("[]", "()")
+        inner = bare[1:-1].strip() if enclosed else bare
+        pieces = inner.removesuffix(",").split(",") if inner or not enclosed else []
+        if not all(piece.strip() and not set(piece) & set("[]()") for piece in pieces):
+            raise self._wrong(TypeError, text)
+        return pieces
+
+    def _typed(self, text: str) -> Any:
+        """What a text says as a value of this kind; the text itself where it says none."""
+        bare = text.strip()
+        quoted = len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\""
+        bare = bare[1:-1] if quoted else bare
+        if self.kind is str:
+            return bare if quoted or self.choices or self.many else text
+        if self.kind is bool:
+            return _TRUTH.get(bare.lower(), text)
+        for kind in (int, float):
+            try:
+                return kind(bare)
+            except ValueError:
+                pass
+        return text
 
     def _element(self, element: Any, value: Any) -> Any:
+        if isinstance(element, str):
+            element = self._typed(element)
+        if self.kind is int and isinstance(element, Real) and not isinstance(element, Integral):
+            element = int(element) if float(element).is_integer() else element
         if not isinstance(element, _ABSTRACT[self.kind]) or (isinstance(element, bool) and self.kind is not bool):
             raise self._wrong(TypeError, value)
         try:
@@ -170,7 +207,12 @@ def check(run: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
                 f"There is no parameter {name}{f' (did you mean {close[0]}?)' if close else ''}; "
                 f"there are {', '.join(parameters)}."
             )
-    checked = {name: parameters[name].check(value) for name, value in values.items()}
+    checked = {}
+    for name, value in values.items():
+        try:
+            checked[name] = parameters[name].check(value)
+        except TypeError as error:
+            raise TypeError(f"{error} {_how_to_write(parameters[name], value)}") from None
     if (device := checked.get("device", "cpu")) in ("cuda", "mps"):
         import torch  # here, as the command line must not wait for it
 
@@ -178,6 +220,25 @@ def check(run: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
         if not backend.is_available():
             raise ValueError(f"device must be one that exists; PyTorch finds no {device} here. Take device=cpu.")
     return checked
+
+
+def take(run: Callable, names: dict[str, Any]) -> None:
+    """Check what a notebook's parameters cell has assigned in its namespace ``names``, and put the values back there in
+    the types of ``run``, since papermill hands over texts. Errors: those of :func:`check`."""
+    names.update(check(run, {name: names[name] for name in read(run) if name in names}))
+
+
+def _how_to_write(parameter: Parameter, value: Any) -> str:
+    """How a value of this kind is typed for papermill, and for this package's command."""
+    example = parameter.range.low if parameter.default is None and parameter.range else parameter.default
+    if parameter.kind is str and not parameter.choices and not parameter.many:
+        example = f'"{_shown(value)}"'
+    text = to_text(example)
+    given = shlex.quote(f"{parameter.name}={text}")
+    for_papermill = f"-p {parameter.name} {shlex.quote(text)}"
+    if parameter.many:
+        for_papermill = f"-y {shlex.quote(f'{parameter.name}: {text}'.replace(',', ', '))}"
+    return f"It is written {for_papermill} for papermill, and -p {given} for python -m kfac_viz figures."
 
 
 def parse(text: str) -> list[Any]:

@@ -166,7 +166,7 @@ def test_a_grid_makes_a_folder_each_and_a_failure_stops_nothing(shelf, tmp_path,
         (["-p", "x=high"], "01_twice: x must be a number from 0 to 10; high came."),
         (["-p", "x=1,11"], "x must be a number from 0 to 10; 11 came."),
         (["-p", "x=nan"], "nan came"),
-        (["-p", "words=a,b"], "words must be a list like [], each a text; a came."),
+        (["-p", "words=a,b"], "words is a list, like words=[]; for a grid of lists write words=[a],[b]."),
         (["-p", "x=[1"], "x: '[1' cannot be read"),
         (["-p", "x="], "x: '' cannot be read"),
         (["-p", "x=1", "-p", "x=2"], "for a grid write x=first,second"),
@@ -482,6 +482,15 @@ def test_two_points_of_a_grid_do_not_share_a_folder(shelf, no_kernel, capsys):
     assert cli.main(["figures", "-p", "words=[a/b],[ab]"]) == 2
     assert "would share the folder words=ab" in capsys.readouterr().err
     assert [job.folder for job in cli.plan([], ["x=1,1.0,2"])] == ["x=1.0", "x=2.0"]
+
+
+def test_a_list_is_not_taken_for_a_grid(shelf, no_kernel, capsys):
+    assert cli.main(["figures", "-p", "words=c,d"]) == 2
+    assert "words is a list, like words=[]; for a grid of lists write words=[c],[d]." in capsys.readouterr().err
+    assert cli.main(["figures", "-p", "words=[c,d],e"]) == 2
+    assert "write words=[c,d],[e]." in capsys.readouterr().err
+    for typed, expected in (("c", [["c"]]), ("[c,d]", [["c", "d"]]), ("[c],[d]", [["c"], ["d"]])):
+        assert [list(job.values["words"]) for job in cli.plan([], [f"words={typed}"])] == expected
 
 
 @pytest.mark.parametrize("step", range(6))

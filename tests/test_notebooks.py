@@ -4,6 +4,8 @@ import ast
 import inspect
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -112,6 +114,49 @@ def test_runs_from_top_to_bottom(stem, tmp_path, monkeypatch):
     assert not any(output.get("name") == "stderr" for output in outputs), "a warning that a reader would meet"
     shown = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(shown) == len(records)  # the figure stands in the notebook, too, and no panel where nobody looks
+
+
+def test_papermill_as_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    typed = ["-p", "widths", "[5, 4]", "-p", "n", "40.0", "-p", "repeats", "1", "-r", "steps", "2",
+             "-y", "{damping: 1e-3}", "-p", "out_dir", str(tmp_path / "out")]  # fmt: skip
+    files = [str(FOLDER / "03_damping.ipynb"), str(tmp_path / "executed.ipynb")]
+    command = [sys.executable, "-m", "papermill", *files, *typed, "--cwd", str(FOLDER), "-k", "python3"]
+    subprocess.run(command, check=True, capture_output=True)
+    written = json.loads((tmp_path / "out" / "03_damping.json").read_text())["parameters"]
+    assert {"widths": [5, 4], "n": 40, "repeats": 1, "steps": 2, "damping": 1e-3}.items() <= written.items()
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_a_notebook_that_uses_its_parameters_itself_takes_them_first(stem):
+    """A study checks what it is given; elsewhere a text that papermill handed over would be used as it is."""
+    trees = [ast.parse(cell.source) for cell in read(stem).cells if cell.cell_type == "code"]
+    known, used = set(inspect.signature(NOTEBOOKS[stem]).parameters), set()
+    for tree in trees:
+        given = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and _is_checked(tree, node)}
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in given]
+        used |= {name.id for name in names} & known - {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    takes = f"kv.studies.take(kv.studies.{NOTEBOOKS[stem].__name__}, globals())"
+    first = next(cell.source for cell in read(stem).cells if "import kfac_viz as kv" in cell.source)
+    assert not used or takes in first, used
+
+
+def _is_checked(tree, keyword):
+    """Whether the call that has this keyword checks what it is given: a study, a panel, or a dict for these."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and keyword in node.keywords]
+    return any(re.match(r"(kv\.studies\.run_|kv\.panel|dict$)", ast.unparse(call.func)) for call in calls)
+
+
+def test_a_folder_that_papermill_took_for_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = kv.studies.run_fisher(widths=(4,), n=40, repeats=1)
+    for name in (2024, 0, False, 1.5):
+        with pytest.raises(TypeError, match=f"name of a folder; {name} of type .* -r out_dir {name} for papermill"):
+            kv.save(kv.studies.plot_fisher(result), result, "01_fisher", name)
+        with pytest.raises(TypeError, match="name of a folder"):
+            kv.studies.save_page(kv.studies.run_coarse_space, "00_playground", name)
+    assert not list(tmp_path.iterdir())
+    assert not kv.save(kv.studies.plot_fisher(result), result, "01_fisher", None).paths
 
 
 def test_a_notebook_that_is_run_by_hand_writes_nothing(tmp_path, monkeypatch):

@@ -1,15 +1,17 @@
 """Parameters are read from signatures; what is accepted is exactly what they say."""
 
 import math
+import shlex
 from typing import Annotated, Literal
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_viz.parameters import Device, Range, Repeats, Seed, Widths, check, command, parse, read, to_text
+from kfac_viz.parameters import Device, Range, Repeats, Seed, Widths, check, command, parse, read, take, to_text
 
 
 def run_example(
@@ -23,6 +25,7 @@ def run_example(
     scale: float = 1.0,
     seed: Seed = 0,
     device: Device = "cpu",
+    table: str = "",
 ) -> None:
     """An example.
 
@@ -33,7 +36,8 @@ def run_example(
 
 def test_read_understands_every_kind_of_annotation():
     found = read(run_example)
-    assert list(found) == ["damping", "widths", "spaces", "correction", "bias", "clip", "scale", "seed", "device"]
+    assert list(found) == ["damping", "widths", "spaces", "correction", "bias", "clip", "scale", "seed", "device",
+                           "table"]  # fmt: skip
     assert found["damping"].range == Range(1e-8, 1e2, log=True, steps=81)
     assert found["damping"].help == "the λ of A = F + λI."
     assert (found["widths"].kind, found["widths"].many, found["widths"].range) == (int, True, Range(1, 64))
@@ -74,6 +78,33 @@ def test_own_defaults_pass_their_own_check():
         ("clip", 1, 1.0),
         ("damping", 1e-8, 1e-8),
         ("damping", 100, 100.0),
+        # as papermill hands over what was typed after -p, -r or -y
+        ("widths", 12, (12,)),
+        ("widths", "12", (12,)),
+        ("widths", "12,14", (12, 14)),
+        ("widths", "[12, 14]", (12, 14)),
+        ("widths", "(12, 14)", (12, 14)),
+        ("widths", "(12,)", (12,)),
+        ("widths", " [ ] ", ()),
+        ("widths", ["12", 14.0], (12, 14)),
+        ("spaces", "spectral", ("spectral",)),
+        ("spaces", "['spectral', \"nicolaides\"]", ("spectral", "nicolaides")),
+        ("damping", "1e-3", 1e-3),
+        ("damping", " 1 ", 1.0),
+        ("scale", "-2.5e0", -2.5),
+        ("scale", -3, -3.0),
+        ("seed", "1e3", 1000),
+        ("seed", 1000.0, 1000),
+        ("bias", "True", True),
+        ("bias", "no", False),
+        ("clip", "None", None),
+        ("clip", "null", None),
+        ("clip", "0.5", 0.5),
+        ("correction", "'additive'", "additive"),
+        ("correction", " additive ", "additive"),
+        ("table", "a, b (1).csv", "a, b (1).csv"),
+        ("table", " ", " "),
+        ("table", '"2024"', "2024"),
     ],
 )
 def test_values_are_coerced(name, value, expected):
@@ -94,10 +125,28 @@ def test_values_are_coerced(name, value, expected):
         ({"scale": 10**400}, ValueError, "scale must be a number"),
         ({"scale": math.inf}, ValueError, "inf came"),
         ({"seed": 10**5000}, ValueError, "seed must be a whole number from 0 to 2147483647; a very long int came"),
-        ({"widths": 12}, TypeError, "a list like [12,12], each a whole number from 1 to 64; 12 came"),
+        ({"widths": 65}, ValueError, "a list like [12,12], each a whole number from 1 to 64; 65 came"),
+        ({"widths": None}, TypeError, "none came. It is written -y 'widths: [12, 12]' for papermill, and -p 'widths=["),
+        ({"widths": ""}, TypeError, "; "),
+        ({"widths": "[12,,12]"}, TypeError, "[12,,12] came"),
+        ({"widths": "[[12]]"}, TypeError, "[[12]] came"),
+        ({"widths": "[12"}, TypeError, "[12 came"),
+        ({"widths": "12 12"}, TypeError, "12 12 came"),
+        ({"widths": [12, True]}, TypeError, "[12,true] came"),
+        ({"widths": {"a": 1}}, TypeError, "widths must be a list"),
+        ({"spaces": "spectral,smooth"}, ValueError, "one of nicolaides, spectral; spectral,smooth came"),
+        ({"damping": "0.1,1"}, TypeError, "0.1,1 came. It is written -p damping 0.001 for papermill, and -p damping="),
+        ({"damping": "[0.1]"}, TypeError, "[0.1] came"),
+        ({"damping": "inf"}, ValueError, "inf came"),
+        ({"seed": "9" * 5000}, TypeError, "seed must be a whole number"),
+        ({"seed": "2.5"}, TypeError, "2.5 came. It is written -p seed 0 for papermill, and -p seed=0 for python -m"),
+        ({"seed": "-1"}, ValueError, "-1 came"),
+        ({"seed": math.inf}, TypeError, "inf came"),
+        ({"bias": "maybe"}, TypeError, "true or false; maybe came. It is written -p bias true for papermill"),
+        ({"clip": "any"}, TypeError, "or none; any came. It is written -p clip 0 for papermill, and -p clip=0 for"),
+        ({"table": 2024}, TypeError, """a text; 2024 came. It is written -p table '"2024"' for papermill, and -p '"""),
         ({"widths": [12, 65]}, ValueError, "[12,65] came"),
-        ({"widths": [12.0]}, TypeError, "[12.0] came"),
-        ({"widths": "12"}, TypeError, "12 came"),
+        ({"widths": [12.5]}, TypeError, "[12.5] came"),
         ({"spaces": ["smooth"]}, ValueError, "one of nicolaides, spectral"),
         ({"correction": "adaptive"}, ValueError, "one of additive, balanced; adaptive came"),
         ({"bias": 1}, TypeError, "true or false"),
@@ -109,6 +158,31 @@ def test_what_is_refused_says_what_is_possible(values, error, words):
     with pytest.raises(error) as caught:
         check(run_example, values)
     assert words in str(caught.value)
+
+
+def test_a_refused_text_is_written_as_the_refusal_says():
+    """The line for papermill, read as papermill reads it, and the line for the command."""
+    from papermill.cli import _resolve_type
+
+    mistakes = {"widths": "x", "damping": "x", "seed": "x", "bias": "x", "clip": "x", "correction": 1, "table": 7}
+    for name, value in mistakes.items():
+        with pytest.raises(TypeError) as caught:
+            check(run_example, {name: value})
+        words = shlex.split(str(caught.value).partition("It is written ")[2])
+        if words[0] == "-y":
+            typed = yaml.safe_load(words[1])
+        else:
+            typed = {words[1]: _resolve_type(words[2])}
+        ours, _, text = words[words.index("-p", 1) + 1].partition("=")
+        assert check(run_example, typed) == check(run_example, {ours: parse(text)[0]})
+
+
+def test_a_notebook_takes_what_papermill_assigned():
+    names = {"damping": "1e-3", "widths": "[3, 4]", "seed": 2, "other": "1e-3"}
+    take(run_example, names)
+    assert names == {"damping": 1e-3, "widths": (3, 4), "seed": 2, "other": "1e-3"}
+    with pytest.raises(ValueError, match="seed must be"):
+        take(run_example, names | {"seed": -1})
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cuda", torch.cuda), ("mps", torch.backends.mps)])

@@ -100,7 +100,7 @@ def test_no_sequence_of_moves_reaches_an_invalid_state(panel, move):
 def test_what_cannot_be_read_is_said_and_the_picture_stays():
     panel = kv.panel(run_coarse_space, CoarseSpacePlot, **SMALL)
     before = picture(panel)
-    for text, words in (("[12", "cannot be read"), ("[0]", "from 1 to 64"), ("[64,64,64]", "narrower layers")):
+    for text, words in (("[12", "a list like [12,12,12]"), ("[0]", "from 1 to 64"), ("[64,64,64]", "narrower layers")):
         panel.controls["widths"].value = text
         assert words in panel.error and 'role="alert"' in panel._alert.value
         assert picture(panel) == before

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 
 
-def write_page(template: Path, data: dict[str, Any], name: str, out_dir: str | Path) -> Path:
+def write_page(template: Path, data: dict[str, Any], name: str, out: Path) -> Path:
     """Write NAME.html: ``template`` with the shared style and script, and ``data`` as JSON, in their places."""
     parts = {
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
@@ -28,7 +28,7 @@ def write_page(template: Path, data: dict[str, Any], name: str, out_dir: str | P
     page = template.read_text(encoding="utf-8")
     for part, text in parts.items():
         page = page.replace("{{" + part + "}}", text)
-    return put({f"{name}.html": page.encode()}, Path(out_dir))[0]
+    return put({f"{name}.html": page.encode()}, out)[0]
 
 
 def nearest(values: ArrayLike, x: float) -> int:

@@ -207,7 +207,7 @@ class Panel(widgets.VBox):
         """Read the controls, run, draw; what goes wrong is said in the panel, and the last good picture stays."""
         self._computing = True
         try:
-            read = {name: _read(self._known[name], control.value) for name, control in self.controls.items()}
+            read = {name: self._known[name].check(control.value) for name, control in self.controls.items()}
             values = self._values | read
             view, command = self._view(values), self._reproduce(values)
             self._values, self.command = values, command
@@ -404,15 +404,6 @@ def _row(controls: list[widgets.Widget]) -> widgets.Box:
 
 def _told(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _read(parameter: Parameter, value: Any) -> Any:
-    """The value of a control as the run takes it; texts are parsed like those of the command line."""
-    if isinstance(value, str) and not parameter.choices:
-        alternatives = parameters.parse(value)
-        single = len(alternatives) == 1 and not (parameter.many and isinstance(alternatives[0], (int, float)))
-        value = alternatives[0] if single else alternatives
-    return parameter.check(value)
 
 
 def _parts(widget: widgets.Widget) -> list[widgets.Widget]:

@@ -108,6 +108,18 @@ def publish(output: Output, made: Path, out: Path) -> None:
     move(made.rename(made.with_name(made.name.replace("making", "ready"))), out)
 
 
+def folder(out_dir: str | Path | None) -> Path | None:
+    """The folder that is meant; None where nothing is to be written.
+
+    Raises:
+        TypeError: a number or a truth value, which papermill makes of a name like 2024.
+    """
+    if out_dir is not None and not isinstance(out_dir, (str, os.PathLike)):
+        raise TypeError(f"out_dir must be the name of a folder; {out_dir!r} of type {type(out_dir).__name__} came. "
+                        f"Write -r out_dir {out_dir} for papermill, with -r in place of -p.")
+    return Path(out_dir) if out_dir else None
+
+
 def put(contents: dict[str, bytes], out: Path) -> tuple[Path, ...]:
     """Write files into ``out``, which is made if it is missing: each of them whole, a record last."""
     out.mkdir(parents=True, exist_ok=True)

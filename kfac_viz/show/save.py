@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
-from .publish import put
+from .publish import folder, put
 from .style import rc
 
 if TYPE_CHECKING:
@@ -45,9 +45,11 @@ def save(figure: Figure, result: Any, name: str, out_dir: str | Path) -> Saved:
 
     Raises:
         ValueError: the figure has no label, or a folder stands where a file is to be written.
+        TypeError: ``out_dir`` is no name of a folder.
     """
     import matplotlib
 
+    out = folder(out_dir)
     alt = str(figure.get_label()).strip()
     if not alt:
         raise ValueError("Every figure needs an alternative text: figure.set_label('what it shows').")
@@ -59,10 +61,10 @@ def save(figure: Figure, result: Any, name: str, out_dir: str | Path) -> Saved:
     with matplotlib.rc_context(rc()):
         png = _render(figure, "png", {"Title": name, "Description": alt, "Software": None})
         svg = _render(figure, "svg", {"Title": name, "Description": alt, "Creator": None, "Date": None})
-    if not out_dir:
+    if out is None:
         return Saved((), png, alt)
     contents = {"svg": svg, "png": png, "csv": table.encode(), "json": text.encode()}
-    return Saved(put({f"{name}.{suffix}": data for suffix, data in contents.items()}, Path(out_dir)), png, alt)
+    return Saved(put({f"{name}.{suffix}": data for suffix, data in contents.items()}, out), png, alt)
 
 
 def _render(figure: Figure, format: str, metadata: dict[str, str | None]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..parameters import take
 from ..show.save import save
 from .claims import ClaimsPlot, ClaimsResult, run_claims
 from .coarse_sizes import CoarseSizesPlot, CoarseSizesResult, run_coarse_sizes

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..parameters import number, read
+from ..parameters import check, number, read
 from ..show import METHODS, limit_of
 from ..show.page import nearest, write_page
 from ..show.parts import frame
-from ..show.publish import put
+from ..show.publish import folder, put
 from .coarse_space import CEILING, FLOOR, ORDER, CoarseSpacePlot, CoarseSpaceResult, stretched
 
 SIZES = (0, 1, 2, 4, 8, 16)
@@ -29,8 +29,9 @@ def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | P
         out_dir: folder, made if it is missing; empty to compute and write nothing.
         choices: parameters of ``run``; ``damping`` and ``per_layer`` say where the sliders start.
     """
-    if not out_dir:
+    if (out := folder(out_dir)) is None:
         return None
+    choices = check(run, choices)
     dampings = read(run)["damping"].range.positions[10::3]
     damping, per_layer = choices.pop("damping"), choices.pop("per_layer")
     columns = [[run(damping=x, per_layer=size, **choices) for size in SIZES] for x in dampings]
@@ -54,7 +55,7 @@ def save_page(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | P
         "limits": [number(limit_of(column[0].missed), 2) for column in columns],
         "views": [[_view(result, correction, ranks) for result in column] for column in columns],
     }  # fmt: skip
-    return write_page(TEMPLATE, data, name, out_dir)
+    return write_page(TEMPLATE, data, name, out)
 
 
 def save_moving(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str | Path, **choices: Any) -> Path | None:
@@ -65,7 +66,7 @@ def save_moving(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str |
         out_dir: folder, made if it is missing; empty to compute and write nothing.
         choices: parameters of ``run``; that of ``per_layer`` is not used.
     """
-    if not out_dir:
+    if (out := folder(out_dir)) is None:
         return None
     from PIL.Image import Resampling
 
@@ -81,7 +82,7 @@ def save_moving(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str |
     buffer = io.BytesIO()
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], loop=0, quality=80, method=4,
                    duration=[1200] * (len(frames) - 1) + [3000])  # fmt: skip
-    return put({f"{name}.webp": buffer.getvalue()}, Path(out_dir))[0]
+    return put({f"{name}.webp": buffer.getvalue()}, out)[0]
 
 
 def _view(result: CoarseSpaceResult, correction: str, ranks: np.ndarray) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..parameters import number
 from ..show.page import address, nearest, write_page
+from ..show.publish import folder
 from .pde import AXES, DECADES, EQUATIONS, LIVE, STYLES, PdeResult, run_of
 from .threads import one_thread
 
@@ -28,7 +29,7 @@ def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **c
         out_dir: folder, made if it is missing; empty to compute and write nothing.
         choices: parameters of ``run``; ``per_layer`` and ``moment`` say where the sliders start.
     """
-    if not out_dir:
+    if (out := folder(out_dir)) is None:
         return None
     first = run(**choices)
     p = first.parameters
@@ -49,7 +50,7 @@ def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **c
         "fields": {name: [_picture(np.log10(np.abs(x.field).clip(1e-16)), -DECADES, 0, "magma") for x in found]
                    for name, found in runs.items()},
     }  # fmt: skip
-    return write_page(TEMPLATE, data, name, out_dir)
+    return write_page(TEMPLATE, data, name, out)
 
 
 def _picture(values: NDArray, low: float, high: float, palette: str, levels: int = 28) -> str:
