@@ -74,9 +74,8 @@ def test_the_live_picture_is_the_figure():
     )
     live = Live(CoarseSpacePlot(first))
     live.texts, live.others = [], live.plot.animated  # matplotlib's glyphs in both pictures
-    start = np.asarray(live.picture(), dtype=float)
-    live.plot.update(second)
-    moved = np.asarray(live.picture(), dtype=float)
+    start = np.asarray(live.picture(first), dtype=float)
+    moved = np.asarray(live.picture(second), dtype=float)
     fresh = np.asarray(CoarseSpacePlot(second).figure.canvas.buffer_rgba(), dtype=float)[..., :3]
 
     def differing(x, y):

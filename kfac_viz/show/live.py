@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.font_manager import findfont
@@ -15,6 +17,8 @@ from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from .style import rc
+
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
 
@@ -22,9 +26,24 @@ if TYPE_CHECKING:
 
 _ONE_AT_A_TIME = threading.RLock()  # matplotlib draws in one thread only
 
+# What matplotlib reads of the style of the process while a frame is drawn, once the figure is built.
+READ = ("_internal.classic_mode", "agg.path.chunksize", "lines.scale_dashes", "path.simplify",
+        "path.simplify_threshold", "path.snap")  # fmt: skip
+
 # Where matplotlib and Pillow anchor a text.
 _ACROSS = {"left": "l", "center": "m", "right": "r"}
 _DOWN = {"top": "a", "center": "m", "center_baseline": "m", "baseline": "s", "bottom": "d"}
+
+
+def drawn_here() -> bool:
+    """Whether a frame comes out right in the style that the process has now, without a change of it: styles are those
+    of the process and not of a thread."""
+    return all(matplotlib.rcParams[key] == matplotlib.rcParamsDefault[key] for key in READ)
+
+
+def _style() -> AbstractContextManager:
+    """The style of every frame."""
+    return matplotlib.rc_context(rc() | {key: matplotlib.rcParamsDefault[key] for key in READ})
 
 
 class View(NamedTuple):
@@ -48,10 +67,17 @@ class Live:
             artist.set_animated(True)
         self.texts = [artist for artist in plot.animated if isinstance(artist, Text) and not artist.get_rotation()]
         self.others = [artist for artist in plot.animated if artist not in self.texts]
-        self.canvas.draw()
+        with _style():
+            self.canvas.draw()
         self._background = self.canvas.copy_from_bbox(self.plot.figure.bbox)
 
-    def picture(self) -> Image.Image:
+    def picture(self, result: Any) -> Image.Image:
+        """The picture of a result that fits; from any thread where :func:`drawn_here` says so."""
+        with _ONE_AT_A_TIME, nullcontext() if drawn_here() else _style():
+            self.plot.update(result)
+            return self._picture()
+
+    def _picture(self) -> Image.Image:
         """What the figure looks like now."""
         self.canvas.restore_region(self._background)
         for artist in self.others:
@@ -90,9 +116,9 @@ class Live:
 
     def show(self, result: Any, format: str = "JPEG") -> View:
         """The view of a result that fits, its picture as JPEG, or as PNG without loss and with its words; from any
-        thread."""
+        thread where :func:`drawn_here` says so."""
         with _ONE_AT_A_TIME:
-            self.plot.update(result)
+            picture = self.picture(result)
             words = self.plot.figure.get_label()
             if format == "PNG":
                 options: dict[str, Any] = {"pnginfo": PngInfo()}
@@ -100,7 +126,7 @@ class Live:
             else:
                 options = {"quality": 80, "subsampling": 0}
             buffer = io.BytesIO()
-            self.picture().save(buffer, format, **options)
+            picture.save(buffer, format, **options)
             return View(buffer.getvalue(), words, self.plot.regions(result))
 
 

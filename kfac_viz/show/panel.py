@@ -28,7 +28,7 @@ from IPython.display import HTML, display
 
 from .. import parameters
 from ..parameters import Parameter, Range, to_text
-from .live import Live, View
+from .live import Live, View, drawn_here
 from .plot import Plot
 
 LARGE = ("damping", "damping_share", "per_layer")  # where a run has them
@@ -222,8 +222,8 @@ class Panel(widgets.VBox):
             raise
 
     def _view(self, values: dict[str, Any], here: bool = True) -> View | None:
-        """The picture for these values, drawn or remembered; None where it needs a figure that cannot be made here:
-        styles are those of the process and not of a thread."""
+        """The picture for these values, drawn or remembered; None where it needs a figure, or a style, that cannot be
+        made here: styles are those of the process and not of a thread."""
         key = tuple(values.items())
         if view := self._seen.get(key):  # without waiting for what is being drawn ahead
             self._seen[key] = self._seen.pop(key, view)
@@ -233,7 +233,7 @@ class Panel(widgets.VBox):
                 result = self.run(**values)
                 if here:
                     self._live, self._computed = Live.of(self._plot_type, result, self._live), (values, result)
-                elif not self._live.plot.fits(result):
+                elif not (self._live.plot.fits(result) and drawn_here()):
                     return None
                 self._seen[key] = self._live.show(result)
                 if len(self._seen) > KEPT:

@@ -1,4 +1,4 @@
-"""One look for every figure: a palette for methods, and rcParams as a plain dict."""
+"""One look for every figure, whatever the reader's own style: a palette for methods, and rcParams as a plain dict."""
 
 from __future__ import annotations
 
@@ -79,8 +79,11 @@ def styled(space: str, correction: str) -> Style:
 
 
 def rc(size: float = 9.5) -> dict:
-    """rcParams for ``matplotlib.rc_context``; ``size`` is the text size in points."""
-    return {
+    """All rcParams for ``matplotlib.rc_context``, but for the backend's: matplotlib's own defaults with these changes,
+    so that nothing of the reader's style is left; ``size`` is the text size in points."""
+    from matplotlib import rcParamsDefault
+
+    return {key: value for key, value in rcParamsDefault.items() if not key.startswith(("backend", "interactive"))} | {
         "font.family": "DejaVu Sans",  # ships with matplotlib: the same outlines everywhere
         "font.size": size,
         "axes.titlesize": size * 1.05,

@@ -77,8 +77,7 @@ def save_moving(run: Callable[..., CoarseSpaceResult], name: str, out_dir: str |
     live = Live(CoarseSpacePlot(results[0]))
     frames = []
     for result in results:
-        live.plot.update(result)
-        frames.append(live.picture().resize(MOVING, Resampling.LANCZOS))
+        frames.append(live.picture(result).resize(MOVING, Resampling.LANCZOS))
     buffer = io.BytesIO()
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], loop=0, quality=80, method=4,
                    duration=[1200] * (len(frames) - 1) + [3000])  # fmt: skip
