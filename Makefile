@@ -1,9 +1,12 @@
 # Each target sets up what it needs: a virtual environment in .venv with the pinned versions, once.
 .DEFAULT_GOAL := help
-.PHONY: help figures test fuzz lab bench test-browser voila-class site constraints clean
+.PHONY: help figures test oldest fuzz lab bench test-browser voila-class site constraints clean
 
 PY      := .venv/bin/python
 EXTRAS  := test,class,browser,site,published
+OLDEST  := .venv-oldest/bin/python
+FAST    := kfac_viz/method $(patsubst %,tests/test_%.py,partition fisher kfac coarse two_level krylov one_page) \
+    'tests/test_notebooks.py::test_runs_from_top_to_bottom[02_kfac]'
 POOL    := 3
 THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
@@ -20,6 +23,9 @@ figures: .venv/ready  ## regenerate what is missing or changed under figures/
 test: .venv/ready  ## run the tests, then the linter
 	$(THREADS) $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 	$(PY) -m ruff check .
+
+oldest: .venv-oldest/ready  ## try the least versions of all packages: an environment of its own, the fast tests
+	$(THREADS) $(OLDEST) -m pytest -q $(FAST) $(ARGS)
 
 fuzz: .venv/ready  ## try the public API at random: ARGS="--tries 100000 --jobs 2"
 	@$(PY) tests/fuzz.py $(ARGS)
@@ -44,7 +50,7 @@ site: .venv/ready  ## build the static site into site/: every notebook executed,
 	@echo "site/index.html"
 
 clean:  ## remove .venv, caches and executed notebooks; figures/ stays
-	rm -rf .venv site figures/.made .pytest_cache .ruff_cache .hypothesis build kfac_viz.egg-info
+	rm -rf .venv .venv-oldest site figures/.made .pytest_cache .ruff_cache .hypothesis build kfac_viz.egg-info
 	find kfac_viz tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- set-up ------------------------------------------------------------------------------------------
@@ -83,6 +89,18 @@ endif
 	    echo "The packages could not be installed (see above). They come from the Python package index:" \
 	    "check the network or the proxy, then run make again; it goes on where it stopped." >&2; exit 1; }; \
 	printf '%s\n' "$(CURDIR)" > $@
+
+# On Python 3.11, the least one. pip takes a PyTorch that is there: a CPU build of that version may be put in first.
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	@python="$${PYTHON:-python3.11}"; \
+	"$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	    echo "The least versions need Python 3.11. Install it, or name it: PYTHON=/path/to/python3.11 make oldest" >&2; \
+	    exit 1; }; \
+	rm -f $@; \
+	$(OLDEST) -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv-oldest || exit 1; \
+	$(OLDEST) -m pip install --disable-pip-version-check -c constraints-oldest.txt -e '.[$(EXTRAS)]' || { \
+	    echo "The packages could not be installed (see above)." >&2; exit 1; }; \
+	touch $@
 
 constraints:  ## renew constraints.txt with the newest versions that pyproject.toml allows
 	@$(FIND_PYTHON); set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \

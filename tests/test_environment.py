@@ -9,6 +9,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 CONDA_NAMES = {
@@ -19,7 +20,7 @@ CONDA_NAMES = {
 }
 TOP_LEVEL = {
     ".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "README.md",
-    "constraints.txt", "environment.yml", "figures", "kfac_viz", "notebooks", "pyproject.toml", "tests",
+    "constraints-oldest.txt", "constraints.txt", "environment.yml", "figures", "kfac_viz", "notebooks", "pyproject.toml", "tests",
 }  # fmt: skip
 
 
@@ -34,8 +35,8 @@ def wanted() -> dict[str, str]:
     return {canonicalize_name(r.name): str(r.specifier) for r in requirements}
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in pairs}
 
@@ -66,6 +67,15 @@ def test_constraints_are_plain_versions():
     """No local version such as +cpu, which the package index does not have, and not the project itself."""
     assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in pins().values())
     assert canonicalize_name(project()["name"]) not in pins()
+
+
+def test_the_least_versions_are_those_that_are_declared():
+    """`make oldest` tries what constraints-oldest.txt pins: the lower end of every range, and nothing else."""
+    oldest = pins("constraints-oldest.txt")
+    assert oldest.keys() == wanted().keys()
+    for name, specifier in wanted().items():
+        operator, version = re.fullmatch(r"(>=)([0-9.]+)", specifier).groups()
+        assert operator == ">=" and Version(oldest[name]) == Version(version), name
 
 
 def test_top_level_holds_only_what_belongs_there():
