@@ -46,7 +46,7 @@ class OnePage:
             self.A[l] = self.A[l] + (a_.T @ a_ / N - self.A[l]) * N / self.seen
             π = (self.A[l].diag().mean() / self.G[l].diag().mean()).sqrt()
             shares = (self.G[l], self.λ**0.5 / π), (self.A[l], self.λ**0.5 * π)
-            inverses.append([torch.linalg.inv(X + share * torch.eye(len(X)).to(X)) for X, share in shares])
+            inverses.append([torch.linalg.inv(X + share * torch.ones_like(X[0]).diag()) for X, share in shares])
         M = lambda R: [G_inverse @ R_ @ A_inverse for (G_inverse, A_inverse), R_ in zip(inverses, R)]
 
         # 4. Level two: as columns of Z, the few leading eigenvectors w uᵀ of each G ⊗ A. Along these all layers are
@@ -59,7 +59,7 @@ class OnePage:
         Z = lambda c: [(W * c_) @ U.T for (W, U), c_ in zip(columns, c.split([W.shape[1] for W, _ in columns]))]
         ZT = lambda R: torch.cat([((W.T @ R_) * U.T).sum(1) for (W, U), R_ in zip(columns, R)])
         JZ = torch.cat([(g_ @ W) * (a_ @ U) for g_, a_, (W, U) in zip(g, a, columns)], 1)
-        E = JZ.T @ JZ / N + self.λ * torch.eye(JZ.shape[1]).to(JZ)
+        E = JZ.T @ JZ / N + self.λ * torch.ones_like(JZ[0]).diag()
 
         # 5. Both, balanced: solve on the columns; let K-FAC treat what that has left, g − A Z c; then undo what K-FAC
         #    has done to the columns.

@@ -20,7 +20,8 @@ CONDA_NAMES = {
 }
 TOP_LEVEL = {
     ".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "README.md",
-    "constraints-oldest.txt", "constraints.txt", "environment.yml", "figures", "kfac_viz", "notebooks", "pyproject.toml", "tests",
+    "constraints-oldest.txt", "constraints.txt", "environment.yml", "figures", "kfac_viz", "notebooks",
+    "pyproject.toml", "tests",
 }  # fmt: skip
 
 

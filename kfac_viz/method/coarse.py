@@ -101,9 +101,9 @@ def random(F: Operator, per_layer: int, seed: int = 0) -> RankOneSpace:
     factors = []
     for l, layer in enumerate(F.partition.layers):
         generator = torch.Generator().manual_seed((seed * 100_003 + l) % 2**63)
-        both = torch.empty(sum(layer.shape), min(per_layer, layer.size), dtype=torch.float64)
+        both = torch.empty(sum(layer.shape), min(per_layer, layer.size), dtype=torch.float64, device="cpu")
         for column in both.unbind(1):  # one after another, so that a larger space contains the smaller
-            column.copy_(torch.randn(len(both), generator=generator, dtype=torch.float64))
+            column.copy_(torch.randn(len(both), generator=generator, dtype=both.dtype, device=both.device))
         W, U = both.to(F.device, F.dtype).split(layer.shape)
         factors.append((W, U))
     return RankOneSpace(F.partition, factors, name="random")
@@ -139,7 +139,8 @@ def _kronecker_eigenvectors(
     counts = [min(limit, d.numel()) for d, _ in found]
     if total is not None:
         d = torch.cat([d[:n] for (d, _), n in zip(found, counts, strict=True)])
-        layers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(d.device)
+        numbers, repeats = torch.arange(len(counts), device="cpu"), torch.tensor(counts, device="cpu")
+        layers = numbers.repeat_interleave(repeats).to(d.device)
         best = d.argsort(descending=True, stable=True)[:total]
         counts = torch.bincount(layers[best], minlength=len(found)).tolist()
     factors = []

@@ -194,7 +194,7 @@ def diagonal(X: Tensor, G: Tensor) -> Tensor:
 
 def _leading(X: Tensor, count: int, iterations: int) -> Eigen:
     generator = torch.Generator().manual_seed(0)
-    Q = torch.randn(X.shape[-1], count + 8, generator=generator, dtype=torch.float64).to(X)
+    Q = torch.randn(X.shape[-1], count + 8, generator=generator, dtype=torch.float64, device="cpu").to(X)
     for _ in range(iterations):
         Q = torch.linalg.qr(X @ Q).Q
     d, V = eigenpairs(Q.mT @ X @ Q, "A Kronecker factor")

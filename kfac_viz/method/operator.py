@@ -146,7 +146,7 @@ class Operator(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         def matmat(x):
-            v = torch.as_tensor(x)
+            v = torch.as_tensor(x, device="cpu")
             if v.is_complex():
                 raise TypeError(f"{type(self).__name__} is real; got a vector of {v.dtype}.")
             return (self @ v.to(self.device, self.dtype)).cpu().numpy()
@@ -155,7 +155,7 @@ class Operator(ABC):
             check_symmetric(self, "the transposed product")
             return matmat(x)
 
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(
             self.shape, matvec=matmat, matmat=matmat, rmatvec=transpose, rmatmat=transpose, dtype=dtype
         )

@@ -103,7 +103,7 @@ class MatrixView:
 
     def _norm(self, l: int, m: int) -> str:
         if self._norms is None:
-            self._norms = self.partition.norms(torch.as_tensor(self._matrix)).tolist()
+            self._norms = self.partition.norms(torch.as_tensor(self._matrix, device="cpu")).tolist()
         names, norm = self.partition.names, self._norms[l][m]
         return f"{self.name}, layers {l + 1} ({names[l]}) and {m + 1} ({names[m]}): Frobenius norm {number(norm)}"
 

@@ -107,7 +107,7 @@ def _pairs(s: Setting, damping: float) -> NDArray:
     for l in range(len(slices)):
         for m in range(l + 1):
             which = sorted({l, m})
-            kept = torch.cat([torch.arange(len(s.dense))[slices[i]] for i in which])
+            kept = torch.cat([torch.arange(len(s.dense), device=s.dense.device)[slices[i]] for i in which])
             layers = Partition.from_sizes([slices[i].stop - slices[i].start for i in which])
             found[l, m] = found[m, l] = Dense(s.dense[kept][:, kept], layers).damped(damping).claims()
     return rounded(found, 3)

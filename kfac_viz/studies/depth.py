@@ -402,7 +402,7 @@ def shown(result: DepthResult, quantity: str) -> Any:
 @exercise("06a", "The trace of M A is a sum over layers. What is it in each, and what is the mean eigenvalue?", 1e-6)
 def _least_that_the_largest_eigenvalue_can_be() -> float:
     layers = 17
-    A = Dense(torch.eye(layers, dtype=torch.float64), Partition.from_sizes([1] * layers))  # no coupling
+    A = Dense(torch.eye(layers, dtype=torch.float64, device="cpu"), Partition.from_sizes([1] * layers))  # no coupling
     return float(spectrum(A, BlockDiagonal(A, 0.0))[-1])
 
 

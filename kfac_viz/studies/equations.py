@@ -177,11 +177,11 @@ def equation(
         boundary = _on_faces(box, time, number, generator)
     check_points(points, box)
     check_points(boundary, box)
-    kinds = torch.cat([torch.zeros(len(points), 1), torch.ones(len(boundary), 1)])
+    kinds = torch.cat([torch.zeros(len(points), 1, device="cpu"), torch.ones(len(boundary), 1, device="cpu")])
     inputs = torch.cat([torch.cat([points, boundary]).to("cpu", torch.float64), kinds.double()], dim=1)
     net = multilayer_perceptron([len(box), *widths, 1], "tanh", seed)
     model = Residual(net, operator, solution, float(weight), bool(time))
-    problem = Equation(model, inputs, torch.zeros(len(inputs), 1), "gaussian", name, box=box).to(device, dtype)
+    problem = Equation(model, inputs, inputs.new_zeros(len(inputs), 1), "gaussian", name, box=box).to(device, dtype)
     x = problem.inputs[:, :-1]
     _check_values("The solution", problem.exact(x), len(x))
     with torch.no_grad():
@@ -297,8 +297,8 @@ def _checked_box(box: Box) -> tuple[tuple[float, float], ...]:
 
 def _inside(box: Box, n: int, generator: torch.Generator) -> Tensor:
     """Uniform points (n, d)."""
-    low, high = torch.tensor(box, dtype=torch.float64).T
-    return low + (high - low) * torch.rand(n, len(box), generator=generator, dtype=torch.float64)
+    low, high = torch.tensor(box, dtype=torch.float64, device="cpu").T
+    return low + (high - low) * torch.rand(n, len(box), generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _on_faces(box: Box, time: bool, n: int, generator: torch.Generator) -> Tensor:

@@ -77,7 +77,7 @@ class Published(torch.optim.Optimizer):
         self.weight_decay, self.observe_every, self.refresh_every = weight_decay, observe_every, refresh_every
         self.steps = self.observations = 0
         self.A, self.G = ([0.0] * len(linear) for _ in range(2))  # averaged factors of each layer
-        self.sums_A = self.sums_G = torch.zeros(len(linear), len(linear))  # of the cross-layer factors' entries
+        self.sums_A = self.sums_G = torch.zeros(len(linear), len(linear), device="cpu")  # of the cross-layer factors
         self.velocity: Tensor | float = 0.0
         self.coarse_share = 0.0  # of the last direction's slope, gᵀ(coarse part) / gᵀ(fine part)
         inside = {id(p) for own in self.partition.parameters(model) for p in own}
@@ -174,5 +174,5 @@ class Published(torch.optim.Optimizer):
         sums_A, sums_G = whole(self.sums_A, self.sums_A.tril()), whole(self.sums_G, self.sums_G.triu())
         if "triangle" not in self.mended:
             self.sums_A, self.sums_G = sums_A, sums_G
-        eye = gram if "damping" in self.mended else torch.eye(len(gram)).to(gram)
+        eye = gram if "damping" in self.mended else torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         return sums_A * sums_G + self.damping * eye

@@ -179,14 +179,14 @@ def small_problem(
 ) -> Problem:
     """The model with two parameters at one point: 200 examples, least squares or logistic regression."""
     generator = torch.Generator().manual_seed(seed)
-    x = 1.5 + torch.randn(200, 1, generator=generator, dtype=torch.float64)
-    noise = torch.randn(200, 1, generator=generator, dtype=torch.float64)
+    x = 1.5 + torch.randn(200, 1, generator=generator, dtype=torch.float64, device="cpu")
+    noise = torch.randn(200, 1, generator=generator, dtype=torch.float64, device="cpu")
     y = x - 0.5 + 0.5 * x * noise
     if likelihood == "bernoulli":
         y = (x - 0.5 + 1.5 * noise > 0).to(torch.float64)
-    model = nn.Sequential(nn.Linear(1, 1, dtype=torch.float64))
+    model = nn.Sequential(nn.Linear(1, 1, dtype=torch.float64, device="cpu"))
     problem = Problem(model, x, y, likelihood, "a line")
-    point = torch.tensor([weight, bias], dtype=torch.float64)
+    point = torch.tensor([weight, bias], dtype=torch.float64, device="cpu")
     problem.partition.add_(model, point - problem.partition.pack(model))
     return problem.to(device)
 
@@ -195,7 +195,7 @@ def small_problem(
 def _landscape(likelihood: str, seed: int) -> tuple[NDArray, NDArray, NDArray]:
     """The loss on a grid of weights and biases, and its minimum by Newton's method (the exact Fisher: λ = 0)."""
     problem = small_problem(likelihood, seed)
-    axis = torch.linspace(-2.5, 2.5, 71, dtype=torch.float64)
+    axis = torch.linspace(-2.5, 2.5, 71, dtype=torch.float64, device="cpu")
 
     def loss(w: Tensor, b: Tensor) -> Tensor:
         return nll(problem.inputs * w + b, problem.targets, likelihood)

@@ -111,7 +111,8 @@ def poisson(subdomains: int, local: int, device: str = "cpu") -> Dense:
 def _poisson_iterations(size: int, local: int, per_subdomain: int, rtol: float, seed: int, device: str) -> dict:
     A = poisson(size, local, device)
     M, Z = BlockDiagonal(A, 0.0), nicolaides(A, per_subdomain)
-    b = torch.randn(len(A.eye()), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    b = torch.randn(len(A.eye()), generator=generator, dtype=torch.float64, device="cpu").to(device)
     methods = {"none": None, "blocks": M, "additive": TwoLevel(A, M, Z, "additive"), "balanced": TwoLevel(A, M, Z)}
     return {("poisson", name): iterations(A, b, T, rtol) for name, T in methods.items()}
 
@@ -124,7 +125,7 @@ def _errors(shown: int, local: int, per_subdomain: int, sweeps: int, seed: int, 
     M = BlockDiagonal(A, 0.0)
     T = TwoLevel(A, M, nicolaides(A, per_subdomain))
     d, sines = A.eigen
-    signs = torch.randint(0, 2, (len(d),), generator=torch.Generator().manual_seed(seed)).to(d) * 2 - 1
+    signs = torch.randint(0, 2, (len(d),), generator=torch.Generator().manual_seed(seed), device="cpu").to(d) * 2 - 1
     starts = sines / d.sqrt()  # every sine mode with energy 1
     errors, modes = {}, {}
     for name, method, k in (("start", M, 0), ("blocks", M, sweeps), ("balanced", T, sweeps)):

@@ -283,7 +283,7 @@ def _next_step(at: Reached) -> tuple[dict[str, Shares], float]:
 
 def on_grid(problem: Equation, function: Any) -> NDArray:
     """A function of points (n, 2) on a grid of the box, (n, n), rows along the last coordinate from high to low."""
-    sides = [torch.linspace(*ends, GRID, dtype=problem.inputs.dtype) for ends in problem.box]
+    sides = [torch.linspace(*ends, GRID, dtype=problem.inputs.dtype, device="cpu") for ends in problem.box]
     x, y = torch.meshgrid(*sides, indexing="ij")
     values = function(torch.stack([x, y], -1).flatten(0, 1).to(problem.inputs))
     return values.view(GRID, GRID).T.flip(0).cpu().numpy()

@@ -133,7 +133,7 @@ def multilayer_perceptron(
         nn.init.uniform_(linear.bias, -1 / sqrt(fan_in), 1 / sqrt(fan_in), generator)
         layer: list[nn.Module] = [linear]
         if hidden := i < len(widths) - 2:
-            layer.extend([nn.BatchNorm1d(fan_out, dtype=torch.float64)] if batch_norm else [])
+            layer.extend([nn.BatchNorm1d(fan_out, dtype=torch.float64, device="cpu")] if batch_norm else [])
             layer.extend([act()] if act is not None else [])
         modules.extend([WithInput(*layer)] if residual and hidden and fan_in == fan_out and i else layer)
     return nn.Sequential(*modules)

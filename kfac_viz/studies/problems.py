@@ -94,9 +94,9 @@ def attention(
     x, y = _digits(n, seed, side)
     x = (x - x.mean()) / x.std()
     patches = nn.functional.unfold(x.view(n, 1, side, side), 2, stride=2).mT
-    places = torch.linspace(-1, 1, side // 2, dtype=x.dtype)
+    places = torch.linspace(-1, 1, side // 2, dtype=x.dtype, device=x.device)
     places = torch.cartesian_prod(places, places).expand(n, -1, -1)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(check_seed(seed))
         model = Attention(6, width, heads, 2 * width, 10).to(torch.float64)
     return Problem(model, torch.cat([patches, places], 2), y, "categorical", f"digits {side}×{side} as tokens").to(
@@ -160,18 +160,18 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
     pixels, labels = load_digits(return_X_y=True)
     if check_count("n", n, least=1) > len(pixels):
         raise ValueError(f"n must lie between 1 and {len(pixels)}; got {n!r}.")
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(check_seed(seed)))[:n]
-    x = torch.as_tensor(pixels)[order].view(n, 1, 8, 8) / 16
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(check_seed(seed)), device="cpu")[:n]
+    x = torch.from_numpy(pixels)[order].view(n, 1, 8, 8) / 16
     if side == 4:
         x = nn.functional.avg_pool2d(x, 2)
-    return x.flatten(1), torch.as_tensor(labels)[order].long()
+    return x.flatten(1), torch.from_numpy(labels)[order].long()
 
 
 def _regression(n: int, inputs: int, outputs: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
     """Gaussian inputs (n, inputs), and labels (n, outputs) from a linear model that is planted, with noise."""
     generator = torch.Generator().manual_seed(check_seed(seed))
     shapes = (check_count("n", n, least=1), inputs), (inputs, outputs), (n, outputs)
-    x, plant, errors = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    x, plant, errors = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes)
     return x, x @ (plant / inputs**0.5) + noise * errors
 
 

