@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .. import BlockDiagonal, Dense, Partition
+from ..method.decompositions import eigvalsh
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..show import INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers
 from .curves import Curve, Study, over_seeds, rounded, seeds
@@ -180,7 +181,7 @@ def _points(pairs: NDArray) -> list[tuple[str, str, float]]:
 @exercise("06c", "A projection has the eigenvalues 0 and 1. What has twice one, and what if another is added across?")
 def _two_pairs_of_equal_layers() -> float:
     first, second = np.diag([1.0, 0.0]), np.diag([0.0, 1.0])
-    return float(np.linalg.eigvalsh(first + first + second + second)[-1])
+    return float(eigvalsh(torch.from_numpy(first + first + second + second), "The sum")[-1])
 
 
 @exercise("06d", "One layer takes c / (c + λ) of the residual away; two take twice as much.", 0.01)

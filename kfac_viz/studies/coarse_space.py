@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import KFAC, Damped, Diagonal, Fisher, Partition, TwoLevel, captured_decrease, coarse
+from ..method.decompositions import eigvalsh
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Examples, Range, Seed, Widths, check, number
 from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, StepBars, limit_of, plain_numbers
@@ -304,8 +305,8 @@ def _norms(partition: Partition, matrix: Tensor) -> list[list[float]]:
 
 
 def _eigenvalues(S: Tensor) -> Tensor:
-    """Of a symmetric matrix, ascending, to 4 digits; NumPy's LAPACK is the quicker one on few cores."""
-    values = np.linalg.eigvalsh(S.cpu().numpy())
+    """Of a symmetric matrix, ascending, to 4 digits."""
+    values = eigvalsh(S, "The preconditioned matrix").cpu().numpy()
     return torch.from_numpy(rounded(values.clip(1e-12 * values[-1])))
 
 

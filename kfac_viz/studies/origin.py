@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import BlockDiagonal, Damped, Dense, Identity, Partition, TwoLevel, spectrum
 from ..method.coarse import nicolaides
+from ..method.decompositions import eigvalsh
 from ..parameters import Device, Range, Repeats, Seed, Tolerance, check, number
 from ..show import FAINT, INK, METHODS, SPACES, CurveView, MatrixView, Plot, Style, empty_line, limit_of, plain_numbers
 from .curves import Curve, Study, by_key, curve, over_seeds, rounded, seeds
@@ -154,7 +155,7 @@ def _ridge(clusters: int, n: int, seed: int, device: str) -> _Ridge:
     chosen = np.random.default_rng(seed).permutation(len(pixels))[:n]
     x, target = pixels[chosen] / 16, np.where(labels[chosen] == 3, 1.0, -1.0)
     gram = x @ x.T
-    gram /= np.linalg.eigvalsh(gram)[-1]
+    gram /= float(eigvalsh(torch.from_numpy(gram), "The Gram matrix")[-1])
 
     def sorted_by(groups: NDArray) -> tuple[Dense, Tensor]:
         order = np.argsort(groups, kind="stable")

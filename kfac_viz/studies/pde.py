@@ -13,6 +13,7 @@ import torch
 
 from .. import KFAC, CoarseCorrection, CoarseSpace, Damped, Dense, TwoLevel
 from ..method.checks import quietly
+from ..method.decompositions import eigvalsh
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Range, Seed, check, number
 from ..show import INK, METHODS, CurveView, MapView, Plot, Style, empty_line
@@ -260,7 +261,7 @@ def _spectra(at: Reached) -> tuple[dict[str, NDArray], float, tuple[int, int, in
     spectra = {}
     for name, operator in operators.items():
         inner = L.T @ operator.dense() @ L
-        d = np.linalg.eigvalsh(((inner + inner.T) / 2).cpu().numpy())[::-1]
+        d = eigvalsh((inner + inner.T) / 2, "The preconditioned matrix").flip(0).cpu().numpy()
         spectra[name] = d.clip(1e-12 * d[0])  # below that are rounding errors, zeros of Q A among them
     sizes = A.partition.size, len(build(at.kind).inputs), Z.size
     return spectra, float(rounded(damped.effective_dimension())), sizes
