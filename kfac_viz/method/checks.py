@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from numbers import Integral
 from threading import current_thread, main_thread
 
@@ -98,8 +97,11 @@ def own_precision(device: torch.device) -> AbstractContextManager:
 
 
 def same_random_state(device: torch.device) -> AbstractContextManager:
-    """A context after which the random state is what it was; in the main thread, as beside it what that has drawn
-    meanwhile would be taken back."""
+    """A context after which the random state is what it was, in the main thread.
+
+    Widgets of a notebook run code in a thread beside it. There the state is left as it comes out: to set it back would
+    take back what the main thread has drawn meanwhile.
+    """
     devices = [device] if device.type == "cuda" else []
     return torch.random.fork_rng(devices, enabled=current_thread() is main_thread())
 
@@ -157,23 +159,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without this package's own warnings, in this thread alone: Python's filters are those of the process."""
-    token = _quiet.set(True)
-    try:
-        yield
-    finally:
-        _quiet.reset(token)
-
-
 def warn(message: str) -> None:
     """A warning that points at the caller's line, outside this package and PyTorch."""
-    if _quiet.get():
-        return
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         level, frame = level + 1, frame.f_back

@@ -71,6 +71,12 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
     Piece j of layer l is column ``l · per_layer + j``. Pieces that depend on earlier ones are removed: a warning
     says which, and ``removed`` keeps their numbers.
     """
+    blocks, removed = krylov_pieces(A, M, g, per_layer)
+    return LocalSpace(A.partition, blocks, name="krylov", removed=removed)
+
+
+def krylov_pieces(A: Operator, M: Operator, g: Tensor, per_layer: int) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The columns of :func:`krylov` in each layer, (P_l, k_l), and the numbers of those that were removed."""
     check_type("M", M, Operator)
     check_same_space(A, M)
     A.check(g, vector=True)
@@ -90,7 +96,7 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
         kept, basis = gram_schmidt(pieces)
         blocks.append(basis)
         removed += [l * per_layer + j for j in range(pieces.shape[1]) if j not in kept]
-    return LocalSpace(A.partition, blocks, name="krylov", removed=tuple(removed))
+    return blocks, tuple(removed)
 
 
 def random(F: Operator, per_layer: int, seed: int = 0) -> RankOneSpace:

@@ -14,7 +14,6 @@ import torch
 
 from .. import KFAC, BlockDiagonal, Damped, Dense, Diagonal, Identity, Operator, Partition, TwoLevel, coarse, spectrum
 from ..checkout import ROOT, check_checkout
-from ..method.checks import quietly
 from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
 from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers, styled
@@ -196,9 +195,11 @@ def _network(data: str, layers: int, width: int, n: int, steps: int, seed: int, 
     else:
         extras = dict(batch_norm="bn" in data, residual=data.endswith("residual"))
         problem = problems.planted(layers, width, n, seed, device=device, **extras)
-    network = Setting(problem.trained(steps))
-    with quietly():  # about batch norm's parameters, which stay outside the Fisher
-        return network if network.F else network  # captured here, once
+    trained = problem.trained(steps)
+    inside = {id(p) for own in trained.partition.own_parameters(trained.model) for p in own}
+    for p in trained.model.parameters():  # those of batch norm stay outside the Fisher
+        p.requires_grad_(id(p) in inside)
+    return Setting(trained)
 
 
 def measure(case: Case, all_of_it: bool, device: str = "cpu") -> Found:

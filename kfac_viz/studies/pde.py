@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 
 from .. import KFAC, CoarseCorrection, CoarseSpace, Damped, Dense, TwoLevel
-from ..method.checks import quietly
 from ..method.decompositions import eigvalsh
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Range, Seed, check, number
@@ -192,13 +192,10 @@ def _path(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, s
     P = problem.partition
     path, losses = [P.pack(problem.model)], [float(problem.loss().detach())]
     going = iter(()) if method is None else training(problem, method, damping)
-    with quietly():
-        try:
-            for _ in zip(range(steps), going, strict=False):
-                path.append(P.pack(problem.model))
-                losses.append(float(problem.loss().detach()))
-        except ValueError:  # singular to working precision at this λ: the run ends
-            pass
+    with suppress(ValueError):  # singular to working precision at this λ: the run ends
+        for _ in zip(range(steps), going, strict=False):
+            path.append(P.pack(problem.model))
+            losses.append(float(problem.loss().detach()))
     missing = steps + 1 - len(path)
     return torch.stack(path + path[-1:] * missing), np.array(losses + losses[-1:] * missing)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import KFAC, CoarseSpace, Damped, Dense, Fisher, Operator, coarse, exact_direction, pcg
-from ..method.checks import quietly
 from ..method.columns import LocalSpace
 from ..parameters import Range
 from . import problems
@@ -176,9 +175,10 @@ def at_best_length(A: Operator, g: Tensor, v: Tensor) -> Tensor:
 
 def space(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int) -> CoarseSpace:
     """The coarse space of this name; columns that depend on others are left out, and its size says so."""
-    arguments = {"krylov": (A, M, g, per_layer), "optimal": (A, M, per_layer), "random": (M, per_layer, seed)}
-    with quietly():
-        return getattr(coarse, name)(*arguments.get(name, (M, per_layer)))
+    if name == "krylov":
+        return LocalSpace(A.partition, coarse.krylov_pieces(A, M, g, per_layer)[0], name=name)
+    arguments = {"optimal": (A, M, per_layer), "random": (M, per_layer, seed)}
+    return getattr(coarse, name)(*arguments.get(name, (M, per_layer)))
 
 
 def iterations(A: Operator, g: Tensor, M: Operator | None, rtol: float) -> int:
