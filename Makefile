@@ -31,7 +31,7 @@ fuzz: .venv/ready  ## try the public API at random: ARGS="--tries 100000 --jobs 
 	@$(PY) tests/fuzz.py $(ARGS)
 
 lab: .venv/ready  ## open JupyterLab on the notebooks
-	@$(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	@$(THREADS) $(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 bench: .venv/ready  ## measure timings on this machine and print them
 	@$(PY) tests/benchmarks $(ARGS)

@@ -38,17 +38,6 @@ def test_result_agrees_with_the_objects(rule, correction, coarse, per_layer):
         assert total == pytest.approx(float(getattr(result, name).norm()), rel=1e-3, abs=1e-12)
 
 
-def test_threads_change_nothing_and_stay_as_they_were():
-    before = torch.get_num_threads()
-    tables = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        tables.append(run_coarse_space(damping=0.1 + threads * 1e-9, **SMALL).table())
-        assert torch.get_num_threads() == threads
-    torch.set_num_threads(before)
-    assert tables[0].equals(tables[1])
-
-
 def test_rounded_rounds_every_entry():
     x = torch.tensor([0.0, 1.23456789e-7, -98765.4321, 1.0], dtype=torch.float64)
     assert rounded(x).tolist() == pytest.approx([0.0, 1.235e-7, -98770.0, 1.0], rel=1e-12)

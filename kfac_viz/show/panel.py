@@ -30,6 +30,7 @@ from .. import parameters
 from ..parameters import Parameter, Range, to_text
 from .live import Live, View, drawn_here
 from .plot import Plot
+from .threads import one_thread
 
 LARGE = ("damping", "damping_share", "per_layer")  # where a run has them
 MANY = 200  # positions from which a slider of whole numbers is logarithmic
@@ -161,7 +162,8 @@ class Panel(widgets.VBox):
     def result(self) -> Any:
         with self._lock:
             if self._computed[0] != self._values:
-                self._computed = self._values, self.run(**self._values)
+                with one_thread():
+                    self._computed = self._values, self.run(**self._values)
             return self._computed[1]
 
     def close(self) -> None:
@@ -230,7 +232,8 @@ class Panel(widgets.VBox):
             return view
         with self._drawing:
             if key not in self._seen:
-                result = self.run(**values)
+                with one_thread():
+                    result = self.run(**values)
                 if here:
                     self._live, self._computed = Live.of(self._plot_type, result, self._live), (values, result)
                 elif not (self._live.plot.fits(result) and drawn_here()):

@@ -18,7 +18,6 @@ from ..show import INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers
 from .curves import Curve, Study, over_seeds, rounded, seeds
 from .exercises import crossing, exercise
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, setting, shares
-from .threads import one_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,7 +51,6 @@ class ClaimsResult(Study):
                 f"{before} and {after} times too far")  # fmt: skip
 
 
-@one_thread()
 def run_claims(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,

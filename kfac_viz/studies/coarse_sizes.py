@@ -29,7 +29,6 @@ from .setting import (
     setting,
     space,
 )
-from .threads import one_thread
 
 CORRECTIONS = ("balanced", "additive")
 
@@ -53,7 +52,6 @@ class CoarseSizesResult(Study):
                 f"(unscaled {leading[1]} and {kfac[1]})")
 
 
-@one_thread()
 def run_coarse_sizes(
     *,
     damping: Damping = 1e-2,

@@ -22,7 +22,6 @@ from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Pl
 from .curves import moment, rounded, share
 from .exercises import exercise
 from .setting import Damping, Data, Flavour, Rule, Setting, Shares, all_shares, chosen, first_network, setting, space
-from .threads import one_thread
 
 if TYPE_CHECKING:
     import pandas
@@ -128,7 +127,6 @@ class CoarseSpaceResult(Captured):
         return pandas.DataFrame(rows, columns=["quantity", "item", "position", "value"])
 
 
-@one_thread()
 def run_coarse_space(
     *,
     damping: Damping = 1e-2,
@@ -182,7 +180,7 @@ def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
     """:func:`run_coarse_space` with the parameters p in a setting of the reader's own."""
     damping, correction = p["damping"], p["correction"]
     depends = damping if p["coarse"] in ("krylov", "optimal") else None
-    with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as other_core:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as other_core:
         levels = _levels(network, p["per_layer"], p["coarse"], p["rule"], depends)
         T = levels.two_level.with_damping(damping).with_correction(correction)
         spectrum = other_core.submit(levels.spectrum, network, T)  # at the same time: it is half of the work

@@ -17,7 +17,6 @@ from .curves import Curve, Study, by_key, curve, seeds
 from .exercises import crossing, exercise
 from .problems import Problem
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, at_best_length, chosen, first_network, setting, shares
-from .threads import one_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,7 +50,6 @@ class DampingResult(Study):
                 f"{exact} off the loss, scaled K-FAC {kfac}")  # fmt: skip
 
 
-@one_thread()
 def run_damping(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,

@@ -22,7 +22,6 @@ from .curves import Curve, Study, banded, curve, moment, rounded, seeds, share
 from .exercises import exercise
 from .measured import rows_of
 from .setting import Setting, all_shares, iterations, largest_eigenvalue, space
-from .threads import one_thread
 
 if TYPE_CHECKING:
     import pandas
@@ -96,7 +95,6 @@ class DepthResult(Study):
         return pandas.DataFrame(rows, columns=columns)
 
 
-@one_thread()
 def run_depth(
     *,
     damping_share: Annotated[float, SHARES] = 1e-3,

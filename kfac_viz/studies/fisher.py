@@ -17,7 +17,6 @@ from .curves import Curve, Study, curve, rounded
 from .exercises import exercise
 from .problems import Problem
 from .setting import DAMPINGS, OVER_DAMPINGS, all_shares, at_best_length, chosen, first_network, setting, shares
-from .threads import one_thread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +57,6 @@ class FisherResult(Study):
                 f"(empirical) {number(error['empirical'].y[0], 2)}")
 
 
-@one_thread()
 def run_fisher(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,

@@ -17,7 +17,6 @@ from ..show import INK, METHODS, CurveView, MatrixView, PairView, Plot, Style, l
 from .curves import Curve, Study, curve, over_seeds, rounded, seeds
 from .exercises import crossing, exercise
 from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, first_network, kronecker_blocks, setting, shares
-from .threads import one_thread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +62,6 @@ class KfacResult(Study):
         return f"In the first network {between:.0%} of K-FAC's squared error lie between the layers"
 
 
-@one_thread()
 def run_kfac(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,

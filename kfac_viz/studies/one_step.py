@@ -23,7 +23,6 @@ from .coarse_space import ORDER, Correction, Moments, PerLayer, Space, architect
 from .curves import moment, rounded, share
 from .exercises import exercise
 from .setting import Damping, Data, Rule, Setting, chosen, setting, space
-from .threads import one_thread
 
 if TYPE_CHECKING:
     import pandas
@@ -93,7 +92,6 @@ class OneStepResult:
         return pandas.DataFrame(rows, columns=["quantity", "item", "along", "value"])
 
 
-@one_thread()
 def run_one_step(
     *,
     damping: Damping = 1e-2,

@@ -19,7 +19,6 @@ from ..show import FAINT, INK, METHODS, SPACES, CurveView, MatrixView, Plot, Sty
 from .curves import Curve, Study, by_key, curve, over_seeds, rounded, seeds
 from .exercises import exercise
 from .setting import iterations
-from .threads import one_thread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +55,6 @@ class OriginResult(Study):
                 f"{p['n']} digits, λ = {number(p['damping'])} λ_max; median and range of {p['repeats']} seeds")
 
 
-@one_thread()
 def run_origin(
     *,
     damping: Annotated[float, Range(1e-6, 1, log=True, steps=61)] = 1e-3,

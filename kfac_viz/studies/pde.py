@@ -24,7 +24,6 @@ from .equations import Equation
 from .exercises import exercise
 from .measured import TUNING_SEED, Run, grouped, loss_of, measured_rows
 from .setting import Shares, all_shares
-from .threads import one_thread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +120,6 @@ class Cell(NamedTuple):
         return min(self.losses, key=self.losses.get)
 
 
-@one_thread()
 def run_pde(
     *,
     damping: Annotated[float, Range(1e-10, 1e-2, log=True, steps=33), "λ, the same for every method."] = 1e-6,

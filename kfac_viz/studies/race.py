@@ -13,14 +13,12 @@ from ..parameters import number
 from ..show.page import address, nearest, write_page
 from ..show.publish import folder
 from .pde import AXES, DECADES, EQUATIONS, LIVE, STYLES, PdeResult, run_of
-from .threads import one_thread
 
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64)  # columns per layer
 EVERY = 4  # steps between two pictures
 TEMPLATE = Path(__file__).with_name("race.html")
 
 
-@one_thread()
 def save_race(run: Callable[..., PdeResult], name: str, out_dir: str | Path, **choices: Any) -> Path | None:
     """Write NAME.html, a page that a browser opens without Python: sliders for the columns and for the steps taken.
 

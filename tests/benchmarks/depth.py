@@ -18,8 +18,8 @@ import torch
 from machine import arguments, clock, describe
 
 from kfac_viz import parameters
+from kfac_viz.show.threads import one_thread
 from kfac_viz.studies import depth
-from kfac_viz.studies.threads import one_thread
 
 
 def extend(table: Path, wanted: dict[depth.Case, bool], seconds: float = float("inf")) -> float:
