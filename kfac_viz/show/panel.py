@@ -47,16 +47,13 @@ LABELS = {
     "repeats": "seeds", "rtol": "tolerance", "moment": "steps taken", "checkpoint": "moment of training",
 }  # fmt: skip
 _CSS, _JS = (Path(__file__).with_name(f"panel.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-# Where JupyterLab says "model not found" (the output itself has that class then) the picture stands in its place.
-_MINE = ".jp-OutputArea-child:has(> .jp-OutputArea-output > .kfac-asleep)"
-_LOST = ".jp-OutputArea-child:has(> .jp-OutputArea-output.jupyter-widgets)"
-_ALONE = (  # one :has() cannot stand within another
-    ".jp-OutputArea:has(> .jp-OutputArea-child > .jp-OutputArea-output > .kfac-asleep)"
-    ":has(> .jp-OutputArea-child > .jp-OutputArea-output.jupyter-widgets):not(:has(.kfac-panel))"
-)
+# Where JupyterLab does not find the model of the panel, its output, which follows that of the picture, has the class
+# "jupyter-widgets" itself: then the picture stands in its place.
+_LAB, _LOST = "[data-jp-theme-light]", "> .jupyter-widgets"
+_MINE = f"{_LAB} :has(> * > .kfac-asleep)"
 _ASLEEP = (
-    f"{_MINE}, .kfac-asleep, .jp-OutputArea .kfac-still, {_ALONE} > {_LOST} {{ display: none; }} "
-    f"{_ALONE} > {_MINE} {{ display: flex; }} {_ALONE} > {_MINE} .kfac-asleep {{ display: block; }}"
+    f".kfac-asleep, {_LAB} .kfac-still, {_MINE}:not(:has(+ * {_LOST})), {_MINE} + :has({_LOST}) {{ display: none; }} "
+    f"{_MINE}:has(+ * {_LOST}) .kfac-asleep {{ display: block; }}"
 )
 _PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
