@@ -62,7 +62,7 @@ def test_the_live_picture_is_the_figure():
         run_coarse_space(damping=1.0, per_layer=1, correction="additive", **SMALL),
     )
     live = Live(CoarseSpacePlot(first))
-    live.texts, live.others = [], live.plot.animated  # matplotlib's glyphs in both pictures
+    live.texts = []  # matplotlib's glyphs in both pictures
     start = np.asarray(live.picture(first), dtype=float)
     moved = np.asarray(live.picture(second), dtype=float)
     fresh = np.asarray(CoarseSpacePlot(second).figure.canvas.buffer_rgba(), dtype=float)[..., :3]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import matplotlib.style
 import pytest
 
 import kfac_viz as kv
-from kfac_viz.show.live import READ, Live, drawn_here
+from kfac_viz.show.live import READ, Live
 from kfac_viz.show.style import rc
 from kfac_viz.studies import CoarseSpacePlot, DampingPlot, run_coarse_space, run_damping
 
@@ -86,7 +85,7 @@ def test_a_saved_figure(study, style, plain, tmp_path):
 
 @pytest.mark.parametrize(("style", "study"), EACH, indirect=["style"])
 def test_a_frame_of_a_panel(study, style):
-    """Also where the style changes after the figure was built, and of what another thread draws ahead."""
+    """Also where the style changes after the figure was built."""
     plot, first, second = results(study)
     opened = Live.of(plot, first, None)
     pictures = [opened.show(result, "PNG").picture for result in (first, second)]
@@ -96,9 +95,6 @@ def test_a_frame_of_a_panel(study, style):
     for live in (opened, Live.of(plot, first, None)):
         assert [live.show(result, "PNG").picture for result in (first, second)] == pictures
     assert dict(matplotlib.rcParams) == chosen
-    if drawn_here():
-        with ThreadPoolExecutor(1) as thread:
-            assert thread.submit(opened.show, second, "PNG").result().picture == pictures[1]
 
 
 @pytest.mark.parametrize("chosen", ["dark_background", "fast"])
@@ -111,8 +107,8 @@ def test_a_panel_under_another_style(chosen):
         STYLES[chosen]()
         panel = opened()
         assert bytes(panel._picture.value) == bytes(plain._picture.value)
-        view = panel._view(panel._values | {"damping": 0.1}, here=False)
-    assert (view is None) == (chosen == "fast"), "another thread must not change the style of the process"
+        view = panel._view(panel._values | {"damping": 0.1})
+    assert view == plain._view(plain._values | {"damping": 0.1})
     for each in (plain, panel):
         each.close()
 
@@ -128,7 +124,8 @@ def test_nothing_else_is_read_of_the_style_while_a_frame_is_drawn(monkeypatch):
         patch.setattr(type(matplotlib.rcParams), "__getitem__", lambda self, key: read.add(key) or get(self, key))
         for live, (_, _, second) in zip(lives, plots, strict=True):
             live.plot.update(second)
-            live._picture()
+            live._paint_first()
+            live._paint_second()
     assert {key for key in read if not key.startswith(("font.", "hatch."))} <= set(READ)
 
 

@@ -1,15 +1,17 @@
 """Live panels: any run with its plot under sliders, in JupyterLab, Notebook 7 and Voila.
 
 A panel calls the same two functions as a regenerated figure. Its picture is one image widget, encoded in the
-kernel; comm callbacks may run in a thread beside a busy cell, so there is no pyplot here, and a lock. Pictures are
-remembered, and those where a slider may come next are drawn ahead, from the opening on, while nobody waits and a core
-is free.
+kernel; comm callbacks may run in a thread beside a busy cell, so there is no pyplot here, and a lock.
+
+A picture is drawn in two strokes, where a part of it takes long to compute: the rest is shown at once, and that part
+when the event loop of the kernel has had the time to take a newer value, which then comes first. Finished pictures are
+remembered.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import contextlib
 import functools
 import html
 import sys
@@ -18,17 +20,15 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ipywidgets as widgets
 from IPython.display import HTML, display
 
 from .. import parameters
 from ..parameters import Parameter, Range, to_text
-from .live import Live, View, drawn_here
+from .live import Live, View
 from .plot import Plot
 from .threads import one_thread
 
@@ -36,9 +36,8 @@ LARGE = ("damping", "damping_share", "per_layer")  # where a run has them
 MANY = 200  # positions from which a slider of whole numbers is logarithmic
 PACKAGE = Path(__file__).parents[1]
 LATE = 0.25  # seconds after which a picture that has not come is dimmed
-PAUSE = 0.06  # seconds in which the browser shows a picture, before the next one is drawn ahead
-REST = 1.0  # seconds without a move, after which those further off are drawn too
-AHEAD = 20.0  # seconds in which that ends
+MOVING = 0.3  # seconds between two values, within which a control is being moved on and on
+PAUSE = 0.04  # seconds in which the next value can then come before the second stroke
 KEPT = 150  # pictures that a panel remembers, of 80 to 170 kB each
 LABELS = {
     "damping": "damping λ", "per_layer": "columns per layer", "coarse": "kind of columns",
@@ -74,19 +73,26 @@ def refused_outside(function: Callable) -> Callable:
     return called
 
 
+class _Moved(NamedTuple):
+    """Values that were asked for: all of them, the command for them, and the control that was moved."""
+
+    values: dict[str, Any]
+    command: str
+    control: widgets.Widget
+
+
 class Panel(widgets.VBox):
     """A run under sliders: two large controls, the others folded away, a line that says what is being computed or went
     wrong, the picture, its words, and the command for the view. A picture that is late is dimmed until the newest
-    values have theirs.
+    values have theirs, and so is the part of it that takes long to compute.
 
     Args:
         run: keyword parameters with ranges and defaults (see :mod:`kfac_viz.parameters`) to a result, the same one
-            whenever it is called with the same values, also from a second thread.
+            whenever it is called with the same values. It is called on one thread of PyTorch and of NumPy.
         plot: how it is drawn.
         controls: names of the parameters to move, all by default; or by name the values that each can take, None for
             all of its range: ``{"damping": None, "per_layer": [0, 4, 16]}``.
-        large: those of them that come first and are not folded away, and for which pictures are drawn ahead, so that
-            they must not touch the random state of the process. Where there is none the first two come first.
+        large: those of them that come first and are not folded away. Where there is none the first two come first.
         notebook: whose figure the command makes; the first that is registered with ``run`` by default.
         reproduce: from all values to the line that makes this figure again, in place of that command.
         fixed: values of the others, and first values of these.
@@ -94,16 +100,13 @@ class Panel(widgets.VBox):
     Attributes:
         controls: the control of each parameter, by name; set their ``value`` to move the panel.
         result: what the picture shows; its objects are at hand, such as ``panel.result.T``. It is computed again
-            where only its picture was remembered.
+            where only its picture was remembered. Reading it, ``error`` or ``command`` finishes the picture first.
         error: the sentence in the error line, empty where all is well.
         command: the line that makes this figure again.
 
     Raises:
         ValueError, TypeError: an unknown name, or a value out of its range.
     """
-
-    _stop = threading.Event()  # of all panels: nothing is drawn ahead while somebody moves one of them
-    _turn = threading.Lock()  # to replace it
 
     @refused_outside
     def __init__(
@@ -118,11 +121,11 @@ class Panel(widgets.VBox):
         **fixed: Any,
     ) -> None:
         self.run, self._plot_type, self._lock, self._busy = run, plot, threading.RLock(), True
-        self._other_core = ThreadPoolExecutor(1)
-        self._drawing, self._live = threading.Lock(), None
+        self._live: Live | None = None
+        self._computed: tuple[dict | None, Any] = (None, None)  # the last result, after its values
         self._seen: OrderedDict[tuple, View] = OrderedDict()  # the one that was wanted longest ago first
-        self._ahead: Future | None = None  # the last work that was handed to the other core
-        self._slow: set[str] = set()  # controls of which a picture that was drawn ahead has taken LATE or longer
+        self._half: _Moved | None = None  # what the first stroke is shown of
+        self._when = 0.0  # the last move came, in seconds
         self._telling, self._computing = threading.Lock(), False
         self._known = known = parameters.read(run)
         self._values = {name: p.default for name, p in known.items()} | parameters.check(run, fixed)
@@ -134,7 +137,8 @@ class Panel(widgets.VBox):
         names.sort(key=lambda name: large.index(name) if name in large else len(large))
         notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
         self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
-        view, self.command = self._view(self._values), self._reproduce(self._values)
+        self._compute(self._values)
+        self._command, self._error = self._reproduce(self._values), ""
         offered = controls if isinstance(controls, Mapping) else {}
         self.controls = {name: _control(known[name], self._values[name], offered.get(name)) for name in names}
         self._picture = widgets.Image(format="jpeg")
@@ -142,11 +146,10 @@ class Panel(widgets.VBox):
         for control in self.controls.values():
             control.observe(self._moved, "value")
         self._busy = False
-        self._put(view)
+        self._put(self._view(self._values))
         self._tell("")
         W, H = (str(round(inches * self._live.plot.figure.dpi)) for inches in plot.size)
-        self._large = [name for name in names if name in large]
-        few = self._large or names[:2]
+        few = [name for name in names if name in large] or names[:2]
         style = widgets.HTML(f"<style>{_CSS.replace('WIDTH', W).replace('HEIGHT', H)}</style>")
         rows = [_row([self.controls[name] for name in few])]
         if others := [name for name in names if name not in few]:
@@ -158,24 +161,31 @@ class Panel(widgets.VBox):
     @property
     def result(self) -> Any:
         with self._lock:
-            if self._computed[0] != self._values:
-                with one_thread():
-                    self._computed = self._values, self.run(**self._values)
-            return self._computed[1]
+            self._finish()
+            return self._compute(self._values)
+
+    @property
+    def error(self) -> str:
+        with self._lock:
+            self._finish()
+            return self._error
+
+    @property
+    def command(self) -> str:
+        with self._lock:
+            self._finish()
+            return self._command
 
     def close(self) -> None:
-        """Free all that the panel holds, widgets, figure, result and thread, and what runs keep for speed."""
+        """Free all that the panel holds, widgets, figure and result, and what runs keep for speed."""
         if self.comm is None:  # closed before, or never opened
             return
         with self._lock:
             self._busy = True  # for a move that is on its way
-            Panel._stop.set()
-            self._submit(_forget)  # once what is being computed there has come to its end
-            self._other_core.shutdown(wait=False)
             for widget in _parts(self):
                 widget.unobserve_all()
                 (super() if widget is self else widget).close()
-            self.run, self._reproduce, self._live = None, None, None
+            self.run, self._reproduce, self._live, self._half = None, None, None, None
             self._computed, self._seen = (self._values, None), OrderedDict()
         _forget()
 
@@ -183,13 +193,11 @@ class Panel(widgets.VBox):
         with self._lock:
             if not self._busy:
                 self._busy = True
-                Panel._stop.set()
                 late = threading.Timer(LATE, self._dim, [change["owner"]])
                 late.daemon = True
                 late.start()
                 try:
                     self._update(change["owner"])
-                    self._look_ahead(change["owner"], change["old"])
                 finally:
                     self._busy = False
                     late.cancel()
@@ -203,14 +211,44 @@ class Panel(widgets.VBox):
                 self._picture.add_class("kfac-late")
 
     def _update(self, moved: widgets.Widget) -> None:
-        """Read the controls, run, draw; what goes wrong is said in the panel, and the last good picture stays."""
-        self._computing = True
-        try:
+        """Read the controls and show the picture: one that is remembered, or a new one in one or two strokes."""
+        self._computing, self._half = True, None
+        before, self._when = self._when, time.monotonic()
+        moving = self._when - before < MOVING
+
+        def show() -> None:
             read = {name: self._known[name].check(control.value) for name, control in self.controls.items()}
             values = self._values | read
-            view, command = self._view(values), self._reproduce(values)
-            self._values, self.command = values, command
-            self._put(view)
+            asked = _Moved(values, self._reproduce(values), moved)
+            loop = None if tuple(values.items()) in self._seen else _running_loop()
+            if loop is not None:
+                result = self._compute(values)
+                if self._live.two_strokes:
+                    self._picture.value, self._half = self._live.first_stroke(result), asked
+                    loop.call_later(PAUSE if moving else 0.0, self._finish, asked)
+                    return
+            self._show(asked)
+
+        self._attempt(show, moved)
+
+    def _finish(self, asked: _Moved | None = None) -> None:
+        """The second stroke, where one is due: of these values, as a newer one cancels it, or of any."""
+        with self._lock:
+            half = self._half
+            if half is not None and (asked is None or asked is half):
+                self._half = None
+                self._attempt(lambda: self._show(half), half.control)
+
+    def _show(self, asked: _Moved) -> None:
+        """Show the whole picture, its words and the command."""
+        view = self._view(asked.values)
+        self._values, self._command = asked.values, asked.command
+        self._put(view)
+
+    def _attempt(self, step: Callable[[], None], moved: widgets.Widget) -> None:
+        """Do this; what goes wrong is said in the panel, and the last good picture stays."""
+        try:
+            step()
             self._tell("")
         except (ValueError, TypeError) as error:
             self._tell(str(error), moved)
@@ -220,66 +258,25 @@ class Panel(widgets.VBox):
             self._tell("Interrupted.", moved)
             raise
 
-    def _view(self, values: dict[str, Any], here: bool = True) -> View | None:
-        """The picture for these values, drawn or remembered; None where it needs a figure, or a style, that cannot be
-        made here: styles are those of the process and not of a thread."""
+    def _compute(self, values: dict[str, Any]) -> Any:
+        """The result for these values, and a figure that can show it."""
+        if self._computed[0] != values:
+            with one_thread():
+                result = self.run(**values)
+                self._live, self._computed = Live.of(self._plot_type, result, self._live), (values, result)
+        return self._computed[1]
+
+    def _view(self, values: dict[str, Any]) -> View:
+        """The whole picture for these values, drawn or remembered."""
         key = tuple(values.items())
-        if view := self._seen.get(key):  # without waiting for what is being drawn ahead
-            self._seen[key] = self._seen.pop(key, view)
-            return view
-        with self._drawing:
-            if key not in self._seen:
-                with one_thread():
-                    result = self.run(**values)
-                if here:
-                    self._live, self._computed = Live.of(self._plot_type, result, self._live), (values, result)
-                elif not (self._live.plot.fits(result) and drawn_here()):
-                    return None
+        if key not in self._seen:
+            result = self._compute(values)
+            with one_thread():
                 self._seen[key] = self._live.show(result)
-                if len(self._seen) > KEPT:
-                    self._seen.popitem(last=False)
-            return self._seen[key]
-
-    def _look_ahead(self, moved: widgets.Widget | None = None, before: Any = None) -> None:
-        """Draw what comes next if the slider moves on, and then what lies further off, until the next move."""
-        large = {name: self.controls[name] for name in self._large}
-        if self.error or not (moved is None or moved in large.values()):
-            return
-        ways = {name: [(name, value) for value in _positions(control, before if control is moved else control.value)]
-                for name, control in large.items()}  # fmt: skip
-        first = next((ways.pop(name) for name, control in large.items() if control is moved), [])
-        others = [way for ranked in zip_longest(*ways.values()) for way in ranked if way]
-        with Panel._turn:
-            Panel._stop.set()
-            Panel._stop = stop = threading.Event()
-        ways = (first + others)[: KEPT // 2]
-        self._submit(self._draw_ahead, self._values, ways, stop, 0, time.monotonic() + AHEAD)
-
-    def _draw_ahead(
-        self, here: dict[str, Any], ways: list[tuple[str, Any]], stop: threading.Event, rank: int, end: float
-    ) -> None:
-        """Draw the first of these, and have the others drawn after it: so that this ends where the interpreter does.
-
-        After that first one a control whose pictures are slow comes last, as somebody who moves another would wait.
-        """
-        if stop.wait((PAUSE, REST)[rank] if rank < 2 else 0.0) or not ways or time.monotonic() > end:
-            return
-        (name, value), *others = sorted(ways, key=lambda way: rank > 0 and way[0] in self._slow)
-        values = here | {name: value}
-        new = tuple(values.items()) not in self._seen
-        start, used = time.monotonic(), _processor_time()
-        with contextlib.suppress(Exception):  # it is told when the slider is there
-            self._view(values, here=False)
-        took, used = time.monotonic() - start, _processor_time() - used
-        if not _spare_core(took, used):
-            return
-        if new:
-            (self._slow.add if took > LATE else self._slow.discard)(name)
-        self._submit(self._draw_ahead, here, others, stop, rank + 1, end)
-
-    def _submit(self, work: Callable, *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the panel is closed, or the interpreter is ending
-            self._ahead = self._other_core.submit(work, *arguments)
+            if len(self._seen) > KEPT:
+                self._seen.popitem(last=False)
+        self._seen.move_to_end(key)
+        return self._seen[key]
 
     def _put(self, view: View) -> None:
         alt = html.escape(view.words)
@@ -288,7 +285,7 @@ class Panel(widgets.VBox):
             f'title="{html.escape(words)}"></span>'
             for x, y, w, h, words in view.regions
         )
-        self._picture.value = view.picture
+        self._picture.value = self._whole = view.picture
         self._below.value = (
             f'<div class="kfac-regions"><div>{"".join(spans)}</div></div>'
             f'<div class="kfac-words" role="status">{alt}</div>'
@@ -301,8 +298,10 @@ class Panel(widgets.VBox):
 
     def _tell(self, words: str, wrong: widgets.Widget | None = None) -> None:
         """The sentence of an error, and the control that it came from outlined; or that all is well."""
+        if words:
+            self._picture.value = self._whole
         with self._telling:
-            self._computing, self.error = False, words
+            self._computing, self._error = False, words
             self._picture.remove_class("kfac-late")
             for control in self.controls.values():
                 if control is wrong:
@@ -323,15 +322,13 @@ class Panel(widgets.VBox):
             f"picture has ended.</p><img src='data:image/jpeg;base64,{picture}' alt='{alt}'></div>"
         ))  # fmt: skip
         display(data, metadata=metadata, raw=True)
-        with self._lock:
-            self._look_ahead()
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
         """The live view, and beside it the picture for pages without a kernel."""
         data = super()._repr_mimebundle_(**options)
-        with self._lock, self._drawing:
-            self._live = Live.of(self._plot_type, self.result, self._live)
-            picture, alt, _ = self._live.show(self.result, "PNG")
+        with self._lock, one_thread():
+            result = self.result
+            picture, alt, _ = self._live.show(result, "PNG")
         return {**data, "image/png": base64.b64encode(picture).decode(), "text/plain": alt}, {"image/png": {"alt": alt}}
 
 
@@ -370,32 +367,12 @@ def _control(parameter: Parameter, value: Any, offered: Sequence | None = None) 
     return widgets.Text(to_text(value), continuous_update=False, **about, layout={"width": "14em"})
 
 
-def _positions(control: widgets.Widget, before: Any) -> list[Any]:
-    """Where this control may go next, the likeliest first: near, and on in the same direction."""
-    if isinstance(control, widgets.IntSlider):
-        values = list(range(control.min, control.max + 1))
-    elif isinstance(control, (widgets.SelectionSlider, widgets.Dropdown)):
-        values = [value for _, value in control._options_full]
-    else:
-        return []
-    at = values.index(control.value)
-    on = -1 if before in values and values.index(before) > at else 1
-    order = sorted(range(len(values)), key=lambda i: max(on * (i - at), 3 * on * (at - i)))
-    return [values[i] for i in order[1:]]
-
-
-def _processor_time() -> float:
-    """Seconds of all threads but the main one, where the system tells them apart: there the reader's own code runs."""
-    used = time.process_time()
-    with contextlib.suppress(AttributeError, OSError):  # Unix, but for macOS
-        used -= time.clock_gettime(time.pthread_getcpuclockid(threading.main_thread().ident))
-    return used
-
-
-def _spare_core(took: float, used: float) -> bool:
-    """Whether work that took so many seconds, of so much processor time, had a core to itself: a class may share
-    this machine, and the reader's own code may run."""
-    return used > 0.8 * took - 0.005
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop of this thread, as a kernel has one; None where none is running."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _row(controls: list[widgets.Widget]) -> widgets.Box:

@@ -22,12 +22,14 @@ class Plot(ABC):
 
     A result has ``headline``, a sentence with its numbers, and ``where``, a line with network, data, λ and seeds. A
     subclass draws axes in :meth:`build`, hands what will change to :meth:`add`, and changes it in :meth:`move`,
-    where anything moves.
+    where anything moves. Where a part of the result takes long to compute, its axes go to :meth:`add_late`, and
+    :meth:`finish` fills them: a panel shows the rest of the picture before that.
 
     Attributes:
         fixed: the fields or parameters that a result must share with the first to be shown in its place.
         parts: what was added, but for single artists.
-        animated: all artists that change: a live panel draws these and leaves the rest.
+        animated: the artists that :meth:`move` changes: a live panel draws these and leaves the rest.
+        late: those that :meth:`finish` changes, in axes of their own.
     """
 
     size: ClassVar[tuple[float, float]] = (10.0, 6.0)  # inches; 9 points are 11 pixels in a picture of 900
@@ -41,6 +43,7 @@ class Plot(ABC):
 
         self.parts: list[Any] = []
         self.animated: list[Artist] = []
+        self.late: list[Artist] = []
         with matplotlib.rc_context(rc()):
             self.figure: Figure = Figure(figsize=self.size, layout=self.layout)
             FigureCanvasAgg(self.figure)
@@ -53,6 +56,8 @@ class Plot(ABC):
             self.build(result)
             if self.animated[2:] and type(self).move is Plot.move:  # more than the two lines above
                 raise TypeError(f"{type(self).__name__} adds what changes, and has no move() that changes it.")
+            if self.late and type(self).finish is Plot.finish:
+                raise TypeError(f"{type(self).__name__} adds what is late, and has no finish() that changes it.")
             self.update(result)
             self.figure.canvas.draw()  # lays out once; afterwards nothing may jump
             self.figure.set_layout_engine("none")
@@ -69,12 +74,24 @@ class Plot(ABC):
     def move(self, result: Any) -> None:  # noqa: B027
         """Put the numbers of ``result`` into the artists."""
 
+    def finish(self, result: Any) -> None:  # noqa: B027
+        """Put those numbers that take long to compute into the artists of :meth:`add_late`."""
+
     def update(self, result: Any) -> None:
-        """Show another result that fits. Its words become the head of the figure, and with those of the views its
-        alternative text, ``figure.get_label()``."""
+        """Show another result that fits."""
+        self.first_stroke(result)
+        self.second_stroke(result)
+
+    def first_stroke(self, result: Any) -> None:
+        """Show what :meth:`move` changes, and the words of the result as the head of the figure."""
         self.title.set_text(result.headline)
         self.subtitle.set_text(result.where + self.note(result))
         self.move(result)
+
+    def second_stroke(self, result: Any) -> None:
+        """Show what :meth:`finish` changes. The words of the result, and those of the views, become the alternative
+        text of the figure, ``figure.get_label()``."""
+        self.finish(result)
         self.figure.set_label(f"{result.headline}. {result.where}. {self.words(result)}")
 
     def note(self, result: Any) -> str:
@@ -102,6 +119,11 @@ class Plot(ABC):
             self.parts.append(part)
         self.animated += getattr(part, "artists", [part])
         return part
+
+    def add_late(self, artist: Artist) -> Artist:
+        """Note that :meth:`finish` will change this artist; returns it."""
+        self.late.append(artist)
+        return artist
 
     def legend(self, lines: Iterable[Artist], columns: int) -> None:
         """One legend for all axes, below them."""

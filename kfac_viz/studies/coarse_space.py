@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -83,16 +82,16 @@ class Captured:
 
 @dataclass(frozen=True, eq=False)
 class CoarseSpaceResult(Captured):
-    """What the figure shows; matrices are (P, P) in parameter order.
+    """What the figure shows; matrices are (P, P) in parameter order. Spectra and norms are computed when they are read.
 
     Attributes:
         fisher: the exact Fisher F; ``blocks``: what K-FAC keeps of it, ``G ⊗ A`` in each layer.
         missed: ``A⁻¹ − M``, with ``A = F + λI`` and M = K-FAC; ``added``: ``T − M``, with T the two-level method; and
             ``left``, ``A⁻¹ − T``, what is missing still.
-        spectra: ascending eigenvalues (P,) of M A ("kfac") and T A (the correction's name).
         errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ ("kfac") and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
             correction's name), in the Frobenius norm.
-        norms: of every block of these five, layer by layer.
+        network: the problem with its Fisher.
+        levels: what the coarse space alone decides.
     """
 
     fisher: Tensor
@@ -100,9 +99,20 @@ class CoarseSpaceResult(Captured):
     missed: Tensor
     added: Tensor
     left: Tensor
-    spectra: dict[str, Tensor]
     errors: dict[str, float]
-    norms: dict[str, list[list[float]]]
+    network: Setting
+    levels: _Levels
+
+    @cached_property
+    def spectra(self) -> dict[str, Tensor]:
+        """Ascending eigenvalues (P,) of M A ("kfac") and T A (the correction's name)."""
+        one = _spectrum(self.network, self.parameters["rule"], self.parameters["damping"])
+        return {"kfac": one, self.T.correction: self.levels.spectrum(self.network, self.T)}
+
+    @cached_property
+    def norms(self) -> dict[str, list[list[float]]]:
+        """The Frobenius norms of the blocks of the five matrices, layer by layer."""
+        return {name: rounded(self.partition.norms(getattr(self, name))).tolist() for name in MATRICES}
 
     @property
     def where(self) -> str:
@@ -180,20 +190,16 @@ def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
     """:func:`run_coarse_space` with the parameters p in a setting of the reader's own."""
     damping, correction = p["damping"], p["correction"]
     depends = damping if p["coarse"] in ("krylov", "optimal") else None
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as other_core:
-        levels = _levels(network, p["per_layer"], p["coarse"], p["rule"], depends)
-        T = levels.two_level.with_damping(damping).with_correction(correction)
-        spectrum = other_core.submit(levels.spectrum, network, T)  # at the same time: it is half of the work
-        one = _one_level(network, p["rule"], damping)
-        added = _without_noise(T.contribution(), one.scale)
-        shares = shares_of(network, T, network.matrix.damped(damping))
-        left = _without_noise(one.missed - added, one.scale)
-        _, _, error, norms = _of_network(network)
+    levels = _levels(network, p["per_layer"], p["coarse"], p["rule"], depends)
+    T = levels.two_level.with_damping(damping).with_correction(correction)
+    one = _one_level(network, p["rule"], damping)
+    added = _without_noise(T.contribution(), one.scale)
+    left = _without_noise(one.missed - added, one.scale)
     return CoarseSpaceResult(
         parameters=p,
         partition=network.F.partition,
         problem=network.problem.name,
-        shares=shares,
+        shares=shares_of(network, T, network.matrix.damped(damping)),
         T=T,
         gradient=network.g,
         fisher=network.dense.cpu(),
@@ -201,19 +207,19 @@ def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
         missed=one.missed.cpu(),
         added=added.cpu(),
         left=left.cpu(),
-        spectra={"kfac": one.spectrum, correction: spectrum.result()},
-        errors={"blocks": error, "kfac": one.error, correction: _share(left.norm(), one.missed.norm())},
-        norms=norms | {"missed": one.norms, "added": _norms(T.partition, added), "left": _norms(T.partition, left)},
-    )
+        errors={
+            "blocks": _of_network(network)[2], "kfac": one.error, correction: _share(left.norm(), one.missed.norm()),
+        },
+        network=network,
+        levels=levels,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class _OneLevel:
-    """What moves with λ alone: ``A⁻¹ − M`` and its norms, the spectrum of M A, ‖A⁻¹ − M‖ / ‖A⁻¹‖, and ‖A⁻¹‖."""
+    """What moves with λ alone: ``A⁻¹ − M``, ‖A⁻¹ − M‖ / ‖A⁻¹‖, and ‖A⁻¹‖."""
 
     missed: Tensor
-    norms: list[list[float]]
-    spectrum: Tensor
     error: float
     scale: float
 
@@ -226,8 +232,13 @@ def _one_level(network: Setting, rule: str, damping: float) -> _OneLevel:
     inverse = torch.from_numpy(half @ half.T)  # NumPy does X Xᵀ in half the time
     scale = float(weights.norm())
     missed = _without_noise(inverse.to(weights.device) - M.dense(), scale)
-    spectrum = _eigenvalues(_whitened(network, M)[0])
-    return _OneLevel(missed, _norms(M.partition, missed), spectrum, _share(missed.norm(), scale), scale)
+    return _OneLevel(missed, _share(missed.norm(), scale), scale)
+
+
+@lru_cache(maxsize=4)
+def _spectrum(network: Setting, rule: str, damping: float) -> Tensor:
+    """Ascending eigenvalues of M A, (P,), which the coarse space does not change."""
+    return _eigenvalues(_whitened(network, KFAC(network.F, damping, rule))[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,14 +291,12 @@ def directions(F: Fisher, T: TwoLevel, g: Tensor) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=8)
-def _of_network(network: Setting) -> tuple[Tensor, Tensor, float, dict[str, list[list[float]]]]:
+def _of_network(network: Setting) -> tuple[Tensor, Tensor, float]:
     """What neither λ nor the coarse space changes: K-FAC's eigenvectors ``U_G ⊗ U_A``, (P, P), in which K-FAC is
-    diagonal for every λ; the Fisher in that basis; ‖F − blocks‖ / ‖F‖; and the norms of the blocks of both."""
-    partition = network.F.partition
+    diagonal for every λ; the Fisher in that basis; and ‖F − blocks‖ / ‖F‖."""
     basis = torch.block_diag(*network.F.kronecker().basis())
-    norms = {"fisher": _norms(partition, network.dense), "blocks": _norms(partition, network.blocks)}
     error = _share((network.dense - network.blocks).norm(), network.dense.norm())
-    return basis, basis.T @ network.dense @ basis, error, norms
+    return basis, basis.T @ network.dense @ basis, error
 
 
 def _whitened(network: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
@@ -296,10 +305,6 @@ def _whitened(network: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
     S = _of_network(network)[1] * half * half[:, None]
     S.diagonal().add_(M.damping * half.square())
     return S, half
-
-
-def _norms(partition: Partition, matrix: Tensor) -> list[list[float]]:
-    return rounded(partition.norms(matrix).cpu()).tolist()
 
 
 def _eigenvalues(S: Tensor) -> Tensor:
@@ -373,9 +378,10 @@ class CoarseSpacePlot(Plot):
         ax.set(yscale="log", xlim=(ends, -ends), ylim=(FLOOR, CEILING))
         plain_numbers(ax.yaxis, (1e-4, 1e-2, 1, 1e2))
         ax.axhline(1, color=FAINT, linewidth=1, zorder=0)
-        self.lines = [self.add(ax.plot([], [], linewidth=w, marker="o", markersize=w + 1)[0]) for w in (2.5, 1.2)]
-        self.ends = [self.add(ax.plot([], [], color=INK, linestyle="none", marker=m, clip_on=False)[0]) for m in "^v"]
-        self.keys = [self.add(ax.text(0.03, y, "", transform=ax.transAxes, va="top", size=9)) for y in (0.99, 0.84)]
+        late = self.add_late
+        self.lines = [late(ax.plot([], [], linewidth=w, marker="o", markersize=w + 1)[0]) for w in (2.5, 1.2)]
+        self.ends = [late(ax.plot([], [], color=INK, linestyle="none", marker=m, clip_on=False)[0]) for m in "^v"]
+        self.keys = [late(ax.text(0.03, y, "", transform=ax.transAxes, va="top", size=9)) for y in (0.99, 0.84)]
 
     def _build_captured(self, ax: Axes) -> None:
         self.text(5.3, 3.54, "Captured decrease of one step", weight="bold")
@@ -385,8 +391,7 @@ class CoarseSpacePlot(Plot):
     def move(self, result: CoarseSpaceResult) -> None:
         p, errors = result.parameters, result.errors
         for names, bar in zip((("fisher", "blocks"), ("missed", "added", "left")), self.bars, strict=True):
-            shown = [getattr(result, name) for name in names if any(map(any, result.norms[name]))]
-            limit = limit_of(shown[0] if shown else np.ones(1))
+            limit = limit_of(next((x for x in (getattr(result, name) for name in names) if x.any()), np.ones(1)))
             bar.update(limit)
             for name in names:
                 self.views[name].update(getattr(result, name), limit)
@@ -395,6 +400,9 @@ class CoarseSpacePlot(Plot):
         self.notes["missed"].set_text(f"{percent(errors['kfac'])} of ‖A⁻¹‖")
         self.notes["added"].set_text(p["correction"])
         self.notes["left"].set_text(f"{percent(errors[p['correction']])} of what it missed")
+        self.steps.update(result.at_best_length, result.at_layer_lengths, result.captured)
+
+    def finish(self, result: CoarseSpaceResult) -> None:
         for line, key, (name, values) in zip(self.lines, self.keys, result.spectra.items(), strict=True):
             low, high, style = values[0], values[-1], METHODS[name]
             line.set(data=(stretched(np.arange(1, len(values) + 1), len(values)), values.numpy()), color=style.color,
@@ -405,7 +413,6 @@ class CoarseSpacePlot(Plot):
                            min(float(d[0]) for d in result.spectra.values()))
         for marks, end, beyond in zip(self.ends, (CEILING, FLOOR), (highest > CEILING, lowest < FLOOR), strict=True):
             marks.set_data([stretched(len(values) if end == CEILING else 1, len(values))] * beyond, [end] * beyond)
-        self.steps.update(result.at_best_length, result.at_layer_lengths, result.captured)
 
     def words(self, result: CoarseSpaceResult) -> str:
         (one, other), errors, p = result.spectra.values(), result.errors, result.parameters

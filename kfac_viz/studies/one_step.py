@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,15 +56,20 @@ class OneStepResult:
 
     Attributes:
         places: of every direction.
-        gain: what the loss really falls by, in units of the best that the model predicts, on the plane of the exact
-            step and of K-FAC's, (astray, along), astray to K-FAC's side upwards.
+        network: the problem with its Fisher.
     """
 
     parameters: dict[str, Any]
     partition: Partition
     problem: str
     places: Mapping[str, Place]
-    gain: NDArray
+    network: Setting
+
+    @property
+    def gain(self) -> NDArray:
+        """What the loss really falls by, in units of the best that the model predicts, on the plane of the exact step
+        and of K-FAC's, (astray, along), astray to K-FAC's side upwards; computed when it is first read."""
+        return _gain(self.network, self.parameters["damping"], self.parameters["rule"])
 
     @property
     def headline(self) -> str:
@@ -118,8 +121,7 @@ def run_one_step(
     exact, _ = _plane(network, damping, rule)
     found = {name: place(A @ v, v, exact, g) for name, v in directions(network.F, T, g).items()}
     found["exact"] = Place(1.0, 0.0)
-    gain = _gain(network, damping, rule)
-    return OneStepResult(p, network.F.partition, network.problem.name, found, gain)
+    return OneStepResult(p, network.F.partition, network.problem.name, found, network)
 
 
 def place(Av: Tensor, v: Tensor, exact: Tensor, g: Tensor) -> Place:
@@ -154,19 +156,15 @@ def _gain(network: Setting, damping: float, rule: str) -> NDArray:
         for piece in layer.pieces:
             vmap(lambda w, step, piece=piece: piece.of(w).sub_(step))(moved[piece.parameter], piece.view(V))
 
-    def losses(points: slice) -> Tensor:
-        """At some of the points; on a copy, since another core moves the weights of its own."""
-        model = copy.deepcopy(problem.model)
-
-        with evaluation(model), torch.no_grad():
+    model = problem.twin().model  # as functional_call puts other weights into it for a moment
+    after = []
+    with evaluation(model), torch.no_grad():
+        for i in range(0, len(x), AT_ONCE):
             outputs = vmap(lambda weights: functional_call(model, weights, problem.arguments))(
-                {name: w[points] for name, w in moved.items()}
+                {name: w[i : i + AT_ONCE] for name, w in moved.items()}
             )
-            return torch.stack([checked_nll(f, problem.targets, problem.likelihood) for f in outputs])  # vmap is slower
-
-    with torch.no_grad(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as cores:
-        some = [slice(i, i + AT_ONCE) for i in range(0, len(x), AT_ONCE)]
-        before, after = problem.loss(), torch.cat(list(cores.map(losses, some)))
+            after += [checked_nll(f, problem.targets, problem.likelihood) for f in outputs]  # vmap is slower
+        before, after = problem.loss(), torch.stack(after)
     return rounded(((before - after) / (0.5 * float(network.g @ exact))).view(len(ASTRAY), len(ALONG)).cpu())
 
 
@@ -197,8 +195,8 @@ class OneStepPlot(Plot):
             model.plot(1 + radius * np.cos(angle), radius * np.sin(angle), color=FAINT, linewidth=1 + (level == 0))
             model.text(1, radius - 0.02, f"{level:g}", color=MUTED, ha="center", va="top", size=9)
         half = (ALONG[1] - ALONG[0]) / 2  # a pixel, whose middle is a point of the grid
-        self.image = self.add(real.imshow(
-            np.zeros(result.gain.shape), cmap="RdBu", vmin=-1, vmax=1, origin="lower", aspect="auto",
+        self.image = self.add_late(real.imshow(
+            np.zeros((len(ASTRAY), len(ALONG))), cmap="RdBu", vmin=-1, vmax=1, origin="lower", aspect="auto",
             interpolation="bilinear", extent=(left - half, right + half, down - half, up + half),
         ))  # fmt: skip
         real.set(xlim=SIDES, ylim=(down, up), yticks=[-1, -0.5, 0, 0.5, 1])
@@ -212,7 +210,7 @@ class OneStepPlot(Plot):
             self.dots[name] = self.add(model.plot([], [], **marked, linestyle="none", label=style.label)[0])
             self.dots[name].set_clip_on(False)
             if name in ("kfac", "exact"):
-                self.real[name] = self.add(real.plot([], [], **marked, markevery=[1])[0])
+                self.real[name] = self.add_late(real.plot([], [], **marked, markevery=[1])[0])
         for ax in (model, real):
             ax.axhline(0, color=INK, linewidth=0.6)
             ax.plot([0], [0], color=INK, marker="+", markersize=9)
@@ -228,6 +226,8 @@ class OneStepPlot(Plot):
             inside = min(1.0, (right if x > 0 else left) / (x or left), up / (y or up))  # so much of the ray is seen
             self.dots[name].set_data([inside * x], [inside * y])
             self.dots[name].set_fillstyle("full" if inside == 1 else "none")
+
+    def finish(self, result: OneStepResult) -> None:
         self.image.set_data(result.gain)
         for name, line in self.real.items():
             line.set_data([0, result.places[name].along], [0, result.places[name].astray])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -165,15 +164,9 @@ def build(kind: tuple) -> Equation:
     return EQUATIONS[equation][1](widths, points, seed=seed, device=device)
 
 
-@lru_cache(maxsize=8)
-def _twin_of(kind: tuple, thread: int) -> Equation:
-    """A network for each thread: a panel draws ahead in one of its own."""
-    return build(kind).twin()
-
-
 def standing(kind: tuple, x: torch.Tensor) -> Equation:
-    """The problem where its parameters are x (P,), until the next call in this thread."""
-    problem = _twin_of(kind, threading.get_ident())
+    """The problem with a network of its own whose parameters are x (P,)."""
+    problem = build(kind).twin()
     P, model = problem.partition, problem.model
     P.add_(model, P.pack(model), -1)  # which leaves zeros, so that they are x to the last bit
     P.add_(model, x)

@@ -1,8 +1,8 @@
 """What a seat in a class costs: a process with the panel of ``make voila-class``, moved a step at a time.
 
 Three seats one after the other: seconds until the panel is there, its memory (what it shares with others counted in
-parts), and the processor time of a move to a new position, the picture drawn ahead included. ``seats_per_core`` is how
-many people can move once a second. What a panel draws further ahead while a core is free is not counted.
+parts), and the processor time of a move to a new position. ``seats_per_core`` is how many people can move once a
+second.
 
     python tests/benchmarks classroom
 """
