@@ -13,18 +13,19 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from .method import coarse
-from .method.capture import capture
 from .method.columns import CoarseSpace
 from .method.fisher import Fisher
 from .method.kfac import EKFAC, KFAC, BlockTridiagonal
 from .method.kronecker import KroneckerFactors
 from .method.kronecker_fisher import KroneckerFisher
 from .method.krylov import captured_decrease, condition_number, exact_direction, pcg, spectrum
-from .method.likelihood import nll
 from .method.operator import Damped, Dense, Operator
 from .method.partition import Partition
 from .method.preconditioner import BlockDiagonal, Diagonal, Identity, Preconditioner
 from .method.two_level import CoarseCorrection, TwoLevel
+from .scores.capture import capture
+from .scores.layers import partition_of
+from .scores.likelihood import nll
 
 try:
     __version__ = version("kfac_viz")
@@ -34,23 +35,20 @@ except PackageNotFoundError:  # a source tree that was not installed
 # Loaded at first use, so that importing the package costs little more than importing torch.
 _LAZY = {
     "TwoLevelKFAC": "train.optimizer:TwoLevelKFAC",
-    "exercises": "studies.exercises",
-    "explore": "studies.explore:explore",
+    "exercises": "studies.common.exercises",
+    "explore": "pages.explore:explore",
+    "pages": "pages",
     "panel": "show.panel:panel",
-    "problems": "studies.problems",
+    "problems": "problems",
     "save": "show.save:save",
     "studies": "studies",
-    # other names of these
-    "experiments": "studies",
-    "figures": "studies",
-    "widgets": "show.panel",
 }
 
 __all__ = [
     "BlockDiagonal", "BlockTridiagonal", "CoarseCorrection", "CoarseSpace", "Damped", "Dense", "Diagonal", "EKFAC",
     "Fisher", "Identity", "KFAC", "KroneckerFactors", "KroneckerFisher", "Operator", "Partition", "Preconditioner",
-    "TwoLevel", "captured_decrease", "capture", "coarse", "condition_number", "exact_direction", "nll", "pcg",
-    "spectrum", *_LAZY,
+    "TwoLevel", "captured_decrease", "capture", "coarse", "condition_number", "exact_direction", "nll", "partition_of",
+    "pcg", "spectrum", *_LAZY,
 ]  # fmt: skip
 
 

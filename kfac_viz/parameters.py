@@ -35,7 +35,7 @@ class Range:
 
     def __post_init__(self) -> None:
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError(f"A range needs low < high, and low > 0 where it is logarithmic; {self} came.")
+            raise ValueError(f"A range needs low < high, and low > 0 where it is logarithmic; got {self}.")
 
     @property
     def positions(self) -> list[float]:
@@ -152,7 +152,7 @@ class Parameter:
         return element
 
     def _wrong(self, error: type[Exception], value: Any) -> Exception:
-        return error(f"{self.name} must be {self.allowed}; {_shown(value)} came.")
+        return error(f"{self.name} must be {self.allowed}; got {_shown(value)}.")
 
 
 def read(run: Callable) -> dict[str, Parameter]:
@@ -312,8 +312,8 @@ def number(x: float, digits: int = 3) -> str:
 def command(notebook: str, values: Mapping[str, Any]) -> str:
     """The line for a terminal that makes the notebook's figure with these values.
 
-    >>> command("05_coarse_space", {"damping": 0.01, "widths": (12, 12)})
-    "python -m kfac_viz figures 05_coarse_space -p damping=0.01 -p 'widths=[12,12]'"
+    >>> command("07_coarse_space", {"damping": 0.01, "widths": (12, 12)})
+    "python -m kfac_viz figures 07_coarse_space -p damping=0.01 -p 'widths=[12,12]'"
     """
     pairs = (shlex.quote(f"{name}={to_text(value)}") for name, value in values.items())
     return " -p ".join([f"python -m kfac_viz figures {notebook}", *pairs])

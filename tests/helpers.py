@@ -22,7 +22,7 @@ DEVICES = [
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
 ]
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
-SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random", "optimal")
+SPACES = kv.coarse.SPACES
 CORRECTIONS = ("additive", "a-def1", "a-def2", "balanced")
 
 

@@ -33,13 +33,15 @@ ipywidgets.VBox([slider, line])
 """
 SMALL = """
 import kfac_viz as kv
+from kfac_viz.studies import pde
+from kfac_viz.studies import coarse_space
 print("beside it")
-kv.panel(kv.studies.run_coarse_space, kv.studies.CoarseSpacePlot, widths=(5,), n=40)
+kv.panel(kv.studies.coarse_space.run, kv.studies.coarse_space.Plot, widths=(5,), n=40)
 """
 NESTED = """
 import ipywidgets, kfac_viz as kv
 with (out := ipywidgets.Output()):
-    display(kv.panel(kv.studies.run_coarse_space, kv.studies.CoarseSpacePlot, widths=(5,), n=40))
+    display(kv.panel(kv.studies.coarse_space.run, kv.studies.coarse_space.Plot, widths=(5,), n=40))
 out
 """
 
@@ -302,7 +304,7 @@ def test_jupyterlab(chromium, lab, capsys):
 
 
 PANELS = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
-          if path.stem not in ("09_speed", "11_which_method")]  # measured data without a choice  # fmt: skip
+          if path.stem not in ("14_speed", "16_which_method")]  # measured data without a choice  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PANELS)
@@ -392,7 +394,7 @@ def test_the_site_is_whole_and_needs_nothing_from_elsewhere(chromium, tmp_path):
     subprocess.run([*command, str(ROOT / "notebooks"), str(tmp_path)], cwd=ROOT, check=True, timeout=300)
     complaints: list[str] = []
     stems = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    for name in ("index", "notation", "gallery", "changes", *stems, "live/00_playground", "live/10_pde"):
+    for name in ("index", "notation", "gallery", "changes", *stems, "live/00_playground", "live/15_pde"):
         with page_of(chromium, "about:blank", complaints) as page:
             asked: list[str] = []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
@@ -422,11 +424,12 @@ def test_the_site_is_whole_and_needs_nothing_from_elsewhere(chromium, tmp_path):
 
 def test_page_without_kernel(chromium, tmp_path):
     """The HTML page: opened as a file, moved by keys, with pictures, words and numbers that follow."""
+    from kfac_viz.pages import save_page
     from kfac_viz.parameters import read
-    from kfac_viz.studies import run_coarse_space, save_page
+    from kfac_viz.studies import coarse_space
 
-    choices = {name: parameter.default for name, parameter in read(run_coarse_space).items()}
-    path = save_page(run_coarse_space, "page", tmp_path, **choices | dict(widths=(5,), n=40))
+    choices = {name: parameter.default for name, parameter in read(coarse_space.run).items()}
+    path = save_page(coarse_space.run, "page", tmp_path, **choices | dict(widths=(5,), n=40))
     complaints: list[str] = []
     with page_of(chromium, path.as_uri(), complaints) as page:
         for control in ("damping", "size"):
@@ -446,12 +449,13 @@ def test_page_without_kernel(chromium, tmp_path):
 
 def test_the_race_without_kernel(chromium, tmp_path):
     """The page of four methods: every picture, the sentence and the curves follow both sliders."""
-    from kfac_viz.studies import run_pde, save_race
+    from kfac_viz.pages import save_race
+    from kfac_viz.studies import pde
 
-    path = save_race(run_pde, "race", tmp_path, widths=(6, 5), points=24, steps=6, moment=6, per_layer=4)
+    path = save_race(pde.run, "race", tmp_path, widths=(6, 5), points=24, steps=6, at_step=6, per_layer=4)
     complaints: list[str] = []
     with page_of(chromium, path.as_uri(), complaints) as page:
-        for control, moving in (("size", ("coarse", "both")), ("moment", ("kfac", "coarse", "both", "exact"))):
+        for control, moving in (("size", ("coarse", "both")), ("at_step", ("kfac", "coarse", "both", "exact"))):
 
             def seen(moving=moving):
                 pictures = [page.locator(f"#{name}").get_attribute("src") for name in moving]

@@ -103,7 +103,7 @@ PROBLEMS = {
     "poisson": lambda: problems.poisson(dim=2, widths=(4, 4), points=20),
     "heat": lambda: problems.heat(widths=(4,), points=20),
     "burgers": lambda: problems.burgers(widths=(4,), points=20),
-    "toy": lambda: studies.toy(layers=3, activation="tanh", n=20),
+    "toy": lambda: studies.published.toy(layers=3, activation="tanh", n=20),
 }
 
 
@@ -133,11 +133,11 @@ def test_the_page():
 
 
 def test_the_published_optimizer():
-    start = studies.toy(layers=3, activation="tanh", n=20)
+    start = studies.published.toy(layers=3, activation="tanh", n=20)
 
     def make() -> list[Tensor]:
         toy = start.twin()
-        opt = studies.Published(toy.model, "bernoulli", lr=1e-3, refresh_every=1)
+        opt = studies.published.optimizer.Published(toy.model, "bernoulli", lr=1e-3, refresh_every=1)
         for _ in range(3):
             opt.zero_grad()
             toy.loss().backward()
@@ -165,17 +165,17 @@ def test_explore(fisher):
 
 NETWORK = dict(widths=(4,), n=30)
 STUDIES = {
-    "fisher": (studies.run_fisher, NETWORK | dict(repeats=1)),
-    "kfac": (studies.run_kfac, NETWORK | dict(repeats=1, steps=1)),
-    "damping": (studies.run_damping, NETWORK | dict(repeats=1, steps=1)),
-    "origin": (studies.run_origin, dict(local=8, subdomains=(2, 4), shown=3, clusters=(2, 5), n=50, repeats=1)),
-    "coarse sizes": (studies.run_coarse_sizes, NETWORK | dict(sizes=(0, 1), repeats=1)),
-    "one step": (studies.run_one_step, NETWORK | dict(per_layer=1)),
-    "coarse space": (studies.run_coarse_space, NETWORK | dict(per_layer=1)),
-    "claims": (studies.run_claims, dict(widths=(4, 4), n=30, steps=1, repeats=1)),
-    "depth": (studies.run_depth, dict(layers=(2, 3), width=6, n=30, steps=1, repeats=1, networks=("planted",),
+    "fisher": (studies.fisher.run, NETWORK | dict(repeats=1)),
+    "kfac": (studies.kfac.run, NETWORK | dict(repeats=1, steps=1)),
+    "damping": (studies.damping.run, NETWORK | dict(repeats=1, steps=1)),
+    "two levels": (studies.two_levels.run, dict(local=8, subdomains=(2, 4), shown=3, clusters=(2, 5), n=50, repeats=1)),
+    "coarse sizes": (studies.coarse_space_sizes.run, NETWORK | dict(sizes=(0, 1), repeats=1)),
+    "one step": (studies.one_step.run, NETWORK | dict(per_layer=1)),
+    "coarse space": (studies.coarse_space.run, NETWORK | dict(per_layer=1)),
+    "layer overlap": (studies.layer_overlap.run, dict(widths=(4, 4), n=30, steps=1, repeats=1)),
+    "depth": (studies.depth.run, dict(layers=(2, 3), width=6, n=30, steps=1, repeats=1, networks=("planted",),
                                       measured="")),
-    "equations": (studies.run_pde, dict(widths=(4,), points=20, steps=2, moment=1, per_layer=2)),
+    "equations": (studies.pde.run, dict(widths=(4,), points=20, steps=2, at_step=1, per_layer=2)),
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import kfac_viz as kv
-from kfac_viz.method import capture as capturing
 from kfac_viz.method import checks, decompositions, fisher, kfac, krylov, operator, two_level
+from kfac_viz.scores import capture as capturing
 from kfac_viz.train import curvature, optimizer
 from kfac_viz.train import update as updating
 

@@ -1,4 +1,4 @@
-"""Four rooms, and imports that run downwards through them; what computes never draws, and importing is cheap."""
+"""Rooms, and imports that run downwards through them; what computes never draws, and importing is cheap."""
 
 import ast
 import subprocess
@@ -14,23 +14,19 @@ ROOT = Path(kv.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 # Each may import those before it.
 METHOD = (
-    "checks", "decompositions", "one_hot", "stacks", "layers", "partition", "columns", "sample_space",
-    "operator", "likelihood", "kronecker", "fisher", "uses", "record", "witness", "capture", "kronecker_fisher",
-    "preconditioner", "kfac", "coarse", "two_level", "krylov",
+    "checks", "decompositions", "names", "one_hot", "stacks", "partition", "columns", "sample_space", "operator",
+    "kronecker", "fisher", "kronecker_fisher", "preconditioner", "kfac", "coarse", "two_level", "krylov",
 )  # fmt: skip
+SCORES = ("likelihood", "layers", "uses", "record", "witness", "capture")
 TRAIN = ("options", "layout", "plain", "statistics", "curvature", "state", "update", "step", "trial",
          "optimizer")  # fmt: skip
-CORE = (*(f"method.{name}" for name in METHOD), *(f"train.{name}" for name in TRAIN))
-ROOMS = {  # what each may know, besides the packages of others
-    "method": {"method"},
-    "train": {"method", "train"},
-    "show": {"method", "train", "show", "parameters"},
-    "studies": {"method", "train", "show", "studies", "parameters", "checkout"},
-    "parameters": set(),
-    "checkout": set(),
-    "executor": {"checkout"},
-    "one_page": set(),
-}
+CORE = tuple(f"{room}.{name}" for room, names in (("method", METHOD), ("scores", SCORES), ("train", TRAIN))
+             for name in names)  # fmt: skip
+ORDER = ("method", "scores", "train", "problems", "show", "studies", "pages", "command")
+ROOMS = {  # what each may know, besides the packages of others: itself and the rooms before it
+    name: {*ORDER[: i + 1], *(("parameters", "checkout") if i >= ORDER.index("show") else ())}
+    for i, name in enumerate(ORDER)
+} | {"parameters": set(), "checkout": set(), "one_page": set()}
 WIDGETS = {"ipywidgets", "IPython", "anywidget"}
 DRAWING = {"matplotlib", "seaborn", "PIL", "contourpy"}
 HEAVY = {"sklearn", "pandas", "papermill", "scipy", "nbformat"} | WIDGETS | DRAWING
@@ -121,7 +117,7 @@ def test_each_room_knows_only_those_before_it(path):
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_what_computes_draws_nothing_and_only_the_panel_knows_widgets(path):
     everywhere = ("top", "later", "typing")
-    if room(module_name(path)) not in ("show", "studies"):
+    if room(module_name(path)) not in ("show", "studies", "pages"):
         assert not outside(path, DRAWING, *everywhere)
     if module_name(path) != "show.panel":
         assert not outside(path, WIDGETS, *everywhere)
@@ -174,7 +170,7 @@ def test_run_and_all_that_it_calls_touch_no_axes(path):
 def test_a_run_loads_nothing_that_draws():
     code = """
 import sys, kfac_viz as kv
-kv.studies.run_coarse_space(widths=(4,), n=30, per_layer=1).table()
+kv.studies.coarse_space.run(widths=(4,), n=30, per_layer=1).table()
 print(*sorted({name.split('.')[0] for name in sys.modules}), *(n for n in sys.modules if n == 'matplotlib.pyplot'))
 """
     assert not set(run(code).split()) & (DRAWING | WIDGETS | {"matplotlib.pyplot"})

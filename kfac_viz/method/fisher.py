@@ -12,10 +12,9 @@ from torch import Tensor
 from .checks import check_choice, check_room, check_type
 from .columns import CoarseSpace, LocalSpace, RankOneSpace
 from .kronecker import CONVENTIONS, KroneckerFactors
-from .layers import Layer
 from .one_hot import OneHot, Rows, cross, dense, numbers, padded
 from .operator import Image, Operator, ParameterSpace
-from .partition import Partition
+from .partition import Layer, Partition
 from .sample_space import SampleSpace
 from .stacks import Stacks
 

@@ -12,7 +12,7 @@ from .columns import CoarseSpace, RankOneSpace
 from .fisher import Fisher, between
 from .kronecker import CONVENTIONS
 from .one_hot import OneHot, Rows
-from .operator import Image, Operator
+from .operator import Operator
 
 
 class KroneckerFisher(Operator):
@@ -70,34 +70,28 @@ class KroneckerFisher(Operator):
         matrix = torch.cat([torch.cat([self.block(l, m) for m in layers], dim=1) for l in layers])
         return self._in_range(matrix, "The matrix")
 
-    def image(self, Z: CoarseSpace) -> Image:
-        return KroneckerImage(self, Z) if isinstance(Z, RankOneSpace) else super().image(Z)
-
-    def __repr__(self) -> str:
-        return self._describe("all blocks G ⊗ A", f"{self.F.N} examples × {self.F.S} vectors")
-
-
-class KroneckerImage(Image):
-    """``K Z`` for columns ``w uᵀ``: ``Zᵀ K Z = (αᵀα/N) ∘ (βᵀβ/N)`` with ``α = a u`` and ``β = g w``."""
-
-    operator: KroneckerFisher
-
-    def galerkin(self) -> Tensor:
-        both = list(zip(self.operator._rows, self.Z.factors, strict=True))
+    def galerkin(self, Z: CoarseSpace) -> Tensor:
+        """``Zᵀ K Z``; for columns ``w uᵀ`` it is ``(αᵀα/N) ∘ (βᵀβ/N)`` with ``α = a u`` and ``β = g w``."""
+        if not isinstance(Z, RankOneSpace):
+            return super().galerkin(Z)
+        both = list(zip(self._rows, Z.factors, strict=True))
         alpha = torch.cat([_by_group(a @ U) for (a, _), (_, U) in both], dim=1)
         beta = torch.cat([_by_group(g @ W.unflatten(0, (*g.shape[:-2], -1))) for (_, g), (W, _) in both], dim=1)
-        N = self.operator.F.N
+        N = self.F.N
         product = (alpha.T @ alpha / N) * (beta.T @ beta / N)
-        if product.shape[0] == self.Z.size:
+        if product.shape[0] == Z.size:
             return product
-        groups, column = [layer.groups for layer in self.operator.partition.layers], 0
+        groups, column = [layer.groups for layer in self.partition.layers], 0
         of = []  # the column of Z that each share of a group belongs to
-        for n, k in zip(groups, self.Z.per_layer, strict=True):
+        for n, k in zip(groups, Z.per_layer, strict=True):
             of += [column + j for j in range(k)] * n
             column += k
         of = torch.tensor(of, device=product.device)
-        rows = product.new_zeros(self.Z.size, len(of)).index_add_(0, of, product)
-        return rows.new_zeros(self.Z.size, self.Z.size).index_add_(1, of, rows)
+        rows = product.new_zeros(Z.size, len(of)).index_add_(0, of, product)
+        return rows.new_zeros(Z.size, Z.size).index_add_(1, of, rows)
+
+    def __repr__(self) -> str:
+        return self._describe("all blocks G ⊗ A", f"{self.F.N} examples × {self.F.S} vectors")
 
 
 def _by_group(x: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
         return eigvalsh(A.dense(), "The matrix")
     check_type("M", M, Operator)
     check_same_space(A, M)
-    if isinstance(M, TwoLevel) and M.galerkin and M.M.symmetric and _same_matrix(A, M.A):
+    if isinstance(M, TwoLevel) and M.coarsens_A and M.M.symmetric and _same_matrix(A, M.A):
         M = M if M.symmetric else M.with_correction("balanced")
     check_symmetric(M, "A real spectrum")
     L, info = torch.linalg.cholesky_ex(A.dense())

@@ -132,6 +132,10 @@ class Operator(ABC):
         check_count("k", k, least=0)
         return self.exact.leading(k)
 
+    def galerkin(self, Z: CoarseSpace) -> Tensor:
+        """``Zᵀ B Z``, this operator as the coarse space sees it, (k, k)."""
+        return self.image(Z).galerkin()
+
     def image(self, Z: CoarseSpace) -> Image:
         """This operator times Z, kept in the cheapest form that can be applied."""
         check_type("Z", Z, CoarseSpace)
@@ -190,7 +194,7 @@ class ParameterSpace:
         """The Frobenius norm of each block, (L, L)."""
         return self.operator.partition.norms(self.operator.dense())
 
-    def claims(self, damping: float) -> float:
+    def layer_overlap(self, damping: float) -> float:
         """The largest eigenvalue of ``M B`` with M the inverses of the damped diagonal blocks."""
         matrix = self.operator.dense()
         for l, s in enumerate(self.operator.partition.slices):
@@ -282,14 +286,14 @@ class Damped(Operator):
         d = self.operator.exact.eigenvalues
         return float((d / (d + self.damping)).sum())
 
-    def claims(self) -> float:
-        """How many layers claim one direction: the largest eigenvalue of ``Σ_l H_l``, from below 1 to L.
+    def layer_overlap(self) -> float:
+        """How many layers take the same step: the largest eigenvalue of ``Σ_l H_l``, from below 1 to L.
 
         ``H_l = J_l (B_ll + λ)⁻¹ J_lᵀ / N`` is what an exact step of layer l alone does to the outputs. Where several
         layers take the same step, their sum is that many times too long: why block methods overshoot.
         """
-        self._check_above_zero("The number of layers that claim one direction")
-        return self.operator.exact.claims(self.damping)
+        self._check_above_zero("The overlap of layers")
+        return self.operator.exact.layer_overlap(self.damping)
 
     def _check_above_zero(self, what: str) -> None:
         if not self.damping > 0:
@@ -297,11 +301,7 @@ class Damped(Operator):
 
     def with_damping(self, damping: float) -> Damped:
         """The same operator at another λ."""
-        return self.at(check_damping(damping, self.dtype))
-
-    def at(self, damping: float) -> Damped:
-        """As :meth:`with_damping`, for a λ that has been checked."""
-        return replace(self, damping=damping)
+        return uncached_copy(self, damping=check_damping(damping, self.dtype))
 
     def __repr__(self) -> str:
         return f"{self.operator!r} + {self.damping:.3g}·I"
@@ -331,22 +331,6 @@ class Image:
         return self.Z.restrict(self._rows)
 
 
-class DampedImage:
-    """``A Z = B Z + λ Z``, the columns of the system ``A = B + λI`` that a coarse level needs."""
-
-    def __init__(self, image: Image, damping: float) -> None:
-        self.image, self.damping = image, damping
-
-    def residual(self, r: Tensor, c: Tensor) -> Tensor:
-        """``r − A Z c`` for r (..., P) and c (..., k)."""
-        left = self.image.add_(r.clone(), c, alpha=-1.0)
-        return self.image.Z.add_(left, c, alpha=-self.damping)
-
-    def restrict(self, r: Tensor) -> Tensor:
-        """``(A Z)ᵀ r`` for r (..., P): (..., k)."""
-        return self.image.restrict(r).add_(self.image.Z.restrict(r), alpha=self.damping)
-
-
 def check_symmetric(operator: Operator, what: str) -> None:
     """Refuse a non-symmetric operator by its name."""
     check_type(what, operator, Operator)
@@ -368,10 +352,11 @@ def check_same_space(first: Operator, other: Operator | CoarseSpace) -> None:
             )
 
 
-def replace(obj: T, **changes: object) -> T:
-    """A shallow copy with some attributes changed: what was factorised is shared, never redone."""
+def uncached_copy(obj: T, **changes: object) -> T:
+    """A shallow copy with some attributes changed and without the cached ``eigen`` and ``exact``, which belong to the
+    old λ. All other factorisations are shared."""
     twin = copy.copy(obj)
-    for name in ("eigen", "exact"):  # they belong to the old λ
+    for name in ("eigen", "exact"):
         vars(twin).pop(name, None)
     vars(twin).update(changes)
     return twin

@@ -1,4 +1,7 @@
-"""Layers as slices of one flat parameter vector: the subdomains of the two-level method."""
+"""Layers as slices of one flat parameter vector: the subdomains of the two-level method.
+
+A layer is a matrix ``[W b]``, and the pieces of parameters that it is made of.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,100 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from .checks import check_number, check_type, finite
-from .layers import Layer, computed, layers_of, modules_of, named, parameters_of
+from .checks import check_count, check_number, check_type, finite
+from .names import parameters_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or some of its rows, as a rectangle in the matrix of its layer.
+
+    Attributes:
+        parameter: its name, as in :func:`parameters_of`.
+        shape: of the parameter, or of the rows that are meant.
+        top, left, height, width: where the rectangle lies in the matrix (out, features).
+        rows: first and last row of the parameter, where the piece is not all of it: ``q`` of a packed attention weight.
+        transposed: whether the rectangle is the transpose of the parameter or its rows: an embedding (words, out),
+            a transposed convolution (in, out, …).
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    top: int
+    left: int
+    height: int
+    width: int
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    @property
+    def first(self) -> int:
+        """The first row of the parameter that is meant."""
+        return 0 if self.rows is None else self.rows[0]
+
+    def of(self, p: Tensor) -> Tensor:
+        """What of the parameter p, or of anything in its shape, belongs to this piece: a view."""
+        return p if self.rows is None else p[slice(*self.rows)]
+
+    def view(self, V: Tensor) -> Tensor:
+        """The rectangle of a layer's matrices V (..., out, features) in the shape of :meth:`of`: a view."""
+        part = V[..., self.top : self.top + self.height, self.left : self.left + self.width]
+        part = part.mT if self.transposed else part
+        return part if part.shape[-2:] == self.shape else part.reshape((*part.shape[:-2], *self.shape))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as the matrix ``[W b]`` of shape ``(out, features)``; the bias is its last column.
+
+    A ``vector`` layer is a column ``(out, 1)`` of parameters that act one by one, such as the scale and shift of a
+    norm: its inputs are 1, and its output-side vectors are the scores themselves. The inputs of a ``table`` are the
+    numbers of its columns: an embedding. In a layer of several ``groups``, each ``out / groups`` rows have inputs of
+    their own: the channels that the group of a convolution sees.
+    """
+
+    name: str
+    out: int
+    features: int
+    bias: bool = False
+    vector: bool = False
+    groups: int = 1
+    pieces: tuple[Piece, ...] = field(default=(), compare=False)
+    loose: bool = field(default=False, compare=False)  # a parameter of no module that is known: it may be anything
+    table: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"The name of a layer is text; got {self.name!r}.")
+        check_count(f"out of layer {self.name!r}", self.out, 0)
+        check_count(f"features of layer {self.name!r}", self.features, 0)
+        check_count(f"groups of layer {self.name!r}", self.groups, 1)
+        if self.out % self.groups:
+            raise ValueError(f"Layer {self.name!r} has {self.out} rows: not {self.groups} groups of one size.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.features
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The shape of one group, for which K-FAC has a pair of factors."""
+        return self.out // self.groups, self.features
+
+    @property
+    def axis(self) -> tuple[int, ...]:
+        """The axis that counts the groups in front of everything there is for each: none for a single one."""
+        return (self.groups,) if self.groups > 1 else ()
+
+    @property
+    def size(self) -> int:
+        return self.out * self.features
+
+    def __str__(self) -> str:
+        if self.vector:
+            return f"{self.name}: {self.out}"
+        one = f"{self.features - self.bias}{'+1' * self.bias}→{self.out // self.groups}"
+        return f"{self.name}: {one}" if self.groups == 1 else f"{self.name}: {self.groups} × ({one})"
 
 
 @dataclass(frozen=True)
@@ -43,7 +138,7 @@ class Partition:
             raise TypeError(f"A Partition is made of Layers; got {', '.join({type(x).__name__ for x in layers})}.")
         object.__setattr__(self, "layers", layers)
         if not self.layers:
-            raise ValueError("A Partition needs at least one layer; none came.")
+            raise ValueError("A Partition needs at least one layer; got none.")
         empty = [layer.name for layer in self.layers if layer.size < 1]
         if empty:
             raise ValueError(f"Layers {empty} have no parameters.")
@@ -63,76 +158,6 @@ class Partition:
         if len(names) != len(sizes):
             raise ValueError(f"Expected one name per subdomain: {len(sizes)} sizes, {len(names)} names.")
         return cls(tuple(Layer(name, int(size), 1) for name, size in zip(names, sizes, strict=True)))
-
-    @classmethod
-    def from_model(cls, model: nn.Module, layers: Sequence[str] | None = None) -> Partition:
-        """The trainable layers of ``model`` (see :func:`layers_of`), in registration order.
-
-        Args:
-            model: any module; layers may be nested at any depth.
-            layers: names of the layers to keep, or of modules, which stand for all layers inside; all by default.
-                They are those of the plain model, also where it or a part of it is compiled or wrapped.
-
-        Raises:
-            ValueError: no such layer, or a frozen or half-frozen one.
-            TypeError: no module, or one of TorchScript, which cannot be watched.
-        """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Expected a torch.nn.Module; got {type(model).__name__}.")
-        modules = dict(modules_of(model))
-        scripts = [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
-        scripted = scripts if layers is None else scripts[: "" in scripts]
-        if scripted:
-            raise TypeError(
-                f"{f'Module {scripted[0]!r}' if scripted[0] else 'The model'} is TorchScript, inside which nothing can "
-                "be watched; pass the module that it was made from."
-            )
-        parameters, found = parameters_of(model), layers_of(model)
-        elsewhere = computed(model)
-        if layers is not None and found:
-            if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(x, str) for x in layers):
-                raise ValueError(f"layers must be a list of names out of {list(found)}; got {layers!r}.")
-            known = [*found, *elsewhere]
-            unknown = [name for name in layers if not any(inside(x, name) for x in known)]
-            if unknown:
-                raise ValueError(f"Layers {unknown} are not among the model's layers {list(found)}.")
-            found = {x: layer for x, layer in found.items() if any(inside(x, name) for name in layers)}
-            elsewhere = [x for x in elsewhere if any(inside(x, name) for name in layers)]
-        complex_ones = {
-            name for name, layer in found.items() if any(parameters[x.parameter].is_complex() for x in layer.pieces)
-        }
-        real = {x: layer for x, layer in found.items() if x not in complex_ones}
-        if complex_ones and (layers is not None or not real):
-            raise ValueError(
-                f"Layers {sorted(complex_ones)} have complex parameters, for which no Fisher is defined here. Keep "
-                "real and imaginary part in a real parameter (torch.view_as_real), or name the others: "
-                f"{named([*real])}."
-            )
-        found = real
-        trainable = {
-            name: [parameters[piece.parameter].requires_grad for piece in layer.pieces] for name, layer in found.items()
-        }
-        if layers is None:  # what has no inputs of its own is left where it is if it is frozen
-            found = {x: layer for x, layer in found.items() if any(trainable[x]) or not (layer.vector or layer.loose)}
-        kept = [name for name in found if all(trainable[name])]
-        if elsewhere:
-            raise ValueError(
-                f"A parameter of layer {elsewhere[0]!r} is computed from others (weight norm, spectral norm, pruning). "
-                f"Make it a plain one first, or name the others: {named(kept)}."
-            )
-        if not found:
-            raise ValueError(
-                f"{type(model).__name__} has no nn.Linear, convolution, embedding, norm or attention layer, nor any "
-                "parameter of its own."
-            )
-        frozen = [name for name in found if name not in kept]
-        if frozen:
-            raise ValueError(
-                f"Layers {frozen} are frozen, in whole or in part (requires_grad=False). Unfreeze them, or name "
-                f"the others: {named(kept)}."
-            )
-        total = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return cls(tuple(found.values()), total)
 
     def without(self, names: Iterable[str]) -> Partition:
         """The partition without these layers."""
@@ -253,12 +278,19 @@ class Partition:
     def parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
         """The parameters of every layer, one for each of its pieces; a ValueError if the model is another one."""
         check_type("model", model, nn.Module)
-        found = layers_of(model)
+        known = parameters_of(model)
         for layer in self.layers:
-            if layer.name not in found:
-                raise ValueError(f"The model has no layer {layer.name!r}; it is not the one captured.")
-            if found[layer.name] != layer or not layer.pieces:
-                raise ValueError(f"The model's layer {layer.name!r} no longer is {layer}; capture it again.")
+            for piece in layer.pieces:
+                p = known.get(piece.parameter)
+                if p is None:
+                    raise ValueError(
+                        f"The model has no parameter {piece.parameter!r} of layer {layer.name!r}; it is not the one "
+                        "captured."
+                    )
+                if tuple(piece.of(p).shape) != piece.shape:
+                    raise ValueError(f"The model's layer {layer.name!r} no longer is {layer}; capture it again.")
+            if not layer.pieces:
+                raise ValueError(f"Layer {layer.name!r} has no parameters in any model.")
         return self.own_parameters(model)
 
     def own_parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
@@ -290,8 +322,3 @@ class Partition:
         shown = sizes if len(sizes) <= 8 else [*sizes[:4], "…", *sizes[-2:]]
         of = f" of {self.total}" if self.total not in (None, self.size) else ""
         return f"{self.size}{of} parameters in {len(self)} layer{'s' * (len(self) > 1)} ({' + '.join(shown)})"
-
-
-def inside(layer: str, name: str) -> bool:
-    """Whether a layer is the one of this name, or in the module of this name."""
-    return layer == name or layer.startswith(f"{name}.") or not name

@@ -11,7 +11,7 @@ from torch import Tensor
 from .checks import check_damping, check_type
 from .decompositions import Eigenvalues, inverse, psd_eigens
 from .kronecker import KroneckerFactors
-from .operator import Operator, replace
+from .operator import Operator, uncached_copy
 
 
 class Preconditioner(Operator):
@@ -29,12 +29,8 @@ class Preconditioner(Operator):
 
     def with_damping(self, damping: float) -> Preconditioner:
         """The same preconditioner at another λ; what was factorised is shared."""
-        return self.at(check_damping(damping, self.dtype))
-
-    def at(self, damping: float) -> Preconditioner:
-        """As :meth:`with_damping`, for a λ that has been checked."""
-        twin = replace(self)
-        twin._damp(damping)
+        twin = uncached_copy(self)
+        twin._damp(check_damping(damping, self.dtype))
         return twin
 
     def __repr__(self) -> str:

@@ -137,8 +137,8 @@ class SampleSpace:
                     total[l, m] = total[m, l] = mine @ self.kernel(m).flatten() / scale
         return total.clamp_min(0).sqrt() * scale
 
-    def claims(self, damping: float) -> float:
-        """The largest eigenvalue of ``Σ_l K_l (K_l + λ)⁻¹``; see :meth:`kfac_viz.Damped.claims`."""
+    def layer_overlap(self, damping: float) -> float:
+        """The largest eigenvalue of ``Σ_l K_l (K_l + λ)⁻¹``; see :meth:`kfac_viz.Damped.layer_overlap`."""
         total = self._zeros()
         for l in range(len(self.F.a)):
             d, U = psd_eigen(self.kernel(l), f"The matrix of layer {l}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .checks import check_choice, check_damping, check_type
 from .columns import CoarseSpace
 from .decompositions import Eigenvalues, eigenpairs
-from .operator import Damped, DampedImage, Image, Operator, check_same_space, check_symmetric, replace
+from .operator import Damped, Image, Operator, check_same_space, check_symmetric, uncached_copy
 from .preconditioner import Preconditioner
 
 CORRECTIONS = ("additive", "a-def1", "a-def2", "balanced")
@@ -24,15 +25,14 @@ class CoarseOperator:
     enters last: ``E⁻¹ = C (σ + λ)⁻¹ Cᵀ``.
 
     Attributes:
-        galerkin, gram: ZᵀBZ and ZᵀZ, both (k, k).
+        ZBZ, gram: ZᵀBZ and ZᵀZ, both (k, k).
         basis, weights: C, (k, k), and ``(σ + λ)⁻¹``, (k,).
     """
 
-    def __init__(self, image: Image, damping: float, *, semidefinite: bool) -> None:
-        Z = image.Z
-        self.gram, self.galerkin = Z.gram(), image.galerkin()
+    def __init__(self, Z: CoarseSpace, ZBZ: Tensor, damping: float, *, semidefinite: bool) -> None:
+        self.gram, self.ZBZ = Z.gram(), ZBZ
         L, info = torch.linalg.cholesky_ex(self.gram)
-        whole = (self.galerkin.isfinite() & self.gram.isfinite()).all()
+        whole = (self.ZBZ.isfinite() & self.gram.isfinite()).all()
         dependent, whole = torch.stack([info, whole.to(info)]).tolist()
         if not whole:
             raise ValueError(f"The coarse operator of {Z.name!r} overflows {Z.dtype}; scale the columns of Z.")
@@ -40,7 +40,7 @@ class CoarseOperator:
             raise ValueError(
                 f"The {Z.size} columns of the coarse space {Z.name!r} are linearly dependent in {Z.dtype}; take fewer."
             )
-        half = torch.linalg.solve_triangular(L, self.galerkin, upper=False)
+        half = torch.linalg.solve_triangular(L, self.ZBZ, upper=False)
         reduced = torch.linalg.solve_triangular(L, half.T, upper=False)
         σ, V = eigenpairs((reduced + reduced.T) / 2, "The coarse operator")
         self._eigenvalues = Eigenvalues([σ.clamp_min(0) if semidefinite else σ], ["The coarse operator"], dims=1)
@@ -51,15 +51,15 @@ class CoarseOperator:
         self.damping = damping
         (self.weights,) = self._eigenvalues.inverse(self.damping)
 
-    def at(self, damping: float) -> CoarseOperator:
-        """At another λ, which has been checked; what was factorised is shared."""
-        twin = replace(self)
+    def with_damping(self, damping: float) -> CoarseOperator:
+        """At another λ; what was factorised is shared."""
+        twin = copy.copy(self)
         twin._damp(damping)
         return twin
 
     def dense(self) -> Tensor:
         """E itself, (k, k)."""
-        return self.galerkin + self.damping * self.gram
+        return self.ZBZ + self.damping * self.gram
 
     def solve(self, c: Tensor) -> Tensor:
         """``E⁻¹ c`` for c (..., k)."""
@@ -67,17 +67,18 @@ class CoarseOperator:
 
 
 class CoarseCorrection(Operator):
-    """``Q = Z E⁻¹ Zᵀ``. Attributes: ``E``, the :class:`CoarseOperator`; ``image``, the columns of B Z."""
+    """``Q = Z E⁻¹ Zᵀ``, with ``E``, a :class:`CoarseOperator`; ``image`` has the columns of B Z if they are known."""
 
-    def __init__(self, A: Operator, Z: CoarseSpace) -> None:
+    def __init__(self, A: Operator, Z: CoarseSpace, *, image: Image | None = None) -> None:
         check_type("A", A, Operator)
         check_type("Z", Z, CoarseSpace)
         check_same_space(A, Z)
         check_symmetric(A, "The coarse operator")
         self.partition, self.dtype, self.device = A.partition, A.dtype, A.device
-        base, damping = (A.operator, A.damping) if isinstance(A, Damped) else (A, 0.0)
-        self.Z, self.image = Z, base.image(Z)
-        self.E = CoarseOperator(self.image, damping, semidefinite=base.semidefinite)
+        B, damping = _parts(A)
+        self.Z = Z
+        ZBZ = B.galerkin(Z) if image is None else image.galerkin()
+        self.E = CoarseOperator(Z, ZBZ, damping, semidefinite=B.semidefinite)
 
     @property
     def damping(self) -> float:
@@ -85,11 +86,7 @@ class CoarseCorrection(Operator):
 
     def with_damping(self, damping: float) -> CoarseCorrection:
         """The same coarse space at another λ: neither Z nor its factorisation changes."""
-        return self.at(check_damping(damping, self.dtype))
-
-    def at(self, damping: float) -> CoarseCorrection:
-        """As :meth:`with_damping`, for a λ that has been checked."""
-        return replace(self, E=self.E.at(damping))
+        return uncached_copy(self, E=self.E.with_damping(check_damping(damping, self.dtype)))
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.Z.prolong(self.E.solve(self.Z.restrict(v)))
@@ -147,15 +144,14 @@ class TwoLevel(Operator):
         check_same_space(A, Z)
         self.partition, self.dtype, self.device = A.partition, A.dtype, A.device
         self.A, self.M, self.Z, self.correction = A, M, Z, correction
-        self.galerkin = coarse_operator is None  # whether E is built from A itself
+        self.coarsens_A = coarse_operator is None  # whether E is built from A itself
         self.coarse_operator = A if coarse_operator is None else coarse_operator
-        self.Q = CoarseCorrection(self.coarse_operator, Z)
+        self.Q = CoarseCorrection(self.coarse_operator, Z, image=self.BZ if self.coarsens_A else None)
 
     @cached_property
-    def AZ(self) -> DampedImage:
-        """The columns of A Z."""
-        base, damping = (self.A.operator, self.A.damping) if isinstance(self.A, Damped) else (self.A, 0.0)
-        return DampedImage(self.Q.image if self.galerkin else base.image(self.Z), damping)
+    def BZ(self) -> Image:
+        """The columns of B Z, with ``A = B + λI``; the same for every λ."""
+        return _parts(self.A)[0].image(self.Z)
 
     @property
     def symmetric(self) -> bool:
@@ -171,28 +167,36 @@ class TwoLevel(Operator):
         for what, operator in (("A", self.A), ("The coarse operator", self.coarse_operator)):
             if not isinstance(operator, Damped):
                 raise ValueError(f"{what} ({type(operator).__name__}) has no damping to move; build it as F.damped(λ).")
-        damping = check_damping(damping, self.dtype)
-        A, M, Q = (part.at(damping) for part in (self.A, self.M, self.Q))
-        coarse_operator = A if self.galerkin else self.coarse_operator.at(damping)
-        return replace(self, A=A, M=M, Q=Q, coarse_operator=coarse_operator, AZ=DampedImage(self.AZ.image, A.damping))
+        A, M, Q = (part.with_damping(damping) for part in (self.A, self.M, self.Q))
+        coarse_operator = A if self.coarsens_A else self.coarse_operator.with_damping(damping)
+        return uncached_copy(self, A=A, M=M, Q=Q, coarse_operator=coarse_operator)
 
     def with_correction(self, correction: str) -> TwoLevel:
         """The same levels, combined in another way."""
-        return replace(self, correction=check_choice("correction", correction, CORRECTIONS))
+        return uncached_copy(self, correction=check_choice("correction", correction, CORRECTIONS))
+
+    def _subtract_AZ(self, r: Tensor, c: Tensor) -> Tensor:
+        """``r − A Z c`` for r (..., P) and c (..., k), with ``A Z = B Z + λ Z``."""
+        left = self.BZ.add_(r.clone(), c, alpha=-1.0)
+        return self.Z.add_(left, c, alpha=-_parts(self.A)[1])
+
+    def _restrict_A(self, v: Tensor) -> Tensor:
+        """``(A Z)ᵀ v`` for v (..., P): (..., k)."""
+        return self.BZ.restrict(v).add_(self.Z.restrict(v), alpha=_parts(self.A)[1])
 
     def _apply(self, r: Tensor) -> Tensor:
-        M, Z, AZ, E = self.M._apply, self.Z, self.AZ, self.Q.E
+        M, Z, E = self.M._apply, self.Z, self.Q.E
         if Z.size == 0:
             return M(r)
         if self.correction == "a-def2":
             v = M(r)
-            return Z.add_(v, E.solve(Z.restrict(r) - AZ.restrict(v)))  # v + Q (r − A v)
+            return Z.add_(v, E.solve(Z.restrict(r) - self._restrict_A(v)))  # v + Q (r − A v)
         c = E.solve(Z.restrict(r))  # Z c = Q r
         if self.correction == "additive":
             return Z.add_(M(r), c)
-        v = M(AZ.residual(r, c))  # the fine level on what the coarse one has left, r − A Z c
+        v = M(self._subtract_AZ(r, c))  # the fine level on what the coarse one has left, r − A Z c
         if self.correction == "balanced":
-            c = c - E.solve(AZ.restrict(v))  # Pᵀ v = v − Q A v
+            c = c - E.solve(self._restrict_A(v))  # Pᵀ v = v − Q A v
         return Z.add_(v, c)
 
     def dense(self) -> Tensor:
@@ -204,7 +208,7 @@ class TwoLevel(Operator):
         C, w = self.Q.columns, self.Q.E.weights
         if self.correction == "additive" or self.Z.size == 0:
             return (C * w) @ C.T
-        AC = self.image_columns + self.AZ.damping * C
+        AC = self.image_columns + _parts(self.A)[1] * C
         Y = self.M._apply(AC.mT).mT
         if self.correction == "a-def1":
             return ((C - Y) * w) @ C.T
@@ -217,15 +221,20 @@ class TwoLevel(Operator):
     def image_columns(self) -> Tensor:
         """``F Z C``, dense (P, k), the same for every λ."""
         C = self.Q.E.basis
-        return self.AZ.image.add_(C.new_zeros(C.shape[1], self.partition.size), C.mT).mT
+        return self.BZ.add_(C.new_zeros(C.shape[1], self.partition.size), C.mT).mT
 
     def __repr__(self) -> str:
-        dampings = {"A": self.AZ.damping, "M": self.M.damping, "E": self.Q.damping}
+        dampings = {"A": _parts(self.A)[1], "M": self.M.damping, "E": self.Q.damping}
         one = len(set(dampings.values())) == 1
         return self._describe(
             f"{type(self.M).__name__} + {self.Z.name}",
             self.correction,
             f"coarse dimension {self.Z.size}",
             f"λ = {self.damping:.3g}" if one else ", ".join(f"λ of {k} = {v:.3g}" for k, v in dampings.items()),
-            "" if self.galerkin else "coarsens another operator than A",
+            "" if self.coarsens_A else "coarsens another operator than A",
         )
+
+
+def _parts(A: Operator) -> tuple[Operator, float]:
+    """B and λ of ``A = B + λI``."""
+    return (A.operator, A.damping) if isinstance(A, Damped) else (A, 0.0)

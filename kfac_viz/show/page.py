@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .publish import put
+from .files import put
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

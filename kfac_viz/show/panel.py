@@ -43,7 +43,7 @@ LABELS = {
     "damping": "damping λ", "per_layer": "columns per layer", "coarse": "kind of columns",
     "rule": "K-FAC's damping", "fisher": "Fisher", "data": "network and data", "widths": "hidden widths",
     "n": "examples", "steps": "training steps", "damping_share": "λ / λ_max", "samples": "labels drawn",
-    "repeats": "seeds", "rtol": "tolerance", "moment": "steps taken", "checkpoint": "moment of training",
+    "repeats": "seeds", "rtol": "tolerance", "at_step": "steps taken", "checkpoint": "step of training",
 }  # fmt: skip
 _CSS, _JS = (Path(__file__).with_name(f"panel.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 # Where JupyterLab does not find the model of the panel, its output, which follows that of the picture, has the class
@@ -93,7 +93,7 @@ class Panel(widgets.VBox):
         controls: names of the parameters to move, all by default; or by name the values that each can take, None for
             all of its range: ``{"damping": None, "per_layer": [0, 4, 16]}``.
         large: those of them that come first and are not folded away. Where there is none the first two come first.
-        notebook: whose figure the command makes; the first that is registered with ``run`` by default.
+        notebook: whose figure the command makes; by default the one that is called like the module of ``run``.
         reproduce: from all values to the line that makes this figure again, in place of that command.
         fixed: values of the others, and first values of these.
 
@@ -133,9 +133,9 @@ class Panel(widgets.VBox):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{run.__name__} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
         if large is not LARGE and (isinstance(large, str) or any(name not in names for name in large)):
-            raise ValueError(f"large must list controls, which are {', '.join(names)}; {large!r} came.")
+            raise ValueError(f"large must list controls, which are {', '.join(names)}; got {large!r}.")
         names.sort(key=lambda name: large.index(name) if name in large else len(large))
-        notebook = notebook or getattr(run, "notebook", "NOTEBOOK")
+        notebook = notebook or run.__module__.rpartition(".")[2]
         self._reproduce = reproduce or (lambda values: parameters.command(notebook, self._changed(values)))
         self._compute(self._values)
         self._command, self._error = self._reproduce(self._values), ""

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
-from .publish import folder, put
+from .files import folder, put
 from .style import rc
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # What numbers and pictures depend on.
-LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "seaborn")
+LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "seaborn", "pillow")
 
 
 class Saved(NamedTuple):

@@ -13,14 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import KFAC, Damped, Diagonal, Fisher, Partition, TwoLevel, captured_decrease, coarse
+from .. import KFAC, Damped, Diagonal, Fisher, Partition, TwoLevel, captured_decrease, coarse, show
 from ..method.decompositions import eigvalsh
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Examples, Range, Seed, Widths, check, number
-from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, Plot, StepBars, limit_of, plain_numbers
-from .curves import moment, rounded, share
-from .exercises import exercise
-from .setting import Damping, Data, Flavour, Rule, Setting, Shares, all_shares, chosen, first_network, setting, space
+from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, StepBars, limit_of, plain_numbers
+from .common.exercises import exercise
+from .common.result import rounded, share, stage
+from .common.setting import (
+    Damping,
+    Data,
+    Flavour,
+    Rule,
+    Setting,
+    Shares,
+    all_shares,
+    chosen,
+    first_network,
+    setting,
+    space,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -29,7 +41,7 @@ if TYPE_CHECKING:
 PerLayer = Annotated[int, Range(0, 16), "columns of the coarse space in each layer; a smaller layer gives what it has."]
 Space = Annotated[Literal["nicolaides", "spectral", "smooth", "krylov", "random", "optimal"], "which columns."]
 Correction = Annotated[Literal["additive", "a-def1", "a-def2", "balanced"], "how the two levels are combined."]
-Result = TypeVar("Result")
+R = TypeVar("R")
 Moments = Annotated[Literal[0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], "Adam steps before the picture is taken."]
 
 
@@ -81,7 +93,7 @@ class Captured:
 
 
 @dataclass(frozen=True, eq=False)
-class CoarseSpaceResult(Captured):
+class Result(Captured):
     """What the figure shows; matrices are (P, P) in parameter order. Spectra and norms are computed when they are read.
 
     Attributes:
@@ -119,7 +131,7 @@ class CoarseSpaceResult(Captured):
         p = self.parameters
         of = f"{self.problem}, {architecture(self.partition)}"
         if "steps" in p:  # a network of the reader's own has none
-            of += f", {moment(p['steps'])}"
+            of += f", {stage(p['steps'])}"
         return f"{of}, λ = {number(p['damping'])}, coarse dimension {self.size}"
 
     def table(self) -> pandas.DataFrame:
@@ -137,7 +149,7 @@ class CoarseSpaceResult(Captured):
         return pandas.DataFrame(rows, columns=["quantity", "item", "position", "value"])
 
 
-def run_coarse_space(
+def run(
     *,
     damping: Damping = 1e-2,
     per_layer: PerLayer = 4,
@@ -151,18 +163,18 @@ def run_coarse_space(
     steps: Moments = 0,
     seed: Seed = 0,
     device: Device = "cpu",
-) -> CoarseSpaceResult:
+) -> Result:
     """The exact Fisher, K-FAC, and a coarse correction on a small network.
 
     Args:
         seed: of data, weights and random columns.
     """
-    p = check(run_coarse_space, locals())
-    return coarse_space(setting(*chosen(p)), p)
+    p = check(run, locals())
+    return compute(setting(*chosen(p)), p)
 
 
-def run_on(networks: Sequence[Setting], compute: Callable[[Setting, dict[str, Any]], Result]) -> Callable[..., Result]:
-    """An experiment on a network of the reader's own, at one or more moments: the rest stays to choose."""
+def run_on(networks: Sequence[Setting], compute: Callable[[Setting, dict[str, Any]], R]) -> Callable[..., R]:
+    """An experiment on a network of the reader's own, at one or more stages: the rest stays to choose."""
 
     def run(
         *,
@@ -172,13 +184,13 @@ def run_on(networks: Sequence[Setting], compute: Callable[[Setting, dict[str, An
         correction: Correction = "balanced",
         rule: Rule = "eigen",
         checkpoint: int = 0,
-    ) -> Result:
+    ) -> R:
         choices = dict(damping=damping, per_layer=per_layer, coarse=coarse, correction=correction, rule=rule)
-        moment = {"checkpoint": checkpoint} if len(networks) > 1 else {}
-        return compute(networks[checkpoint], choices | moment | {"fisher": networks[checkpoint].fisher})
+        stage = {"checkpoint": checkpoint} if len(networks) > 1 else {}
+        return compute(networks[checkpoint], choices | stage | {"fisher": networks[checkpoint].fisher})
 
     if len(networks) > 1:
-        run.__annotations__["checkpoint"] = Annotated[int, Range(0, len(networks) - 1), "which of the moments given."]
+        run.__annotations__["checkpoint"] = Annotated[int, Range(0, len(networks) - 1), "which of the stages given."]
     else:  # nothing to choose
         signature = inspect.signature(run)
         kept = [parameter for name, parameter in signature.parameters.items() if name != "checkpoint"]
@@ -186,8 +198,8 @@ def run_on(networks: Sequence[Setting], compute: Callable[[Setting, dict[str, An
     return run
 
 
-def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
-    """:func:`run_coarse_space` with the parameters p in a setting of the reader's own."""
+def compute(network: Setting, p: dict[str, Any]) -> Result:
+    """:func:`run` with the parameters p in a setting of the reader's own."""
     damping, correction = p["damping"], p["correction"]
     depends = damping if p["coarse"] in ("krylov", "optimal") else None
     levels = _levels(network, p["per_layer"], p["coarse"], p["rule"], depends)
@@ -195,7 +207,7 @@ def coarse_space(network: Setting, p: dict[str, Any]) -> CoarseSpaceResult:
     one = _one_level(network, p["rule"], damping)
     added = _without_noise(T.contribution(), one.scale)
     left = _without_noise(one.missed - added, one.scale)
-    return CoarseSpaceResult(
+    return Result(
         parameters=p,
         partition=network.F.partition,
         problem=network.problem.name,
@@ -345,13 +357,13 @@ SIDE = 1.65  # inches, of a matrix
 ORDER = ("gradient", "diagonal", "kfac", *CORRECTIONS, "exact")
 
 
-class CoarseSpacePlot(Plot):
+class Plot(show.Plot):
     """Four matrices above, spectra and captured decreases below."""
 
     size = (10.0, 5.6)
     layout = None
 
-    def build(self, result: CoarseSpaceResult) -> None:
+    def build(self, result: Result) -> None:
         self.views, self.notes = {}, {}
         for name, (letters, left, title) in MATRICES.items():
             view = self.views[name] = self.add(MatrixView(self.axes(left, 1.1, SIDE, SIDE), result.partition, letters,
@@ -367,7 +379,7 @@ class CoarseSpacePlot(Plot):
         self._build_spectra(self.axes(0.87, 3.75, 3.95, 1.5), result)
         self._build_captured(self.axes(6.75, 3.8, 2.15, 1.5))
 
-    def _build_spectra(self, ax: Axes, result: CoarseSpaceResult) -> None:
+    def _build_spectra(self, ax: Axes, result: Result) -> None:
         P = result.partition.size
         ax.set_title(f"All {P} eigenvalues of the preconditioned matrix", pad=8)
         tens = [1, *(10**i for i in range(1, 6) if 10**i <= P / 3)]
@@ -388,7 +400,7 @@ class CoarseSpacePlot(Plot):
         self.text(5.3, 3.72, "bars with the best length,  ○  one per layer,  |  as it is", color=MUTED, size=9)
         self.steps = self.add(StepBars(ax, ORDER, share))
 
-    def move(self, result: CoarseSpaceResult) -> None:
+    def move(self, result: Result) -> None:
         p, errors = result.parameters, result.errors
         for names, bar in zip((("fisher", "blocks"), ("missed", "added", "left")), self.bars, strict=True):
             limit = limit_of(next((x for x in (getattr(result, name) for name in names) if x.any()), np.ones(1)))
@@ -402,7 +414,7 @@ class CoarseSpacePlot(Plot):
         self.notes["left"].set_text(f"{percent(errors[p['correction']])} of what it missed")
         self.steps.update(result.at_best_length, result.at_layer_lengths, result.captured)
 
-    def finish(self, result: CoarseSpaceResult) -> None:
+    def finish(self, result: Result) -> None:
         for line, key, (name, values) in zip(self.lines, self.keys, result.spectra.items(), strict=True):
             low, high, style = values[0], values[-1], METHODS[name]
             line.set(data=(stretched(np.arange(1, len(values) + 1), len(values)), values.numpy()), color=style.color,
@@ -414,7 +426,7 @@ class CoarseSpacePlot(Plot):
         for marks, end, beyond in zip(self.ends, (CEILING, FLOOR), (highest > CEILING, lowest < FLOOR), strict=True):
             marks.set_data([stretched(len(values) if end == CEILING else 1, len(values))] * beyond, [end] * beyond)
 
-    def words(self, result: CoarseSpaceResult) -> str:
+    def words(self, result: Result) -> str:
         (one, other), errors, p = result.spectra.values(), result.errors, result.parameters
         told = ", ".join(
             f"{METHODS[name].label} {number(result.at_best_length[name])}, {number(result.at_layer_lengths[name])}, "
@@ -442,21 +454,21 @@ def percent(x: float) -> str:
 
 @exercise("00a", "Choose nicolaides as the kind of columns, and compare the numbers in brackets.")
 def _best_with_constants() -> str:
-    unscaled = run_coarse_space(coarse="nicolaides").captured
+    unscaled = run(coarse="nicolaides").captured
     return max(CORRECTIONS, key=unscaled.__getitem__)
 
 
 @exercise("00b", "Move columns per layer upwards until the bar of the balanced correction reaches 0.9.")
 def _columns_for_nine_tenths() -> int:
-    return next(k for k in range(17) if run_coarse_space(per_layer=k).captured["balanced"] >= 0.9)
+    return next(k for k in range(17) if run(per_layer=k).captured["balanced"] >= 0.9)
 
 
-@exercise("05a", "run_coarse_space(coarse=…, per_layer=1).captured['balanced'], for one name after the other.")
+@exercise("07a", "run(coarse=…, per_layer=1).captured['balanced'], for one name after the other.")
 def _best_single_column() -> str:
-    return max(coarse.SPACES, key=lambda name: run_coarse_space(coarse=name, per_layer=1).captured["balanced"])
+    return max(coarse.SPACES, key=lambda name: run(coarse=name, per_layer=1).captured["balanced"])
 
 
-@exercise("05b", "The step misses the exact one by M g; measure that in the norm of A.", 0.01)
+@exercise("07b", "The step misses the exact one by M g; measure that in the norm of A.", 0.01)
 def _additive_with_everything() -> float:
     s = first_network(steps=0)
     A = s.F.damped(0.01)

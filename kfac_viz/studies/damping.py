@@ -10,13 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import KFAC
+from .. import KFAC, show
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
-from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers
-from .curves import Curve, Study, by_key, curve, seeds
-from .exercises import crossing, exercise
-from .problems import Problem
-from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, at_best_length, chosen, first_network, setting, shares
+from ..problems.toys import Problem
+from ..show import FAINT, INK, METHODS, CurveView, Style, plain_numbers
+from .common.exercises import crossing, exercise
+from .common.result import Curve, Study, by_key, curve, seeds
+from .common.setting import (
+    DAMPINGS,
+    OVER_DAMPINGS,
+    Data,
+    Setting,
+    at_best_length,
+    chosen,
+    first_network,
+    setting,
+    shares,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,17 +34,17 @@ if TYPE_CHECKING:
 COMPARED = np.array(DAMPINGS.positions[::2])
 FOLLOWED = ("exact", "kfac", "factored")
 QUANTITIES = ("length", "captured", "at_best_length", "ratio", "decrease")
-MOMENTS = ("at the start", "after training")
+STAGES = ("at the start", "after training")
 
 
 @dataclass(frozen=True, eq=False)
-class DampingResult(Study):
-    """Curves over λ, series ``moment, method``, at two moments of training.
+class Result(Study):
+    """Curves over λ, series ``stage, method``, at two stages of training.
 
     Quantities: ``length`` ‖v‖; ``captured`` and ``at_best_length``, shares of the best decrease of the damped quadratic
     model (:func:`.setting.shares`); ``ratio``, actual decrease of the loss over the decrease that the undamped model
     predicts; ``decrease``, the actual one as a share of the loss. K-FAC's directions are rescaled to their best length
-    in the last two. Series of a moment alone: ``spectrum`` (x: rank), ``dimension`` Σ d/(d + λ), and ``gradient``,
+    in the last two. Series of a stage alone: ``spectrum`` (x: rank), ``dimension`` Σ d/(d + λ), and ``gradient``,
     ‖g‖/λ.
     """
 
@@ -42,7 +52,7 @@ class DampingResult(Study):
 
     @property
     def headline(self) -> str:
-        λ, after = self.parameters["damping"], MOMENTS[1]
+        λ, after = self.parameters["damping"], STAGES[1]
         size = self.curves["dimension", after].at(λ)
         falls = (self.curves["decrease", f"{after}, {method}"].at(λ) for method in ("exact", "kfac"))
         exact, kfac = (f"{fall:.0%}".replace("-", "−") for fall in falls)
@@ -50,7 +60,7 @@ class DampingResult(Study):
                 f"{exact} off the loss, scaled K-FAC {kfac}")  # fmt: skip
 
 
-def run_damping(
+def run(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,
     steps: Steps = 100,
@@ -60,17 +70,17 @@ def run_damping(
     repeats: Repeats = 5,
     seed: Seed = 0,
     device: Device = "cpu",
-) -> DampingResult:
+) -> Result:
     """Follow spectrum, step and loss over all dampings, before and after training.
 
     Args:
         damping: λ, marked in the curves.
         steps: of Adam that count as training.
     """
-    p = check(run_damping, locals())
+    p = check(run, locals())
     rows = by_key(_measure(chosen(p, seed=s, steps=0), chosen(p, seed=s)) for s in seeds(p))
     curves = {key: curve(1 + np.arange(len(y[0])) if key[0] == "spectrum" else COMPARED, y) for key, y in rows.items()}
-    return DampingResult(p, curves, len(curves["spectrum", MOMENTS[0]].x))
+    return Result(p, curves, len(curves["spectrum", STAGES[0]].x))
 
 
 def loss_after(problem: Problem, v: Tensor) -> float:
@@ -84,17 +94,17 @@ def loss_after(problem: Problem, v: Tensor) -> float:
 
 @lru_cache(maxsize=64)
 def _measure(start: tuple, trained: tuple) -> dict[tuple[str, str], NDArray]:
-    """Every curve of one network at the two moments."""
+    """Every curve of one network at the two stages."""
     found: dict[tuple[str, str], NDArray] = {}
-    for moment, network in zip(MOMENTS, (start, trained), strict=True):
+    for stage, network in zip(STAGES, (start, trained), strict=True):
         s = setting(*network)
         d = s.F.eigen.d.flip(0).cpu().numpy()
-        found["spectrum", moment] = d = np.where(d < 1e-12 * d[0], 0, d)
-        found["dimension", moment] = (d / (d + COMPARED[:, None])).sum(1)
-        found["gradient", moment] = float(s.g.norm()) / COMPARED
+        found["spectrum", stage] = d = np.where(d < 1e-12 * d[0], 0, d)
+        found["dimension", stage] = (d / (d + COMPARED[:, None])).sum(1)
+        found["gradient", stage] = float(s.g.norm()) / COMPARED
         for method in FOLLOWED:
             for quantity, values in zip(QUANTITIES, _follow(s, method, COMPARED), strict=True):
-                found[quantity, f"{moment}, {method}"] = values
+                found[quantity, f"{stage}, {method}"] = values
     return found
 
 
@@ -116,33 +126,33 @@ def _follow(s: Setting, method: str, λs: NDArray) -> NDArray:
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-LINES = dict(zip(MOMENTS, (":", "-"), strict=True))
-MOMENT = {moment: Style(moment, INK, "", line) for moment, line in LINES.items()}
+LINES = dict(zip(STAGES, (":", "-"), strict=True))
+STAGE = {stage: Style(stage, INK, "", line) for stage, line in LINES.items()}
 SERIES = {
-    f"{moment}, {name}": METHODS[name]._replace(label=f"{METHODS[name].label}, {moment}", line=line)
+    f"{stage}, {name}": METHODS[name]._replace(label=f"{METHODS[name].label}, {stage}", line=line)
     for name in FOLLOWED
-    for moment, line in LINES.items()
+    for stage, line in LINES.items()
 }
-LIMIT = {moment: Style(f"‖g‖ / λ, {moment}", METHODS["gradient"].color, "", line) for moment, line in LINES.items()}
+LIMIT = {stage: Style(f"‖g‖ / λ, {stage}", METHODS["gradient"].color, "", line) for stage, line in LINES.items()}
 
 
-class DampingPlot(Plot):
+class Plot(show.Plot):
     """Spectrum, dimension and length above; what becomes of the model and of the loss below."""
 
     size = (10.0, 6.4)
     fixed = ("size",)
 
-    def build(self, result: DampingResult) -> None:
+    def build(self, result: Result) -> None:
         upper, lower = self.figure.add_gridspec(2, 1)
         grids = (*upper.subgridspec(1, 3), *lower.subgridspec(1, 4))
         axes = [self.figure.add_subplot(place) for place in grids]
         self.spectrum = self.add(CurveView(
-            axes[0], MOMENT, result.of("spectrum"), "Spectrum of F, and λ", x="rank", xlim=(0.9, 1.1 * result.size),
+            axes[0], STAGE, result.of("spectrum"), "Spectrum of F, and λ", x="rank", xlim=(0.9, 1.1 * result.size),
             ylim=(1e-8, 100),
         ))  # fmt: skip
         self.level = self.add(axes[0].axhline(1, color=INK, linewidth=0.9, alpha=0.6))
         curves = {  # series, title, ends and scale of the upright axis
-            "dimension": (MOMENT, f"Σ d/(d + λ), of {result.size}", (0, result.size), "linear"),
+            "dimension": (STAGE, f"Σ d/(d + λ), of {result.size}", (0, result.size), "linear"),
             "length": (LIMIT | SERIES, "Length of the step ‖v‖", (1e-3, 1e3), "log"),
             "at_best_length": (SERIES, "Captured, best length", (0.3, 1.02), "linear"),
             "captured": (SERIES, "Captured as it is", (-1, 1.05), "linear"),
@@ -163,7 +173,7 @@ class DampingPlot(Plot):
         lines = self.views["length"].lines
         self.legend([lines[name] for name in (*SERIES, *LIMIT)], 4)
 
-    def move(self, result: DampingResult) -> None:
+    def move(self, result: Result) -> None:
         λ = result.parameters["damping"]
         self.spectrum.update(result.of("spectrum"))
         self.level.set_ydata([λ, λ])
@@ -171,20 +181,20 @@ class DampingPlot(Plot):
             view.update(shown(result, quantity), at=λ)
 
 
-def shown(result: DampingResult, quantity: str) -> dict[str, Curve]:
+def shown(result: Result, quantity: str) -> dict[str, Curve]:
     """The curves of one axes: the length of the step goes with what the gradient alone would give."""
     return result.of(quantity) | (result.of("gradient") if quantity == "length" else {})
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
-@exercise("03a", "Σ d/(d + λ) falls as λ grows: try values, or halve an interval.", 0.05)
+@exercise("04a", "Σ d/(d + λ) falls as λ grows: try values, or halve an interval.", 0.05)
 def _damping_for_a_tenth_of_the_dimensions() -> float:
     d = first_network().F.eigen.d.numpy()
     return crossing(lambda λ: (d / (d + λ)).sum() - len(d) / 10, -12, 3)
 
 
-@exercise("03b", "The loss behind the step less the loss before it changes its sign: halve an interval of λ.", 0.05)
+@exercise("04b", "The loss behind the step less the loss before it changes its sign: halve an interval of λ.", 0.05)
 def _damping_at_which_the_step_stops_helping() -> float:
     s = first_network()
     now = float(s.problem.loss().detach())

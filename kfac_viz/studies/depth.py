@@ -12,16 +12,29 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_
 import numpy as np
 import torch
 
-from .. import KFAC, BlockDiagonal, Damped, Dense, Diagonal, Identity, Operator, Partition, TwoLevel, coarse, spectrum
+from .. import (
+    KFAC,
+    BlockDiagonal,
+    Damped,
+    Dense,
+    Diagonal,
+    Identity,
+    Operator,
+    Partition,
+    TwoLevel,
+    coarse,
+    show,
+    spectrum,
+)
 from ..checkout import ROOT, check_checkout
 from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
-from ..show import FAINT, INK, METHODS, CurveView, MapView, Plot, Style, plain_numbers, styled
-from . import problems
-from .curves import Curve, Study, banded, curve, moment, rounded, seeds, share
-from .exercises import exercise
-from .measured import rows_of
-from .setting import Setting, all_shares, iterations, largest_eigenvalue, space
+from ..problems import toys as problems
+from ..show import FAINT, INK, METHODS, CurveView, MapView, Style, plain_numbers, styled
+from .common.exercises import exercise
+from .common.measured import rows_of
+from .common.result import Curve, Study, banded, curve, rounded, seeds, share, stage
+from .common.setting import Setting, all_shares, iterations, largest_eigenvalue, space
 
 if TYPE_CHECKING:
     import pandas
@@ -40,7 +53,7 @@ MAPPED = ("none", "kfac", "leading, balanced")  # what the map over λ compares
 
 
 class Case(NamedTuple):
-    """One network at one moment, and one λ: what a row of the measured table is about."""
+    """One network at one stage, and one λ: what a row of the measured table is about."""
 
     data: str
     layers: int
@@ -57,16 +70,17 @@ Found = dict[tuple[str, str], float]  # by quantity and series
 
 
 @dataclass(frozen=True, eq=False)
-class DepthResult(Study):
-    """Curves over the number of layers, a series for each method, for the network, moment and λ that are asked for.
+class Result(Study):
+    """Curves over the number of layers, a series for each method, for the network, stage and λ that are asked for.
 
     Quantities: the shares ``captured``, ``at_best_length`` and ``at_layer_lengths`` of :func:`.setting.shares`; the
     ``largest`` eigenvalue of M A; ``iterations`` of conjugate gradients with orthogonal residuals; ``above``, the
-    number of eigenvalues of F that exceed λ; ``claims``, the largest eigenvalue of ``Σ_l H_l``, ``H_l = K_l (K_l +
-    λ)⁻¹``, with ``K_l`` what layer l alone contributes to F in sample space: how many layers take the same step.
+    number of eigenvalues of F that exceed λ; ``layer_overlap``, the largest eigenvalue of ``Σ_l H_l``,
+    ``H_l = K_l (K_l + λ)⁻¹``, with ``K_l`` what layer l alone contributes to F in sample space: how many layers
+    take the same step.
 
     Attributes:
-        everywhere: the same curves by network, moment and λ: ``(data, steps, damping_share)``.
+        everywhere: the same curves by network, stage and λ: ``(data, steps, damping_share)``.
     """
 
     everywhere: Mapping[tuple[str, int, float], Mapping[tuple[str, str], Curve]]
@@ -82,7 +96,7 @@ class DepthResult(Study):
     @property
     def where(self) -> str:
         p = self.parameters
-        return (f"{NETWORKS[p['data']]}, {p['n']} examples, width {p['width']}, {moment(p['steps'])}, "
+        return (f"{NETWORKS[p['data']]}, {p['n']} examples, width {p['width']}, {stage(p['steps'])}, "
                 f"λ = {number(p['damping_share'])} λ_max, {p['per_layer']} columns per layer; {p['repeats']} seeds")
 
     def table(self) -> pandas.DataFrame:
@@ -95,7 +109,7 @@ class DepthResult(Study):
         return pandas.DataFrame(rows, columns=columns)
 
 
-def run_depth(
+def run(
     *,
     damping_share: Annotated[float, SHARES] = 1e-3,
     per_layer: Annotated[int, Range(1, 7)] = 4,
@@ -113,7 +127,7 @@ def run_depth(
     measured: str = "../figures/benchmarks/depth.csv",
     seed: Seed = 0,
     device: Device = "cpu",
-) -> DepthResult:  # fmt: skip
+) -> Result:  # fmt: skip
     """Steps, and conjugate gradients on ``(F + λI) v = g``, for networks of more and more layers.
 
     Args:
@@ -130,7 +144,7 @@ def run_depth(
     Raises:
         ValueError: ``measured`` names no file.
     """
-    p = check(run_depth, locals())
+    p = check(run, locals())
     stored = _stored(p["measured"]) if p["measured"] and device == "cpu" else {}
     grouped: dict[tuple[str, int, float], dict[tuple[str, str], list]] = defaultdict(lambda: defaultdict(list))
     for case, all_of_it in cases(p).items():
@@ -143,7 +157,7 @@ def run_depth(
         network: {key: curve(layers, np.reshape(values, (len(layers), -1)).T) for key, values in by_series.items()}
         for network, by_series in grouped.items()
     }
-    return DepthResult(p, everywhere[p["data"], p["steps"], p["damping_share"]], everywhere)
+    return Result(p, everywhere[p["data"], p["steps"], p["damping_share"]], everywhere)
 
 
 def cases(p: Mapping[str, Any]) -> dict[Case, bool]:
@@ -187,7 +201,7 @@ def methods(A: Damped, M: KFAC, g: torch.Tensor, per_layer: int) -> dict[str, Op
 
 @lru_cache(maxsize=64)
 def _network(data: str, layers: int, width: int, n: int, steps: int, seed: int, device: str) -> Setting:
-    """A network at a moment: everything that λ does not change."""
+    """A network at a stage: everything that λ does not change."""
     if data == "digits4":
         problem = problems.digits([width] * (layers - 1), n, seed, side=4, device=device)
     else:
@@ -231,14 +245,15 @@ def _measure(case: Case, all_of_it: bool, device: str) -> Found:
             found["largest", name] = largest_eigenvalue(compared[name].dense(), L)
     if all_of_it and not case.per_layer:
         # K_l (K_l + λ)⁻¹ = J_l (F_ll + λ)⁻¹ J_lᵀ / N: their sum has the spectrum of M F
-        found["claims", "layers"] = largest_eigenvalue(compared["block-diagonal"].dense(), U * d.clamp_min(0).sqrt())
+        blocks = compared["block-diagonal"].dense()
+        found["layer_overlap", "layers"] = largest_eigenvalue(blocks, U * d.clamp_min(0).sqrt())
         found["above", "eigenvalues"] = int((d > λ).sum())
     return {key: float(rounded(value)) for key, value in found.items()}
 
 
 # ---- the measured table -------------------------------------------------------------------------------
 
-QUANTITIES = ("at_best_length", "captured", "at_layer_lengths", "largest", "iterations", "above", "claims")
+QUANTITIES = ("at_best_length", "captured", "at_layer_lengths", "largest", "iterations", "above", "layer_overlap")
 COLUMNS = (*Case._fields, "series", *QUANTITIES)
 
 
@@ -303,7 +318,7 @@ PLACES = {  # as names of columns
     data: name.removeprefix("planted").removeprefix(", ").replace(" and", "\nand") or "plain"
     for data, name in NETWORKS.items()
 }
-CLAIMS = {"layers": Style("layers that claim one direction", INK, "x", "")}  # on exact blocks, whose eigenvalue it is
+OVERLAP = {"layers": Style("overlap of layers", INK, "x", "")}  # on exact blocks, whose eigenvalue it is
 SHORT = {  # columns of the map of networks
     "none": "gradient",
     "diagonal": "diagonal",
@@ -315,14 +330,14 @@ SHORT = {  # columns of the map of networks
 }
 
 
-class DepthPlot(Plot):
+class Plot(show.Plot):
     """Steps above: at their best length, by kind of length, and why they are too long; conjugate gradients in the
     middle, and where they pay; below the deepest of all networks."""
 
     size = (10.0, 9.6)
     fixed = ("layers", "networks", "damping_shares")
 
-    def build(self, result: DepthResult) -> None:
+    def build(self, result: Result) -> None:
         p, mapped = result.parameters, len(result.parameters["damping_shares"]) > 1
         heights = (1.15, 1, 1)[: 3 if p["networks"] else 2]
         grid = self.figure.add_gridspec(len(heights), 3, height_ratios=heights)
@@ -334,7 +349,7 @@ class DepthPlot(Plot):
             "at_best_length": (best, SERIES, "Captured at the best length", (0, 1.05), "linear", (0, 0.5, 1)),
             "lengths": (lengths, LENGTH_AND_DIRECTION, "Length or direction?", (-2000, 1.15), "symlog",
                         (1, 0.5, 0, -0.5, -1, -10, -100, -1000)),
-            "largest": (largest, SERIES | CLAIMS, "Largest eigenvalue of M A", (0.9, 250), "log", (1, 3, 10, 30, 100)),
+            "largest": (largest, SERIES | OVERLAP, "Largest eigenvalue of M A", (0.9, 250), "log", (1, 3, 10, 30, 100)),
             "iterations": (iterations, SERIES | ABOVE, "Iterations", (3, 300), "log", (3, 10, 30, 100, 300)),
         }  # fmt: skip
         self.views = {}
@@ -365,12 +380,12 @@ class DepthPlot(Plot):
         kinds = [lengths.plot([], [], color=INK, linestyle=line, label=words)[0] for words, line in LENGTHS.values()]
         self.legend([*(lines[name] for name in SERIES), *others, bound, *kinds], 4)
 
-    def move(self, result: DepthResult) -> None:
+    def move(self, result: Result) -> None:
         for quantity, view in self.views.items():
             view.update(shown(result, quantity))
 
 
-def shown(result: DepthResult, quantity: str) -> Any:
+def shown(result: Result, quantity: str) -> Any:
     """What one axes shows: curves, or for a map its points."""
     p = result.parameters
     deepest = int(np.argmax(p["layers"]))
@@ -392,21 +407,21 @@ def shown(result: DepthResult, quantity: str) -> Any:
             for name, label in SHORT.items() for (data, steps), c in found.items()
         ]  # fmt: skip
     curves = result.of(quantity)
-    curves |= result.of({"iterations": "above", "largest": "claims"}.get(quantity, ""))
+    curves |= result.of({"iterations": "above", "largest": "layer_overlap"}.get(quantity, ""))
     return banded(curves, ("kfac", "leading, balanced", "none"))
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
-@exercise("06a", "The trace of M A is a sum over layers. What is it in each, and what is the mean eigenvalue?", 1e-6)
+@exercise("10a", "The trace of M A is a sum over layers. What is it in each, and what is the mean eigenvalue?", 1e-6)
 def _least_that_the_largest_eigenvalue_can_be() -> float:
     layers = 17
     A = Dense(torch.eye(layers, dtype=torch.float64, device="cpu"), Partition.from_sizes([1] * layers))  # no coupling
     return float(spectrum(A, BlockDiagonal(A, 0.0))[-1])
 
 
-@exercise("06b", "Call run_depth for one size after the other and watch the share at the best length.")
+@exercise("10b", "Call run for one size after the other and watch the share at the best length.")
 def _eigenvectors_for_eight_tenths() -> int:
     one = dict(layers=(9,), repeats=1, networks=(), damping_shares=(), measured="")
-    best = (run_depth(per_layer=k, **one).of("at_best_length")["leading, balanced"].y[0] for k in range(1, 8))
+    best = (run(per_layer=k, **one).of("at_best_length")["leading, balanced"].y[0] for k in range(1, 8))
     return next(k for k, captured in enumerate(best, 1) if captured >= 0.8)

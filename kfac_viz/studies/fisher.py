@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import Diagonal, Fisher, Identity, Partition, nll
+from .. import Diagonal, Fisher, Identity, Partition, nll, show
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Widths, check, number
-from ..show import FAINT, INK, METHODS, CurveView, MatrixView, Plot, Style, empty_line, limit_of
-from .curves import Curve, Study, curve, rounded
-from .exercises import exercise
-from .problems import Problem
-from .setting import DAMPINGS, OVER_DAMPINGS, all_shares, at_best_length, chosen, first_network, setting, shares
+from ..problems.toys import Problem
+from ..show import FAINT, INK, METHODS, CurveView, MatrixView, Style, empty_line, limit_of
+from .common.exercises import exercise
+from .common.result import Curve, Study, curve, rounded
+from .common.setting import DAMPINGS, OVER_DAMPINGS, all_shares, at_best_length, chosen, first_network, setting, shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ class Plane:
 
 
 @dataclass(frozen=True, eq=False)
-class FisherResult(Study):
+class Result(Study):
     """Series are flavours; by quantity: ``spectrum`` over rank, as a share of the largest eigenvalue of F;
     ``error`` over samples, ‖F̂ − F‖ / ‖F‖; ``captured`` and ``at_best_length`` over λ, see :func:`.setting.shares`;
     ``plane``, what its steps capture.
@@ -57,7 +57,7 @@ class FisherResult(Study):
                 f"(empirical) {number(error['empirical'].y[0], 2)}")
 
 
-def run_fisher(
+def run(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,
     samples: Annotated[int, Range(1, 64)] = 1,
@@ -71,7 +71,7 @@ def run_fisher(
     repeats: Repeats = 5,
     seed: Seed = 0,
     device: Device = "cpu",
-) -> FisherResult:
+) -> Result:
     """Compare the exact, the Monte Carlo and the empirical Fisher.
 
     Args:
@@ -84,11 +84,11 @@ def run_fisher(
         repeats: independent draws of the Monte Carlo labels.
         seed: of data, weights and draws.
     """
-    parameters = check(run_fisher, locals())
+    parameters = check(run, locals())
     partition, matrices, curves, largest = _network(chosen(parameters), samples, repeats)
     plane = _plane(damping, samples, likelihood, seed, device, weight=weight, bias=bias)
     steps = {("plane", name): curve([damping], [share]) for name, share in plane.shares.items()}
-    return FisherResult(parameters, curves | steps, partition, matrices, largest, plane)
+    return Result(parameters, curves | steps, partition, matrices, largest, plane)
 
 
 def sampling_error(F: Fisher, probabilities: Tensor) -> float:
@@ -217,12 +217,12 @@ STEPS = {name: (METHODS | FLAVOURS)[name] for name in ("gradient", "adam", "mc",
 THEORY = Style("sampling error, expected", INK, "", ":")
 
 
-class FisherPlot(Plot):
+class Plot(show.Plot):
     """Two parameters and errors above; the three matrices and their spectra below."""
 
     size = (10.0, 5.9)
 
-    def build(self, result: FisherResult) -> None:
+    def build(self, result: Result) -> None:
         top, bottom = self.figure.subplots(2, 4)
         titles = "Three metrics", "Share that steps capture"
         self.landscapes = [self.add(Landscape(ax, title)) for ax, title in zip(top, titles, strict=False)]
@@ -256,10 +256,10 @@ class FisherPlot(Plot):
         ]
         self.legend([*self.steps.values(), self.error.lines["theory"]], 3)
 
-    def note(self, result: FisherResult) -> str:  # the diagonal of the first layers would outshine the rest
+    def note(self, result: Result) -> str:  # the diagonal of the first layers would outshine the rest
         return f"; colours end at ±{number(limit_of(result.matrices['exact'] / 5), 2)}"
 
-    def move(self, result: FisherResult) -> None:
+    def move(self, result: Result) -> None:
         plane, p = result.plane, result.parameters
         here = np.array([p["weight"], p["bias"]])
         for landscape, point in zip(self.landscapes, self.points, strict=True):

@@ -11,19 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Fisher, KroneckerFisher, Partition
+from .. import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Fisher, KroneckerFisher, Partition, show
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Widths, check, number
-from ..show import INK, METHODS, CurveView, MatrixView, PairView, Plot, Style, limit_of, plain_numbers
-from .curves import Curve, Study, curve, over_seeds, rounded, seeds
-from .exercises import crossing, exercise
-from .setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, first_network, kronecker_blocks, setting, shares
+from ..show import INK, METHODS, CurveView, MatrixView, PairView, Style, limit_of, plain_numbers
+from .common.exercises import crossing, exercise
+from .common.result import Curve, Study, curve, over_seeds, rounded, seeds
+from .common.setting import (
+    DAMPINGS,
+    OVER_DAMPINGS,
+    Data,
+    Setting,
+    chosen,
+    first_network,
+    kronecker_blocks,
+    setting,
+    shares,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
 COMPARED = DAMPINGS.positions[::5]
-MOMENTS = (0, 10, 30, 100, 300)  # steps of Adam
+STAGES = (0, 10, 30, 100, 300)  # steps of Adam
 PIECES: dict[str, Style] = {  # greys: colours belong to methods
     "dropped": Style("blocks dropped", INK),
     "basis": Style("basis", "#5E5E5E"),
@@ -42,8 +52,8 @@ METHODS_COMPARED = {
 
 
 @dataclass(frozen=True, eq=False)
-class KfacResult(Study):
-    """What K-FAC loses of F, over training and at one moment of it.
+class Result(Study):
+    """What K-FAC loses of F, over training and at one stage of it.
 
     ``curves`` by quantity: ``piece`` over steps, series PIECES, ‖piece‖² / ‖F‖²; ``error``, ``at_best_length`` and
     ``captured`` over λ, series methods, ‖F + λI − M⁻¹‖ / ‖F‖ and what M g captures (:func:`.setting.shares`); ``lost``
@@ -62,7 +72,7 @@ class KfacResult(Study):
         return f"In the first network {between:.0%} of K-FAC's squared error lie between the layers"
 
 
-def run_kfac(
+def run(
     *,
     damping: Annotated[float, DAMPINGS] = 1e-2,
     steps: Steps = 100,
@@ -73,7 +83,7 @@ def run_kfac(
     repeats: Repeats = 5,
     seed: Seed = 0,
     device: Device = "cpu",
-) -> KfacResult:
+) -> Result:
     """Split the error of K-FAC, and compare it with other approximations of the same Fisher.
 
     Args:
@@ -81,17 +91,17 @@ def run_kfac(
         samples: labels drawn per example where labels are sampled.
         seed: of the first network, which the matrices show.
     """
-    p = check(run_kfac, locals())
-    pieces = np.array([[_pieces(chosen(p, seed=s, steps=m), samples) for m in MOMENTS] for s in seeds(p)])
+    p = check(run, locals())
+    pieces = np.array([[_pieces(chosen(p, seed=s, steps=m), samples) for m in STAGES] for s in seeds(p)])
     pieces[:, :, -1] *= damping
-    curves = {("piece", name): curve(MOMENTS, pieces[:, :, i]) for i, name in enumerate(PIECES)}
+    curves = {("piece", name): curve(STAGES, pieces[:, :, i]) for i, name in enumerate(PIECES)}
     s = setting(*chosen(p))
     error, lost, misfit = _by_pair(s)
     for quantity, matrix in (("lost", lost), ("misfit", misfit)):
         for l, m in np.ndindex(*matrix.shape):
             curves[quantity, f"{l + 1}–{m + 1}"] = curve([steps], [matrix[l, m]])
     curves |= over_seeds(COMPARED, (_methods(chosen(p, seed=s), samples) for s in seeds(p)))
-    return KfacResult(p, curves, s.F.partition, s.dense.cpu(), error, lost, misfit)
+    return Result(p, curves, s.F.partition, s.dense.cpu(), error, lost, misfit)
 
 
 def split(F: Fisher, dense: Tensor) -> tuple[float, float, float]:
@@ -178,12 +188,12 @@ def _by_pair(s: Setting) -> tuple[Tensor, NDArray, NDArray]:
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-class KfacPlot(Plot):
+class Plot(show.Plot):
     """Matrices and pairs of layers above; pieces of the error and other methods below."""
 
     size = (10.0, 6.2)
 
-    def build(self, result: KfacResult) -> None:
+    def build(self, result: Result) -> None:
         grid = self.figure.add_gridspec(2, 4)
         top = [self.figure.add_subplot(grid[0, i]) for i in range(4)]
         self.F, self.error = (
@@ -214,7 +224,7 @@ class KfacPlot(Plot):
             plain_numbers(view.ax.xaxis, (1e-4, 1e-2, 1, 100))
         self.legend(self.matrix_error.lines.values(), 3)
 
-    def move(self, result: KfacResult) -> None:
+    def move(self, result: Result) -> None:
         limit, damping = limit_of(result.fisher / 5), result.parameters["damping"]
         self.F.update(result.fisher, limit)
         self.error.update(result.error, limit)
@@ -225,10 +235,10 @@ class KfacPlot(Plot):
         for quantity, view in self.shares.items():
             view.update(result.of(quantity), at=damping)
 
-    def note(self, result: KfacResult) -> str:
+    def note(self, result: Result) -> str:
         return f"; colours end at ±{number(limit_of(result.fisher / 5), 2)}"
 
-    def regions(self, result: KfacResult) -> list[tuple[float, float, float, float, str]]:
+    def regions(self, result: Result) -> list[tuple[float, float, float, float, str]]:
         words = "Layers {} and {}: {:.2%} of K-FAC's squared error; G ⊗ A would miss {:.2g} of the block's norm"
         return [
             region
@@ -240,7 +250,7 @@ class KfacPlot(Plot):
 
 
 class Bars:
-    """The pieces of the squared error at every moment, side by side, with the range over seeds."""
+    """The pieces of the squared error at every stage, side by side, with the range over seeds."""
 
     FLOOR = 1e-6
 
@@ -266,7 +276,7 @@ class Bars:
     def words(self) -> str:
         told = (f"{PIECES[name].label} {number(bars[0].get_height())} to {number(bars[-1].get_height())}"
                 for name, bars in self.bars.items())  # fmt: skip
-        return f"Pieces of the squared error over {MOMENTS[0]} to {MOMENTS[-1]} steps: {', '.join(told)}."
+        return f"Pieces of the squared error over {STAGES[0]} to {STAGES[-1]} steps: {', '.join(told)}."
 
     def update(self, pieces: dict[str, Curve]) -> None:
         for name, c in pieces.items():

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from .. import KFAC, TwoLevel
+from .. import KFAC, TwoLevel, show
 from ..method.checks import evaluation
-from ..method.likelihood import checked_nll
 from ..parameters import Device, Examples, Seed, Widths, check, number
-from ..show import FAINT, INK, METHODS, MUTED, Plot
+from ..scores.likelihood import checked_nll
+from ..show import FAINT, INK, METHODS, MUTED
 from .coarse_space import ORDER, Correction, Moments, PerLayer, Space, architecture, directions
-from .curves import moment, rounded, share
-from .exercises import exercise
-from .setting import Damping, Data, Rule, Setting, chosen, setting, space
+from .common.exercises import exercise
+from .common.result import rounded, share, stage
+from .common.setting import Damping, Data, Rule, Setting, chosen, setting, space
 
 if TYPE_CHECKING:
     import pandas
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class OneStepResult:
+class Result:
     """Where each direction leads, and the loss on a plane.
 
     Attributes:
@@ -80,7 +80,7 @@ class OneStepResult:
     @property
     def where(self) -> str:
         p = self.parameters
-        return f"{self.problem}, {architecture(self.partition)}, {moment(p['steps'])}, λ = {number(p['damping'])}"
+        return f"{self.problem}, {architecture(self.partition)}, {stage(p['steps'])}, λ = {number(p['damping'])}"
 
     def table(self) -> pandas.DataFrame:
         """Tidy: ``quantity``, ``item``, ``along``, ``value``."""
@@ -95,7 +95,7 @@ class OneStepResult:
         return pandas.DataFrame(rows, columns=["quantity", "item", "along", "value"])
 
 
-def run_one_step(
+def run(
     *,
     damping: Damping = 1e-2,
     per_layer: PerLayer = 4,
@@ -108,20 +108,20 @@ def run_one_step(
     steps: Moments = 0,
     seed: Seed = 0,
     device: Device = "cpu",
-) -> OneStepResult:
+) -> Result:
     """Where every method's step leads, beside the exact one.
 
     Args:
         seed: of data, weights and random columns.
     """
-    p = check(run_one_step, locals())
+    p = check(run, locals())
     network = setting(*chosen(p))
     A, M, g = network.matrix.damped(damping), KFAC(network.F, damping, rule), network.g
     T = TwoLevel(A, M, space(coarse, A, M, g, per_layer, seed), correction)
     exact, _ = _plane(network, damping, rule)
     found = {name: place(A @ v, v, exact, g) for name, v in directions(network.F, T, g).items()}
     found["exact"] = Place(1.0, 0.0)
-    return OneStepResult(p, network.F.partition, network.problem.name, found, network)
+    return Result(p, network.F.partition, network.problem.name, found, network)
 
 
 def place(Av: Tensor, v: Tensor, exact: Tensor, g: Tensor) -> Place:
@@ -156,7 +156,7 @@ def _gain(network: Setting, damping: float, rule: str) -> NDArray:
         for piece in layer.pieces:
             vmap(lambda w, step, piece=piece: piece.of(w).sub_(step))(moved[piece.parameter], piece.view(V))
 
-    model = problem.twin().model  # as functional_call puts other weights into it for a moment
+    model = problem.twin().model  # as functional_call puts other weights into it for a stage
     after = []
     with evaluation(model), torch.no_grad():
         for i in range(0, len(x), AT_ONCE):
@@ -174,13 +174,13 @@ LEVELS = (0.0, 0.25, 0.5, 0.75, 0.9)
 SIDES = (-0.2, 2.0)  # of both pictures, along the exact step
 
 
-class OneStepPlot(Plot):
+class Plot(show.Plot):
     """Left the quadratic model, with every method's step; right the real loss on the plane of two of them."""
 
     size = (10.0, 5.9)
     layout = None
 
-    def build(self, result: OneStepResult) -> None:
+    def build(self, result: Result) -> None:
         (left, right), (down, up) = SIDES, (ASTRAY[0], ASTRAY[-1])
         scale = 4.1 / (right - left)  # inches for a unit, the same on every axis: circles are round
         model = self.axes(0.7, 1.0, 4.1, scale * (up + 0.05))
@@ -217,7 +217,7 @@ class OneStepPlot(Plot):
         self.figure.legend(handles=list(self.dots.values()), loc="upper left", ncols=2,
                            bbox_to_anchor=(0.06, 1 - 4.25 / self.size[1]))  # fmt: skip
 
-    def move(self, result: OneStepResult) -> None:
+    def move(self, result: Result) -> None:
         (left, right), up = SIDES, ASTRAY[-1]
         for name in ORDER:
             x, y = result.places[name]
@@ -227,12 +227,12 @@ class OneStepPlot(Plot):
             self.dots[name].set_data([inside * x], [inside * y])
             self.dots[name].set_fillstyle("full" if inside == 1 else "none")
 
-    def finish(self, result: OneStepResult) -> None:
+    def finish(self, result: Result) -> None:
         self.image.set_data(result.gain)
         for name, line in self.real.items():
             line.set_data([0, result.places[name].along], [0, result.places[name].astray])
 
-    def words(self, result: OneStepResult) -> str:
+    def words(self, result: Result) -> str:
         told = ", ".join(f"{METHODS[name].label} {number(p.along, 2)} along and {number(p.astray, 2)} astray (captured "
                          f"{share(p.captured)}, at its best length {share(p.at_best_length)})"
                          for name, p in result.places.items())  # fmt: skip
@@ -241,11 +241,11 @@ class OneStepPlot(Plot):
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
-@exercise("05f", "Distance from the exact step: 1.5 too far along, nothing astray.")
+@exercise("06a", "Distance from the exact step: 1.5 too far along, nothing astray.")
 def _twice_and_a_half_as_far() -> float:
     return Place(2.5, 0.0).captured
 
 
-@exercise("05g", "A quarter circle over the segment from standing still to the exact step: Thales.", 0.01)
+@exercise("06b", "A quarter circle over the segment from standing still to the exact step: Thales.", 0.01)
 def _best_of_a_right_angle() -> float:
     return Place(0.5, 0.5).at_best_length

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..parameters import Device, Seed, check, read
-from ..show import FAINT, INK, METHODS, CurveView, Plot, Style, plain_numbers, styled
-from .curves import Curve, Study, curve, rounded
-from .exercises import exercise
-from .measured import WITHOUT_EFFECT, Row, grouped, measured_rows
+from .. import show
+from ..parameters import Device, read
+from ..show import FAINT, INK, METHODS, CurveView, Style, plain_numbers, styled
+from .common.exercises import exercise
+from .common.measured import Row, grouped, measured_rows
+from .common.result import Curve, Study, curve, rounded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ LARGEST = "spectral-4 balanced, 512 examples"
 
 
 @dataclass(frozen=True, eq=False)
-class SpeedResult(Study):
+class Result(Study):
     """Milliseconds per step, with the least and the largest of several rounds.
 
     Curves ``width``, ``depth``, ``batch`` and ``per_layer``, a series for each method, each with a counterpart such
@@ -45,7 +46,7 @@ class SpeedResult(Study):
         return f"{self.machine}; autoencoder of the 2020 paper, and perceptrons; range over several rounds"
 
 
-def run_speed(*, seed: Annotated[Seed, WITHOUT_EFFECT] = 0, device: Device = "cpu") -> SpeedResult:
+def run(*, device: Device = "cpu") -> Result:
     """Read the timings that ``make bench`` has written for this kind of device.
 
     Args:
@@ -54,8 +55,7 @@ def run_speed(*, seed: Annotated[Seed, WITHOUT_EFFECT] = 0, device: Device = "cp
     Raises:
         ValueError: there are none.
     """
-    parameters = check(run_speed, {"seed": seed})
-    parameters["device"] = read(run_speed)["device"].check(device)  # measured there, and read anywhere
+    parameters = {"device": read(run)["device"].check(device)}  # measured there, and read anywhere
     curves = {}
     for row in measured_rows(f"speed_{device}.csv"):
         curves["autoencoder", row["method"]] = _curve([0.0], [row], "amortised_ms")
@@ -67,7 +67,7 @@ def run_speed(*, seed: Annotated[Seed, WITHOUT_EFFECT] = 0, device: Device = "cp
         x = [float(row["value"]) for row in rows]
         curves[axis, method] = _curve(x, rows, "ms")
         curves[f"{axis}, counted", method] = curve(x, [float(row["counted_ms"]) for row in rows])
-    return SpeedResult(parameters, curves, f"{growth[-1]['machine']}, PyTorch {growth[-1]['torch']}")
+    return Result(parameters, curves, f"{growth[-1]['machine']}, PyTorch {growth[-1]['torch']}")
 
 
 def _curve(x: list[float], rows: list[Row], time: str) -> Curve:
@@ -103,13 +103,13 @@ AXES = {
 }
 
 
-class SpeedPlot(Plot):
+class Plot(show.Plot):
     """One network in bars, growth in curves; what the products alone would take is dotted."""
 
     size = (10.0, 6.2)
     fixed = ("device",)
 
-    def build(self, result: SpeedResult) -> None:
+    def build(self, result: Result) -> None:
         grid = self.figure.add_gridspec(2, 3, width_ratios=(1.3, 1, 1))
         self._bars(self.figure.add_subplot(grid[:, 0]), result)
         self.views = {}
@@ -125,7 +125,7 @@ class SpeedPlot(Plot):
         (limit,) = ax.plot([], [], ":", color=INK, label="counted, without marks")
         self.legend([*(self.views["width"].lines[name] for name in STYLES), limit], 5)
 
-    def _bars(self, ax: Axes, result: SpeedResult) -> None:
+    def _bars(self, ax: Axes, result: Result) -> None:
         measured, counted = result.of("autoencoder"), result.of("autoencoder, counted")
         names = [name for name in BARS if name in measured]
         for i, name in enumerate(names):
@@ -141,27 +141,27 @@ class SpeedPlot(Plot):
         ax.set_title("784-1000-500-250-30-…, batch 512")
         ax.spines["left"].set_visible(False)
 
-    def move(self, result: SpeedResult) -> None:
+    def move(self, result: Result) -> None:
         for quantity, view in self.views.items():
             view.update(shown(result, quantity))
 
-    def words(self, result: SpeedResult) -> str:
+    def words(self, result: Result) -> str:
         times = "; ".join(f"{name} {c.y[0]:.0f} ms" for name, c in result.of("autoencoder").items())
         return f"Autoencoder: {times}. {super().words(result)}"
 
 
-def shown(result: SpeedResult, quantity: str) -> dict[str, Curve]:
+def shown(result: Result, quantity: str) -> dict[str, Curve]:
     """What was measured along one axis, and what the products alone would take."""
     return result.of(quantity) | {f"{name}, counted": c for name, c in result.of(f"{quantity}, counted").items()}
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
-@exercise("09a", "Set the three products of the gradient equal to the two of K-FAC: 3 N o i = o² i + o i².", 0.01)
+@exercise("14a", "Set the three products of the gradient equal to the two of K-FAC: 3 N o i = o² i + o i².", 0.01)
 def _batch_that_pays_for_kfac() -> float:
     return (1000 + 1001) / 3
 
 
-@exercise("09b", "A column has o i entries, and is met in Zᵀ g and in Z c; K-FAC's products are o² i + o i².", 0.02)
+@exercise("14b", "A column has o i entries, and is met in Zᵀ g and in Z c; K-FAC's products are o² i + o i².", 0.02)
 def _price_of_four_columns() -> float:
     return 2 * 4 / (1000 + 1001)

@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
-from ..parameters import Device, Seed, check, number
-from ..show import METHODS, CurveView, MapView, Plot, Style, plain_numbers, ratios
-from .curves import Curve, Study, rounded
-from .exercises import exercise
-from .measured import TUNING_SEED, WITHOUT_EFFECT, Run, last_losses, loss_of, measured_runs, over_runs
+from .. import show
+from ..parameters import check, number
+from ..show import METHODS, CurveView, MapView, Style, plain_numbers, ratios
+from .common.exercises import exercise
+from .common.measured import TUNING_SEED, Run, last_losses, loss_of, measured_runs, over_runs
+from .common.result import Curve, Study, rounded
 
 Problem = Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"]
 PROBLEMS = get_args(Problem)
@@ -25,7 +26,7 @@ CURVED = ("K-FAC", "two-level")
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingResult(Study):
+class Result(Study):
     """Curves of the chosen problem and regime, by method: the loss over ``step`` and over ``seconds``; and over the
     size of the batch the ``steps to target``, for the classifier and the autoencoder.
 
@@ -76,19 +77,17 @@ class TrainingResult(Study):
         return rows
 
 
-def run_training(
+def run(
     *,
     problem: Annotated[Problem, "what is trained."] = "deep classifier",
     regime: Annotated[Literal["mini", "full"], "mini-batches of 100 examples, or all 1,500 in every step."] = "mini",
-    seed: Annotated[Seed, WITHOUT_EFFECT] = 0,
-    device: Annotated[Device, WITHOUT_EFFECT] = "cpu",
-) -> TrainingResult:
+) -> Result:
     """Read what ``make bench ARGS=training`` has measured.
 
     Raises:
         ValueError: the tables are missing.
     """
-    parameters = check(run_training, locals())
+    parameters = check(run, locals())
     runs = measured_runs("training.csv", "cause", "regime", "problem", "method")
     tuning = measured_runs("training.csv", "regime", "problem", "method", "lr", "damping", tuning=True)
     curves: dict[tuple[str, str], Curve] = {}
@@ -109,7 +108,7 @@ def run_training(
         for (cause, where, what, method), by_seed in runs.items()
         if where == "mini" and method in CURVED and what in varied
     }
-    return TrainingResult(parameters, curves, ends, grids, causes)
+    return Result(parameters, curves, ends, grids, causes)
 
 
 def _last(runs: Collection[Run]) -> tuple[float, float, float, float]:
@@ -141,13 +140,13 @@ STYLES: dict[str, Style] = {
 }
 
 
-class TrainingPlot(Plot):
+class Plot(show.Plot):
     """Loss over steps and seconds, and steps over the batch above; all problems, tuning and variations below."""
 
     size = (10.0, 7.2)
     fixed = ("problem", "regime")
 
-    def build(self, result: TrainingResult) -> None:
+    def build(self, result: Result) -> None:
         grid = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.15))
         above, below = grid[0].subgridspec(1, 3), grid[1].subgridspec(1, 3, width_ratios=(1.25, 1, 1.35))
         ends = [x for quantity in ("step", "seconds") for c in result.of(quantity).values() for x in c.y]
@@ -170,7 +169,7 @@ class TrainingPlot(Plot):
         self.legend(view.lines.values(), 4)
         self._build_maps(below, result)
 
-    def _build_maps(self, grid: Any, result: TrainingResult) -> None:
+    def _build_maps(self, grid: Any, result: Result) -> None:
         points = [
             (f"{TOLD[what]}, {regime}", method.replace("two-level", "two levels"), result.ratio(regime, what, method))
             for regime in REGIMES for what in PROBLEMS for method in STYLES if (regime, what, method) in result.ends
@@ -190,7 +189,7 @@ class TrainingPlot(Plot):
                    if (problem, cause, "two-level") in result.causes]  # fmt: skip
         ratios(self.figure.add_subplot(grid[2]), changed, "Two levels, varied", 100)
 
-    def words(self, result: TrainingResult) -> str:
+    def words(self, result: Result) -> str:
         told = "; ".join(f"{TOLD[problem]}, {regime}: {number(result.ratio(regime, problem), 2)}" for regime in REGIMES
                          for problem in PROBLEMS if (regime, problem, "two-level") in result.ends)  # fmt: skip
         return f"Last loss of two levels over that of K-FAC: {told}."
@@ -198,7 +197,7 @@ class TrainingPlot(Plot):
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
-@exercise("07a", "Divide the steps at 25 examples by those at 1,500, and compare with 60.", 0.02)
+@exercise("12a", "Divide the steps at 25 examples by those at 1,500, and compare with 60.", 0.02)
 def _saved_by_a_larger_batch() -> float:
-    steps = run_training().of("steps to target, classifier")["K-FAC"].y
+    steps = run().of("steps to target, classifier")["K-FAC"].y
     return float(steps[0] / steps[-1])

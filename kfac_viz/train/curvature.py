@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..method import coarse as spaces
-from ..method.capture import observed
 from ..method.checks import warn
 from ..method.columns import CoarseSpace
 from ..method.fisher import Fisher
 from ..method.kfac import KFAC
 from ..method.kronecker_fisher import KroneckerFisher
-from ..method.operator import Damped, replace
+from ..method.operator import Damped, uncached_copy
 from ..method.partition import Partition
 from ..method.two_level import TwoLevel
+from ..scores.capture import observed
 from .options import Options
 from .statistics import RunningFactors, Window, untouched
 
@@ -110,7 +110,7 @@ class RunningCurvature:
             if T is None or options.coarse_every is None:
                 self._coarsen(M, gradient)
             else:
-                self._T = replace(T if T.damping == self.damping else T.with_damping(self.damping), M=M)
+                self._T = uncached_copy(T if T.damping == self.damping else T.with_damping(self.damping), M=M)
             self.counters["refreshes"] += 1
             self.counters["fallbacks to eigenvalues"] += M.fallbacks
             self._built_at, self._stale = self.step, False

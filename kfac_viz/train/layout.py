@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.layers import layers_of, names_of
+from ..method.names import names_of
 from ..method.partition import Partition
+from ..scores.layers import layers_of
 
 
 class Layout:

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..method.capture import check_inputs
 from ..method.checks import check_damping, own_precision, warn
-from ..method.layers import Layer, computed, layers_of, parameters_of, unwrapped
-from ..method.partition import Partition, inside
+from ..method.names import parameters_of, unwrapped
+from ..method.partition import Layer, Partition
 from ..method.two_level import TwoLevel
+from ..scores.capture import check_inputs
+from ..scores.layers import computed, inside, layers_of, partition_of
 from . import state as states
 from .curvature import RunningCurvature
 from .layout import Layout
@@ -64,10 +65,10 @@ class TwoLevelKFAC(Optimizer):
     By default it is one-level K-FAC, ``per_layer=0``, since no default with a coarse level is nowhere worse than that.
     In 600 mini-batch steps, every method tuned by one rule, four eigenvectors per layer end lower on a deep narrow
     classifier, a transformer and a convolutional network, a little higher on a classifier and an autoencoder, and take
-    up to twice the time; with full batches and the quadratic rule they end higher on four of the five (notebook 07,
+    up to twice the time; with full batches and the quadratic rule they end higher on four of the five (notebook 12,
     figures/benchmarks/training.csv). Turn the coarse level on, with ``per_layer`` or ``total``, where K-FAC alone
     stalls, and tune λ anew; and wherever badly conditioned least squares are to be solved to the end with a full batch:
-    ``step_rule="line_search"``, exact vectors, 16 columns or more in each layer (notebook 10). The other defaults are a
+    ``step_rule="line_search"``, exact vectors, 16 columns or more in each layer (notebook 15). The other defaults are a
     compromise of three tasks (defaults.csv, each option varied alone beside 4 columns): with λ = 0.03, momentum 0.95 or
     ``kl_clip=3e-3`` one or another blows up. For large networks observe and refresh less often.
 
@@ -484,7 +485,7 @@ class TwoLevelKFAC(Optimizer):
                 if missing
                 else "The model has no trainable layer with all its parameters given."
             )
-        return Partition.from_model(self.model, names)
+        return partition_of(self.model, names)
 
     def _take_up(self) -> None:
         """Find the parameters of the layers that the curvature has now, and tell once what is not among them."""

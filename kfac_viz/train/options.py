@@ -14,8 +14,8 @@ from torch import Tensor
 from ..method.checks import check_choice, check_count, check_damping, check_number, check_seed, check_type
 from ..method.kfac import RULES
 from ..method.kronecker import CONVENTIONS
-from ..method.likelihood import FLAVOURS, LIKELIHOODS
 from ..method.two_level import CORRECTIONS
+from ..scores.likelihood import FLAVOURS, LIKELIHOODS
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
 COARSE_OPERATORS = ("captured", "kronecker")

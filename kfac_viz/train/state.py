@@ -71,7 +71,7 @@ def _saved_levels(T: TwoLevel) -> dict[str, Any]:
     columns = list(T.Z.blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
     levels = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), **_vectors(T.A.operator)}
     levels |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
-    if not T.galerkin:  # its Kronecker model has weights in a as well; g is the same
+    if not T.coarsens_A:  # its Kronecker model has weights in a as well; g is the same
         levels["kronecker a"] = _written(T.coarse_operator.operator.F.a)
     return levels
 

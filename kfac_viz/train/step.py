@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..method.checks import finite
-from ..method.layers import Piece
+from ..method.partition import Piece
 from ..method.two_level import TwoLevel
 from .layout import Layout
 from .options import Options, check_group

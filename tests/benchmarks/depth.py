@@ -1,4 +1,4 @@
-"""What `06_depth` shows, measured: steps and conjugate gradients of every preconditioner on networks of 2 to 33 layers.
+"""What `10_depth` shows, measured: steps and conjugate gradients of every preconditioner on networks of 2 to 33 layers.
 
 Four networks at two moments, five seeds, and a map over λ. Each case is a few rows that are appended to the table when
 they are there: a run that was stopped goes on where it was, and a table that is whole is left alone. Numbers depend on
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     table, record = options.out / "depth.csv", options.out / "depth.json"
-    published = {name: p.default for name, p in parameters.read(depth.run_depth).items()}
+    published = {name: p.default for name, p in parameters.read(depth.depth.run).items()}
     wanted = depth.cases(published) | depth.cases(published | {"data": "planted_bn"})  # one more map over λ
     seconds = extend(table, wanted, parser.parse_known_args(argv)[0].seconds)
     before = json.loads(record.read_text())["seconds"] if record.exists() else 0

@@ -51,7 +51,7 @@ def row(name: str, widths: tuple[int, ...], examples: int, device: str) -> dict:
         measure("spectrum", lambda: space.eigenvalues)  # noqa: B023
         measure("another_damping", lambda: space.solve(g, 10 * DAMPING))  # noqa: B023
         measure("norms", space.norms)
-        claims = measure("claims", lambda: space.claims(DAMPING))  # noqa: B023
+        claims = measure("layer_overlap", lambda: space.layer_overlap(DAMPING))  # noqa: B023
         other = None
         if F.partition.size <= LARGEST:
             other = measure("in_parameters", lambda: ParameterSpace(F).solve(g, DAMPING))  # noqa: B023
@@ -63,7 +63,7 @@ def row(name: str, widths: tuple[int, ...], examples: int, device: str) -> dict:
         **{f"{what}_s": f"{statistics.median(t):.3g}" for what, t in times.items()},
         **({} if other is not None else {"in_parameters_s": ""}),
         "residual": f"{residual:.1e}", "apart": apart,
-        "effective_dimension": f"{float((d / (d + DAMPING)).sum()):.4g}", "claims": f"{claims:.4g}",
+        "effective_dimension": f"{float((d / (d + DAMPING)).sum()):.4g}", "layer_overlap": f"{claims:.4g}",
     }  # fmt: skip
 
 

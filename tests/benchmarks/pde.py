@@ -19,7 +19,7 @@ import torch
 from machine import Table, arguments, clock, describe, write
 
 import kfac_viz as kv
-from kfac_viz.studies.descent import Method, training
+from kfac_viz.studies.pde.descent import Method, training
 
 SEEDS, TUNING_SEED = range(5), 99
 DAMPINGS = (1.0, 1e-2, 1e-4, 1e-6, 1e-8)

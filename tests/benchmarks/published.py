@@ -28,8 +28,8 @@ import torch
 from machine import Table, arguments, clock, describe, write
 
 import kfac_viz as kv
-from kfac_viz.studies.exhibits import FAULTS, Published
 from kfac_viz.studies.published import deep_autoencoder, toy
+from kfac_viz.studies.published.optimizer import FAULTS, Published
 
 TUNING_SEED = 99
 TOYS = {(name, depth): act for name, act in (("linear", None), ("tanh", "tanh")) for depth in (4, 10, 18)}

@@ -164,7 +164,7 @@ def worth(t: Try) -> None:
                 t.check(not true > 2 * float(rtol) + slack, "pcg converged, and the residual is large", f"{true:.3g}")
         t.check(not calls or len(calls) == s.iterations, "pcg called back another number of times", len(calls))
     elif what in ("spectrum", "condition_number"):
-        if T is not None and not T.symmetric and x.T.galerkin and x.T.M.symmetric:
+        if T is not None and not T.symmetric and x.T.coarsens_A and x.T.M.symmetric:
             t.benign = False
         d = t.call(lambda: kv.spectrum(A, T))
         size = norm(x.A64) * (x.size if T is x.T else norm(T64))

@@ -171,7 +171,7 @@ def operators(t: Try) -> None:
 
 
 def judge_numbers(t: Try, F: kv.Fisher, A: kv.Damped, exact: Tensor) -> None:
-    """Norms of blocks, effective dimension and the layers that claim one direction."""
+    """Norms of blocks, effective dimension and the overlap of layers."""
     slices, whole = F.partition.slices, norm(exact)
     norms = torch.tensor([[norm(exact[rows, cols]) for cols in slices] for rows in slices], dtype=F64)
     t.close("norms", t.call(F.norms), norms, allowance(F.dtype, 1, whole) + allowance(F.dtype, 1, 1) ** 0.5 * whole)
@@ -181,8 +181,8 @@ def judge_numbers(t: Try, F: kv.Fisher, A: kv.Damped, exact: Tensor) -> None:
     loose = allowance(F.dtype, condition(exact + A.damping * torch.eye(len(exact), dtype=F64)), 1.0)
     found = torch.tensor(t.call(A.effective_dimension), dtype=F64)
     t.close("effective dimension", found, (d / (d + A.damping)).sum(), len(d) * loose)
-    claims = t.call(A.claims)
-    t.check(-loose <= claims <= most + loose, "claims is not between 0 and the number of layers", claims)
+    claims = t.call(A.layer_overlap)
+    t.check(-loose <= claims <= most + loose, "the overlap is not between 0 and the number of layers", claims)
 
 
 def judge_matrix(

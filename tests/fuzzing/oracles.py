@@ -270,7 +270,7 @@ def matrices(T: kv.TwoLevel) -> tuple[Tensor, Tensor, float, float]:
         return A, M, norm(M), 1.0
     Z = Z / Z.norm(dim=0).clamp_min(1e-300)
     K = T.coarse_operator
-    B = A if T.galerkin else kronecker_model(K.operator.F, K.operator.convention) + K.damping * eye
+    B = A if T.coarsens_A else kronecker_model(K.operator.F, K.operator.convention) + K.damping * eye
     E = Z.T @ B @ Z
     q = norm(Z @ pinv(E) @ Z.T)
     grow = 1 + norm(A) * q

@@ -36,7 +36,7 @@ def partitions(t: Try) -> None:
                        (Layer("a", 1, 1), Layer("a", 2, 1)), ("a", -1, -1), (Layer,))  # fmt: skip
         p = t.call(lambda: kv.Partition(given))
         return void(t.check(isinstance(p.size, int) and p.size > 0, "Partition accepted layers without a size", given))
-    p = t.call(lambda: kv.Partition.from_model(model))
+    p = t.call(lambda: kv.partition_of(model))
     θ = t.call(lambda: p.pack(model))
     expected = flat(p, {name: q.detach() for name, q in model.named_parameters()})
     t.check(difference(θ, expected) is None, "Partition.pack is wrong")

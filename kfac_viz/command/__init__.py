@@ -1,0 +1,1 @@
+"""The command line: lists the notebooks and regenerates their figures."""

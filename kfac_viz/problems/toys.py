@@ -1,0 +1,180 @@
+"""Seeded models and data: real digits, and the toy problems of the 2020 paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..method.checks import check_count, check_seed
+from .problem import Problem, multilayer_perceptron
+
+
+def digits(
+    widths: Sequence[int] = (12, 12, 12),
+    n: int = 500,
+    seed: int = 0,
+    *,
+    side: int = 8,
+    activation: str = "tanh",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """Handwritten digits (scikit-learn's 1,797 of 8×8 pixels), ten classes, a multilayer perceptron.
+
+    Args:
+        widths: of the hidden layers.
+        n: examples, drawn without replacement.
+        seed: of the draw and of the weights.
+        side: 8, or 4 for pixels averaged two by two, so that the whole Fisher fits on a screen.
+        activation: ``"tanh"``, ``"relu"`` or ``"sigmoid"``.
+    """
+    x, y = _digits(n, seed, side)
+    model = multilayer_perceptron([side * side, *widths, 10], activation, seed)
+    inputs = (x - x.mean()) / x.std()
+    return Problem(model, inputs, y, "categorical", f"digits {side}×{side}").to(device, dtype)
+
+
+def autoencoder(
+    widths: Sequence[int] = (12, 6, 12),
+    n: int = 500,
+    seed: int = 0,
+    *,
+    side: int = 8,
+    activation: str = "tanh",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """The digits again, as their own targets: pixels in [0, 1] with a Bernoulli likelihood."""
+    x, _ = _digits(n, seed, side)
+    model = multilayer_perceptron([side * side, *widths, side * side], activation, seed)
+    return Problem(model, x, x.clone(), "bernoulli", f"digits {side}×{side} autoencoder").to(device, dtype)
+
+
+class Attention(nn.Module):
+    """A classifier of tokens (N, T, features): an embedding, one of PyTorch's encoder layers, their mean, a head."""
+
+    def __init__(self, features: int, width: int, heads: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(features, width)
+        self.encoder = nn.TransformerEncoderLayer(width, heads, hidden, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(tokens)).mean(1))
+
+
+def attention(
+    width: int = 8,
+    n: int = 500,
+    seed: int = 0,
+    *,
+    heads: int = 2,
+    side: int = 8,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """The digits seen by a small transformer: patches of 2×2 pixels are tokens, each with its place in the image.
+
+    Args:
+        width: of the tokens inside, a multiple of ``heads``; the hidden layer of the encoder is twice as wide.
+        n, seed, side: as for :func:`digits`.
+        heads: of the attention.
+    """
+    check_count("heads", heads, least=1)
+    if check_count("width", width, least=1) % heads:
+        raise ValueError(f"width must be a multiple of the {heads} heads; got {width}.")
+    x, y = _digits(n, seed, side)
+    x = (x - x.mean()) / x.std()
+    patches = nn.functional.unfold(x.view(n, 1, side, side), 2, stride=2).mT
+    places = torch.linspace(-1, 1, side // 2, dtype=x.dtype, device=x.device)
+    places = torch.cartesian_prod(places, places).expand(n, -1, -1)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(check_seed(seed))
+        model = Attention(6, width, heads, 2 * width, 10).to(torch.float64)
+    return Problem(model, torch.cat([patches, places], 2), y, "categorical", f"digits {side}×{side} as tokens").to(
+        device, dtype
+    )
+
+
+def planted(
+    depth: int = 4,
+    width: int = 10,
+    n: int = 500,
+    seed: int = 0,
+    *,
+    activation: str | None = "tanh",
+    batch_norm: bool = False,
+    residual: bool = False,
+    noise: float = 0.1,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """The toy problem of the 2020 paper: Gaussian inputs of dimension 10, labels from a planted linear model.
+
+    Args:
+        depth: number of Linear layers, at least 1.
+        activation: ``None`` for a linear network.
+        batch_norm: after every hidden layer, with statistics settled on the data; its scales and shifts stay outside
+            the Fisher, as in that paper.
+        residual: add the input of every hidden layer but the first to what it gives: ``x + tanh(W x + b)``.
+        noise: standard deviation added to the labels.
+    """
+    check_count("depth", depth, least=1)
+    x, y = _regression(n, 10, 1, noise, seed)
+    model = multilayer_perceptron([10, *[width] * (depth - 1), 1], activation, seed, batch_norm, residual)
+    name = "planted" + (" linear" if activation is None else "")
+    linear = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return _settled(Problem(model, x, y, "gaussian", name, linear).to(device, dtype))
+
+
+def deep_linear(
+    widths: Sequence[int] = (6, 5, 4, 3),
+    n: int = 200,
+    seed: int = 0,
+    *,
+    noise: float = 0.1,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """Regression by a deep linear network, widths from input to output: here K-FAC's factorisation is exact."""
+    if len(widths) < 2:
+        raise ValueError(f"widths must name at least the input and the output; got {tuple(widths)}.")
+    x, y = _regression(n, widths[0], widths[-1], noise, seed)
+    return Problem(multilayer_perceptron(list(widths), None, seed), x, y, "gaussian", "deep linear").to(device, dtype)
+
+
+def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
+    """Pixels in [0, 1] as (n, side²) and labels (n,)."""
+    from sklearn.datasets import load_digits
+
+    if side not in (4, 8):
+        raise ValueError(f"side must be 8, or 4 for pooled pixels; got {side!r}.")
+    pixels, labels = load_digits(return_X_y=True)
+    if check_count("n", n, least=1) > len(pixels):
+        raise ValueError(f"n must lie between 1 and {len(pixels)}; got {n!r}.")
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(check_seed(seed)), device="cpu")[:n]
+    x = torch.from_numpy(pixels)[order].view(n, 1, 8, 8) / 16
+    if side == 4:
+        x = nn.functional.avg_pool2d(x, 2)
+    return x.flatten(1), torch.from_numpy(labels)[order].long()
+
+
+def _regression(n: int, inputs: int, outputs: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Gaussian inputs (n, inputs), and labels (n, outputs) from a linear model that is planted, with noise."""
+    generator = torch.Generator().manual_seed(check_seed(seed))
+    shapes = (check_count("n", n, least=1), inputs), (inputs, outputs), (n, outputs)
+    x, plant, errors = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes)
+    return x, x @ (plant / inputs**0.5) + noise * errors
+
+
+def _settled(problem: Problem) -> Problem:
+    """Let batch-norm statistics forget their start: evaluation then means what training saw."""
+    if any(isinstance(module, nn.BatchNorm1d) for module in problem.model.modules()):
+        with torch.no_grad():
+            problem.model.train()
+            for _ in range(100):
+                problem.model(problem.inputs)
+    problem.model.eval()
+    return problem

@@ -1,0 +1,1 @@
+"""What several studies share: networks, tables, measured rows and exercises."""
