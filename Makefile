@@ -1,12 +1,11 @@
 # Each target sets up what it needs: a virtual environment in .venv with the pinned versions, once.
 .DEFAULT_GOAL := help
-.PHONY: help figures test oldest fuzz lab bench test-browser voila-class site constraints clean
+.PHONY: help figures test quick oldest fuzz lab bench test-browser voila-class site constraints clean
 
 PY      := .venv/bin/python
 EXTRAS  := test,class,browser,site,published
 OLDEST  := .venv-oldest/bin/python
-FAST    := kfac_viz/method $(patsubst %,tests/test_%.py,partition fisher kfac coarse two_level krylov one_page) \
-    'tests/test_notebooks.py::test_runs_from_top_to_bottom[02_kfac]'
+QUICK   := kfac_viz/method kfac_viz/scores tests/method tests/test_one_page.py
 POOL    := 3
 THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
@@ -24,8 +23,11 @@ test: .venv/ready  ## run the tests, then the linter
 	$(THREADS) $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 	$(PY) -m ruff check .
 
+quick: .venv/ready  ## run the doctests and the linear algebra, in less than a minute
+	$(THREADS) $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal $(QUICK) $(ARGS)
+
 oldest: .venv-oldest/ready  ## try the least versions of all packages: an environment of its own, the fast tests
-	$(THREADS) $(OLDEST) -m pytest -q $(FAST) $(ARGS)
+	$(THREADS) $(OLDEST) -m pytest -q $(QUICK) 'tests/studies/test_notebooks.py::test_runs_from_top_to_bottom[02_kfac]' $(ARGS)
 
 fuzz: .venv/ready  ## try the public API at random: ARGS="--tries 100000 --jobs 2"
 	@$(PY) tests/fuzz.py $(ARGS)

@@ -19,8 +19,8 @@ CONDA_NAMES = {
     "playwright-python": "playwright",
 }
 TOP_LEVEL = {
-    ".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "README.md",
-    "constraints-oldest.txt", "constraints.txt", "environment.yml", "figures", "kfac_viz", "notebooks",
+    ".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile",
+    "README.md", "constraints-oldest.txt", "constraints.txt", "environment.yml", "figures", "kfac_viz", "notebooks",
     "pyproject.toml", "tests",
 }  # fmt: skip
 
