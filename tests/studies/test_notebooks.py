@@ -150,7 +150,7 @@ def test_a_folder_that_papermill_took_for_a_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = kv.studies.fisher.run(widths=(4,), n=40, repeats=1)
     for name in (2024, 0, False, 1.5):
-        with pytest.raises(TypeError, match=f"name of a folder; {name} of type .* -r out_dir {name} for papermill"):
+        with pytest.raises(TypeError, match=f"name of a folder; got {name} of type .* -r out_dir {name} for papermill"):
             kv.save(kv.studies.fisher.Plot.draw(result), result, "01_fisher", name)
         with pytest.raises(TypeError, match="name of a folder"):
             kv.pages.save_page(kv.studies.coarse_space.run, "00_playground", name)
