@@ -17,7 +17,7 @@ from .kfac import KFAC
 from .operator import Damped, Operator, ParameterSpace, check_same_space, check_symmetric
 from .two_level import TwoLevel
 
-LARGEST = 8192  # side of a matrix that is decomposed for an exact direction
+MOST_SCORES = 8192  # side of a matrix that is decomposed for an exact direction
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
         return 0.0
     g, u = _ldexp(g, -in_g), _ldexp(v, -in_v)  # of size 1: the share is the same at any scale of g
     exact = A.operator.exact if isinstance(A, Damped) else None
-    if isinstance(exact, ParameterSpace) and exact.size <= LARGEST:  # both forms through eigenvectors, for every λ
+    if isinstance(exact, ParameterSpace) and exact.size <= MOST_SCORES:  # both forms through eigenvectors, for every λ
         d, U = A.operator.eigen
         inverses = inverse(d, A.damping, "The matrix").double()
         along_g, along_u = ((U.T @ x).double().square() for x in (g, u))
@@ -232,7 +232,7 @@ def exact_direction(A: Operator, g: Tensor, rtol: float = 1e-10) -> Tensor:
     check_symmetric(A, "exact_direction")
     if not isinstance(A, Damped):
         return torch.cholesky_solve(g[:, None], cholesky(A.dense(), "The matrix"))[:, 0]
-    if not (isinstance(A.operator, Fisher) and A.operator.exact.size > LARGEST):
+    if not (isinstance(A.operator, Fisher) and A.operator.exact.size > MOST_SCORES):
         return A.solve(g)
     M = KFAC(A.operator, A.damping)
     found = pcg(A, g, TwoLevel(A, M, spectral(M, 16)), rtol=rtol, max_iterations=1000)

@@ -19,7 +19,7 @@ from ..problems import Problem
 from ..scores.layers import partition_of
 from ..show.panel import Panel, refused_outside
 from ..studies import coarse_space
-from ..studies.common.setting import LARGEST, Setting
+from ..studies.common.setting import MOST_PARAMETERS, Setting
 from . import layer_map
 from .playground import save_page
 
@@ -75,7 +75,7 @@ def explore(
         with loaded:
             settings.append(_captured(problem, fisher))
     partition = settings[0].F.partition
-    small = partition.size <= LARGEST
+    small = partition.size <= MOST_PARAMETERS
     if not small:
         layer_map.few_enough_scores(settings[0])  # the others have as many
     run = coarse_space.run_on(settings, coarse_space.compute if small else layer_map.compute)
@@ -198,6 +198,6 @@ class Explorer(Panel):
             ValueError: of a network whose matrices are not drawn there is no page.
         """
         if self._plot_type is not coarse_space.Plot:
-            raise ValueError(f"A page shows matrices entry by entry, of up to {LARGEST} parameters.")
+            raise ValueError(f"A page shows matrices entry by entry, of up to {MOST_PARAMETERS} parameters.")
         path = Path(path)
         return save_page(self.run, path.stem, path.parent, **self._values)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import KFAC, Fisher, TwoLevel, show
 from ..method.fisher import rotated
-from ..method.krylov import LARGEST as MOST_SCORES
+from ..method.krylov import MOST_SCORES
 from ..method.one_hot import inner
 from ..parameters import number
 from ..show import INK, METHODS, StepBars, plain_numbers

@@ -197,10 +197,10 @@ def _tell_what_is_wrong(model: nn.Module, inputs: tuple[Tensor, ...], run: Recor
     _check_data(model, run.partition, inputs)
     names = run.partition.names
     inputs_of = [numbers(a) for a in F.a]
-    told = [(f"The inputs of layer {name!r}", a) for name, a in zip(names, inputs_of, strict=True)]
-    told.append(("The model's outputs", run.outputs.detach()))
-    told += [(f"The output-side vectors of layer {name!r}", g) for name, g in zip(names, F.g, strict=True)]
-    for (what, _), fine in zip(told, finite([x for _, x in told]), strict=True):
+    named_tensors = [(f"The inputs of layer {name!r}", a) for name, a in zip(names, inputs_of, strict=True)]
+    named_tensors.append(("The model's outputs", run.outputs.detach()))
+    named_tensors += [(f"The output-side vectors of layer {name!r}", g) for name, g in zip(names, F.g, strict=True)]
+    for (what, _), fine in zip(named_tensors, finite([x for _, x in named_tensors]), strict=True):
         if not fine:
             raise ValueError(f"{what} hold NaN or inf.")
     layers = zip(names, inputs_of, F.g, strict=True)

@@ -33,8 +33,8 @@ _separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose exampl
 _unbatched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that pull vectors back one after another
 
 
-class Layout(NamedTuple):
-    """Which axis of a use counts the examples, as its outer part (all of it, if no positions share it) or its inner."""
+class ExampleAxis(NamedTuple):
+    """The axis of a use that holds the N examples; ``inner`` if it holds positions as well, flattened as (T, N)."""
 
     axis: int
     inner: bool = False
@@ -59,12 +59,12 @@ class EveryExample:
         return x.expand(N, *x.shape) if shared else x
 
 
-def layouts(lead: Sequence[int], N: int) -> list[Layout]:
+def layouts(lead: Sequence[int], N: int) -> list[ExampleAxis]:
     """All that these sizes allow, the usual one first."""
     if N == 1:  # every row belongs to the one example there is
-        return [Layout(0)] if lead else []
-    whole = [Layout(k) for k, n in enumerate(lead) if n == N]
-    shared = [Layout(k, inner) for k, n in enumerate(lead) if n > N and n % N == 0 for inner in (False, True)]
+        return [ExampleAxis(0)] if lead else []
+    whole = [ExampleAxis(k) for k, n in enumerate(lead) if n == N]
+    shared = [ExampleAxis(k, inner) for k, n in enumerate(lead) if n > N and n % N == 0 for inner in (False, True)]
     return whole + shared
 
 
@@ -84,7 +84,7 @@ class Record:
     outputs: Tensor
     uses: list[Use]
     foreign: list[Foreign]
-    layouts: list[Layout | EveryExample] = field(default_factory=list)
+    layouts: list[ExampleAxis | EveryExample] = field(default_factory=list)
     silent: dict[str, str] = field(default_factory=dict)
     derivative: str | None = None
     batch_statistics: bool = False
@@ -97,7 +97,7 @@ class Record:
 
     @property
     def form(self) -> tuple:
-        """What stays when the batch changes: who is used, and how, one after another."""
+        """Layer and kind of every use in order: the cache key of this model's structure."""
         return tuple((use.layer, use.kind, use.top, use.left, len(use.lead)) for use in self.uses)
 
     def without(self, names: Sequence[str]) -> Record:
@@ -209,7 +209,7 @@ class Record:
         """``a`` and ``g`` of every layer from the gradients at every use."""
         a, g = [], []
         N, S = len(self.outputs), len(grads[0])
-        by_layer: list[list[tuple[Use, Layout | EveryExample, Tensor]]] = [[] for _ in self.partition.layers]
+        by_layer: list[list[tuple[Use, ExampleAxis | EveryExample, Tensor]]] = [[] for _ in self.partition.layers]
         for use, layout, grad in zip(self.uses, self.layouts, grads, strict=True):
             by_layer[use.layer].append((use, layout, grad))
         for layer, uses in zip(self.partition.layers, by_layer, strict=True):
@@ -247,7 +247,7 @@ def _none(layer: Layer, N: int, like: Tensor) -> Rows:
 def _for_each(S: int, x: Tensor) -> Tensor:
     """x (..., S, N, T, c), or what all vectors share, (..., 1, N, T, c), as the former."""
     return x.expand(*x.shape[:-4], S, *x.shape[-3:])
-def _pair(use: Use, layout: Layout | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Rows, Tensor]:
+def _pair(use: Use, layout: ExampleAxis | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Rows, Tensor]:
     """Inputs (N, T, features) or (S, N, T, features) and vectors (S, N, T, out) of one use, by groups if it has any."""
     a, g = _sides(use, layout, grad, layer, N)
     if layer.groups > 1 and use.groups == 1:  # each group of rows has the same inputs
@@ -261,7 +261,7 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.unflatten(-1, (groups, -1)).movedim(-2, 0)
 
 
-def _sides(use: Use, layout: Layout | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Rows, Tensor]:
+def _sides(use: Use, layout: ExampleAxis | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Rows, Tensor]:
     """Inputs and vectors of one use, by groups if the use has any."""
     g = layout.by_example(grad, use.lead, N)
     if use.x is not None and use.kind != "pointwise" and not use.x.is_floating_point():

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..method.checks import evaluation, warn
 from ..method.one_hot import OneHot, cross
 from .layers import named
-from .record import EveryExample, Layout, Record, layouts, record
+from .record import EveryExample, ExampleAxis, Record, layouts, record
 from .uses import Use
 
-Decision = Layout | EveryExample | list[Layout]  # of a use; a list has one for each of its arrivals
+Decision = ExampleAxis | EveryExample | list[ExampleAxis]  # of a use; a list has one for each of its arrivals
 
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[Decision]]] = weakref.WeakKeyDictionary()  # by model
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which only one example was seen
@@ -67,15 +67,15 @@ def witnessed(model: nn.Module, inputs: tuple[Tensor, ...], run: Record, likelih
         if others > tolerance * every:
             raise ValueError(mixes(run, name))
     if hidden:  # where a product overflows, what is wrong in the vectors of the Fisher they are about to tell
-        _, difference, told, *_ = facts[hidden[0]]
-        share = f"{difference / told:.0%} of that gradient is" if told else "the whole of it is"
+        _, difference, whole, *_ = facts[hidden[0]]
+        share = f"{difference / whole:.0%} of that gradient is" if whole else "the whole of it is"
         raise ValueError(
             f"The weight of layer {hidden[0]!r} is used outside the calls that could be watched as well, and what it "
             f"does there is not seen: {share} missing from its scores. {advice(run, hidden)}"
         )
     _warn_of_probabilities(outputs, likelihood)
     called = [facts[name][2] for name in names if name not in run.unused]
-    if N > 1 and all(0 < told < inf for told in called):  # without a gradient, as behind a dead ReLU, nothing was seen
+    if N > 1 and all(0 < norm < inf for norm in called):  # without a gradient, as behind a dead ReLU, nothing was seen
         _trusted.setdefault(model, {})[key] = decisions
     return found
 
@@ -108,7 +108,7 @@ def check_foreign(run: Record) -> list[str]:
 # ---- where the examples are --------------------------------------------------------------------------------
 
 
-def _places(use: Use, at: Decision) -> list[tuple[Use, Layout | EveryExample]]:
+def _places(use: Use, at: Decision) -> list[tuple[Use, ExampleAxis | EveryExample]]:
     """Where a use is read: at its own result, or at its arrivals."""
     return list(zip(use.arrivals, at, strict=False)) if isinstance(at, list) else [(use, at)]
 
@@ -135,7 +135,7 @@ def _located(inputs: tuple[Tensor, ...], run: Record, passes: list[Pass], tolera
     the same for any batch, its arrivals, or else each example by itself."""
     N, places = len(run.outputs), run.places
 
-    def of_others(i: int, at: Layout) -> Tensor:
+    def of_others(i: int, at: ExampleAxis) -> Tensor:
         """The size of the rows at place i that must be zero if the examples are there, as a share of all."""
         grads = [(one.half, one.grads[id(places[i])]) for one in passes]
         others = [at.by_example(grad, places[i].lead, N)[0][~half].norm() for half, grad in grads]
@@ -144,7 +144,7 @@ def _located(inputs: tuple[Tensor, ...], run: Record, passes: list[Pass], tolera
 
     tried = [(i, at) for i, place in enumerate(places) for at in layouts(place.lead, N)]
     read = torch.stack([of_others(*one) for one in tried]).tolist() if tried else []  # the device, once
-    fitting: dict[int, Layout] = {}
+    fitting: dict[int, ExampleAxis] = {}
     for (i, at), share in zip(tried, read, strict=True):
         if not share > tolerance:
             fitting.setdefault(i, at)
@@ -232,28 +232,28 @@ class Pass:
 
     Attributes:
         grads: (1, *lead, channels) at every place, by the ``id`` of its use.
-        told: what autograd says of each parameter.
+        of_parameters: what autograd gives as the gradient of each parameter.
     """
 
     half: Tensor
     cotangent: Tensor
     grads: dict[int, Tensor]
-    told: list[Tensor | None]
+    of_parameters: list[Tensor | None]
 
 
 def _passes(run: Record) -> list[Pass]:
     """Passes for halves of the examples that tell every two of them apart."""
     like, passes = run.outputs, []
     flat = [p for own in run.partition.own_parameters(run.model) for p in own]
-    wide = replace(run, uses=run.places, layouts=[Layout(0)] * len(run.places))
+    wide = replace(run, uses=run.places, layouts=[ExampleAxis(0)] * len(run.places))
     generator = torch.Generator(like.device).manual_seed(0)
     noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
     with _without_hooks(flat):
         for half in _halves(len(like)):
             half = half.to(like.device)
             cotangent = (noise * half.view(-1, *[1] * (like.ndim - 1)))[None]
-            grads, told = wide.pull_back(cotangent, also=flat, keep=True)
-            passes.append(Pass(half, cotangent, dict(zip(map(id, wide.uses), grads, strict=True)), told))
+            grads, of_parameters = wide.pull_back(cotangent, also=flat, keep=True)
+            passes.append(Pass(half, cotangent, dict(zip(map(id, wide.uses), grads, strict=True)), of_parameters))
     return passes
 
 
@@ -261,7 +261,7 @@ def _facts(run: Record, one: Pass) -> Tensor:
     """Per layer, in one pass: how far the two gradients differ, in the column where
     that is most of what may round there; the norms of their difference and of autograd's; and the norms of the rows
     of g that must be zero, and of all."""
-    half, N, left, facts = one.half, len(one.half), iter(one.told), []
+    half, N, left, facts = one.half, len(one.half), iter(one.of_parameters), []
     own = run.gradients_of_uses(one.cotangent, one.grads)
     a, g = run.normal_form(own)
     rows = [torch.zeros(2, dtype=torch.float64, device=half.device) for _ in a]  # squares, of the others and of all

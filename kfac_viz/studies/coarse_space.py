@@ -113,7 +113,7 @@ class Result(Captured):
     left: Tensor
     errors: dict[str, float]
     network: Setting
-    levels: _Levels
+    levels: _TwoLevels
 
     @cached_property
     def spectra(self) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ def compute(network: Setting, p: dict[str, Any]) -> Result:
     """:func:`run` with the parameters p in a setting of the reader's own."""
     damping, correction = p["damping"], p["correction"]
     depends = damping if p["coarse"] in ("krylov", "optimal") else None
-    levels = _levels(network, p["per_layer"], p["coarse"], p["rule"], depends)
+    levels = _two_levels(network, p["per_layer"], p["coarse"], p["rule"], depends)
     T = levels.two_level.with_damping(damping).with_correction(correction)
     one = _one_level(network, p["rule"], damping)
     added = _without_noise(T.contribution(), one.scale)
@@ -254,7 +254,7 @@ def _spectrum(network: Setting, rule: str, damping: float) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Levels:
+class _TwoLevels:
     """What a coarse space alone decides: the method, its columns C in K-FAC's eigenbasis, and F C there."""
 
     two_level: TwoLevel
@@ -280,12 +280,12 @@ class _Levels:
 
 
 @lru_cache(maxsize=24)
-def _levels(network: Setting, per_layer: int, coarse: str, rule: str, damping: float | None) -> _Levels:
+def _two_levels(network: Setting, per_layer: int, coarse: str, rule: str, damping: float | None) -> _TwoLevels:
     """``damping`` is None where the columns do not depend on it: what is kept then serves every λ."""
     A, M = network.matrix.damped(damping or 1.0), KFAC(network.F, damping or 1.0, rule)
     T = TwoLevel(A, M, space(coarse, A, M, network.g, per_layer, network.seed))
     basis = _of_network(network)[0]
-    return _Levels(T, basis.T @ T.Q.columns, basis.T @ T.image_columns)
+    return _TwoLevels(T, basis.T @ T.Q.columns, basis.T @ T.image_columns)
 
 
 def shares_of(network: Setting, T: TwoLevel, A: Damped) -> dict[str, Shares]:

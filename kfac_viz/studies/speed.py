@@ -17,7 +17,7 @@ from .common.result import Curve, Study, curve, rounded
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LARGEST = "spectral-4 balanced, 512 examples"
+FULL_BATCH = "spectral-4 balanced, 512 examples"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Result(Study):
     @property
     def headline(self) -> str:
         ms = {name: c.y[0] for name, c in self.of("autoencoder").items()}
-        one, least, most = (ms[name] for name in ("one-level K-FAC", "nicolaides additive", LARGEST))
+        one, least, most = (ms[name] for name in ("one-level K-FAC", "nicolaides additive", FULL_BATCH))
         return (f"Autoencoder: a coarse level costs {least / one:.2f} (constants) to {most / one:.2f} (4 eigenvectors) "
                 "times a step of K-FAC")
 
@@ -91,7 +91,7 @@ BARS: dict[str, tuple[str, Style]] = {  # of the autoencoder: what is written ab
     "one-level K-FAC": ("one-level K-FAC", METHODS["kfac"]),
     "nicolaides additive": ("constants, additive", STYLES["constants, additive"]),
     "spectral-4 balanced, 128 examples": ("4 eigenvectors, balanced; A of 128 examples", STYLES["leading, balanced"]),
-    LARGEST: ("4 eigenvectors, balanced; A of all examples", STYLES["leading, balanced"]),
+    FULL_BATCH: ("4 eigenvectors, balanced; A of all examples", STYLES["leading, balanced"]),
     "as published, LU inverses": ("as published: LU inverses", PUBLISHED),
     "as published, eigenvectors": ("as published: eigenvectors", PUBLISHED),
 }

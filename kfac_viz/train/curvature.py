@@ -45,9 +45,9 @@ class RunningCurvature:
         self.window = Window(options.coarse_window, options.coarse_examples, options.decay)
         self.step = 0
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
-        self.lay_out(partition)
+        self.set_partition(partition)
 
-    def lay_out(self, partition: Partition) -> None:
+    def set_partition(self, partition: Partition) -> None:
         """Take up other layers; factors are kept by name, captured vectors are not, and an observation is due."""
         self.partition = partition
         self.window.parts = []
@@ -91,10 +91,10 @@ class RunningCurvature:
                 partial=True,
             )
 
-    def take_in(self, F: Fisher, seen: tuple[str, ...]) -> None:
+    def add_batch(self, F: Fisher, seen: tuple[str, ...]) -> None:
         """Take a captured batch into the averages; a further part of it in the same step joins it."""
         if F.partition != self.partition:
-            self.lay_out(F.partition)
+            self.set_partition(F.partition)
         self.factors.add(F, seen, same_batch=self.just_observed)
         self.window.add(F, same_batch=self.just_observed)
         self.observed_at, self._stale, self._coarse_stale = self.step, True, True

@@ -188,7 +188,7 @@ class TwoLevelKFAC(Optimizer):
         self._skipped: Tensor | None = None  # steps with NaN or inf that a capturable optimizer left out
         super().__init__(given, defaults)
         self.curvature = RunningCurvature(self.options, self._layers())
-        self._take_up()
+        self._rebuild_layout()
 
     @classmethod
     def as_published_2020(
@@ -229,9 +229,9 @@ class TwoLevelKFAC(Optimizer):
         F, seen = self.curvature.captured(self.model, inputs, targets, partition)
         self._follow()  # while the layers that the curvature has now all count as eligible
         self._left_out |= set(partition.names) - set(F.partition.names)
-        self.curvature.take_in(F, seen)
+        self.curvature.add_batch(F, seen)
         if self.partition.names != before:  # a layer was frozen or unfrozen since, or is used in no known way
-            self._take_up()
+            self._rebuild_layout()
 
     @property
     @_full_precision
@@ -300,7 +300,7 @@ class TwoLevelKFAC(Optimizer):
         kept.counters = dict(kept.counters)
         try:
             self._follow()
-            self._take(closure if judged else None, loss)
+            self._judged_step(closure if judged else None, loss)
         except BaseException:
             self.curvature, self._facts = kept, facts  # a refresh that was due still is
             raise
@@ -309,7 +309,7 @@ class TwoLevelKFAC(Optimizer):
         self.curvature.step += 1
         return loss
 
-    def _take(self, closure: Callable[[], Tensor] | None, loss: Tensor | None) -> None:
+    def _judged_step(self, closure: Callable[[], Tensor] | None, loss: Tensor | None) -> None:
         """The step itself; if there is a closure, which has just returned ``loss``, it judges the step."""
         step = self._gradient()
         if self.curvature.renewal_due:  # which a bad gradient must not set off
@@ -460,8 +460,8 @@ class TwoLevelKFAC(Optimizer):
             except ValueError:
                 self.param_groups.pop()
                 raise
-            self.curvature.lay_out(partition)
-            self._take_up()
+            self.curvature.set_partition(partition)
+            self._rebuild_layout()
 
     def _eligible(self, *, frozen: bool = False) -> list[Layer]:
         """The layers all of whose parameters are in a group, and trainable or also ``frozen``."""
@@ -487,10 +487,10 @@ class TwoLevelKFAC(Optimizer):
             )
         return partition_of(self.model, names)
 
-    def _take_up(self) -> None:
-        """Find the parameters of the layers that the curvature has now, and tell once what is not among them."""
+    def _rebuild_layout(self) -> None:
+        """Rebuild the layout for the current partition; warn once about parameters without curvature."""
         names = self.partition.names
-        self._lay_out()
+        self._find_parameters()
         layout = self._layout
         firm = [name for name, layer in layers_of(self.model).items() if not layer.loose]
         left = [name for name in (*firm, *computed(self.model)) if name not in names]
@@ -500,7 +500,7 @@ class TwoLevelKFAC(Optimizer):
         if plain:
             self._tell("plain", f"Adam's steps, with the plain_lr of their group, for: {', '.join(plain)}.")
 
-    def _lay_out(self) -> None:
+    def _find_parameters(self) -> None:
         """Look up the parameters of the layers: groups and partition are new, or the model is a copy."""
         self._layout = Layout(self.partition, self.model, self.param_groups)
         for p, own in self.state.items():  # who gains or loses curvature starts anew
@@ -566,7 +566,7 @@ class TwoLevelKFAC(Optimizer):
         for p, kept in zip(self._layout.group, own, strict=True):  # PyTorch has cast moments to the parameter's dtype
             self.state[p].update({name: kept[name] for name in MOMENTS if name in kept})
         self.curvature = curvature
-        self._lay_out()
+        self._find_parameters()
 
     def _restored(self, saved: Any) -> RunningCurvature:
         """Saved curvature where the model is now; it may be of layers that were frozen since."""
@@ -585,7 +585,7 @@ class TwoLevelKFAC(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lay_out()
+        self._find_parameters()
 
     def __repr__(self) -> str:
         groups = "; ".join(

@@ -67,7 +67,7 @@ def _unpacked(value: Any) -> Any:
 
 
 def _saved_levels(T: TwoLevel) -> dict[str, Any]:
-    """What :func:`_levels` reads."""
+    """What :func:`_restored_levels` reads."""
     columns = list(T.Z.blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
     levels = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), **_vectors(T.A.operator)}
     levels |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
@@ -130,7 +130,7 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
         new.window.parts.append(Part(batch, N, F.with_vectors(F.stacked)))
     level = _field(state, "level")
     if level is not None:
-        new._T = _levels(new, _of_kind(level, dict, "level"))
+        new._T = _restored_levels(new, _of_kind(level, dict, "level"))
     marks = _field(state, "marks", list, 5)
     if marks[0] is not None and not new.window.parts:
         raise ValueError("The state was observed at a step and has no window; it is incomplete.")
@@ -144,7 +144,7 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     return new
 
 
-def _levels(new: RunningCurvature, level: dict[str, Any]) -> TwoLevel:
+def _restored_levels(new: RunningCurvature, level: dict[str, Any]) -> TwoLevel:
     """The preconditioner of the last refresh."""
     options, partition = new.options, new.partition
     A, G = (tuple(_field(level, which, list, len(partition))) for which in "AG")

@@ -462,7 +462,7 @@ def test_another_default_device_changes_nothing(step_rule):
         F, names = opt.curvature.captured(model, (x[:7],), None, opt.partition)
         with context:
             for _ in range(3):
-                opt.curvature.take_in(F, names)
+                opt.curvature.add_batch(F, names)
                 opt.step(closure if step_rule in ("quadratic", "line_search") else None)
                 opt.load_state_dict(copy.deepcopy(opt.state_dict()))
                 closure()

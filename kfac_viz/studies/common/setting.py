@@ -29,7 +29,7 @@ Rule = Annotated[Literal["eigen", "factored"], "how K-FAC is damped."]
 Damping = Annotated[float, Range(1e-6, 10, log=True, steps=71), "λ of A = F + λI, and of all that is made of it."]
 DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the slider of the first studies, and where their curves lie
 OVER_DAMPINGS = {"x": "damping λ", "xlim": (DAMPINGS.low, DAMPINGS.high)}
-LARGEST = 2500  # parameters: the matrices are dense
+MOST_PARAMETERS = 2500  # parameters: the matrices are dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +65,11 @@ class Setting:
 
 
 def small_enough(problem: Problem) -> Problem:
-    """The problem as it is; ValueError where it has more than LARGEST parameters."""
-    if (size := problem.partition.size) > LARGEST:
+    """The problem as it is; ValueError where it has more than MOST_PARAMETERS parameters."""
+    if (size := problem.partition.size) > MOST_PARAMETERS:
         raise ValueError(
-            f"The network has {size} parameters, and matrices of that size are dense here; at most {LARGEST} are "
-            "possible. Take narrower layers."
+            f"The network has {size} parameters, and matrices of that size are dense here; at most {MOST_PARAMETERS} "
+            "are possible. Take narrower layers."
         )
     return problem
 

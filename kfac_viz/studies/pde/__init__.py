@@ -220,7 +220,7 @@ class Reached(NamedTuple):
         return cls(kind_of(p), *(p[name] for name in cls._fields[1:]))
 
 
-class _Levels(NamedTuple):
+class _Parts(NamedTuple):
     """At a place: F + λI as it was captured and as a matrix, gradient, and both levels; a seed for random columns."""
 
     damped: Damped
@@ -231,19 +231,19 @@ class _Levels(NamedTuple):
     seed: int
 
 
-def _levels(at: Reached) -> _Levels:
+def _parts_at(at: Reached) -> _Parts:
     path, _ = _path(at.kind, "both", at.damping, at.coarse, at.per_layer, at.steps)
     problem = standing(at.kind, path[at.at_step])
     F, g, seed = problem.capture(), problem.gradient(), at.kind[3] + at.at_step
     damped, M = F.damped(at.damping), KFAC(F, at.damping)
     Z = columns(at.coarse, damped, M, g, at.per_layer, seed)
-    return _Levels(damped, Dense(damped.dense(), F.partition), g, M, Z, seed)
+    return _Parts(damped, Dense(damped.dense(), F.partition), g, M, Z, seed)
 
 
 @lru_cache(maxsize=256)
 def _spectra(at: Reached) -> tuple[dict[str, NDArray], float, tuple[int, int, int]]:
     """Descending eigenvalues of M A, Q A and T A; the effective dimension; parameters, points and columns."""
-    damped, A, _, M, Z, _ = _levels(at)
+    damped, A, _, M, Z, _ = _parts_at(at)
     operators = {"kfac": M, "both": TwoLevel(A, M, Z)} | ({"coarse": CoarseCorrection(A, Z)} if Z.size else {})
     L = torch.linalg.cholesky(A.dense())  # kv.spectrum refuses the least λ of the slider, for its smallest eigenvalues
     spectra = {}
@@ -258,7 +258,7 @@ def _spectra(at: Reached) -> tuple[dict[str, NDArray], float, tuple[int, int, in
 @lru_cache(maxsize=8)
 def _next_step(at: Reached) -> tuple[dict[str, Shares], float]:
     """What the next step of each method captures, and the overlap of layers."""
-    damped, A, g, M, Z, seed = _levels(at)
+    damped, A, g, M, Z, seed = _parts_at(at)
     directions = {"kfac": M @ g}
     if Z.size:
         T = TwoLevel(A, M, Z)
