@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .likelihood import INTEGERS
+
 Known = tuple[Any, list[Tensor]]
 
 
@@ -192,6 +194,26 @@ def _embedding(
     return out, [weight] * bool(watch.product(weight.mT, None, x, out, lambda g: g, out.shape[:-1]))
 
 
+def _indexed(watch: Watch, func: Callable, weight: Tensor, index: Any) -> Known:
+    """``weight[index]``: rows of a table by their numbers."""
+    if watch.parameter(weight) is None or weight.ndim != 2 or not _is_index(index):
+        return UNKNOWN
+    out = func(weight, index)
+    return out, [weight] * bool(watch.product(weight.mT, None, index.long(), out, lambda g: g, out.shape[:-1]))
+
+
+def _index_select(watch: Watch, func: Callable, weight: Tensor, dim: int, index: Tensor) -> Known:
+    if watch.parameter(weight) is None or weight.ndim != 2 or dim not in (0, -2) or not _is_index(index):
+        return UNKNOWN
+    out = func(weight, dim, index)
+    return out, [weight] * bool(watch.product(weight.mT, None, index.long(), out, lambda g: g, out.shape[:-1]))
+
+
+def _is_index(index: Any) -> bool:
+    """Whether these are numbers of rows, counted from the first."""
+    return isinstance(index, Tensor) and index.dtype in INTEGERS and index.ndim > 0 and not bool((index < 0).any())
+
+
 def _norm(watch: Watch, func: Callable, *args: Any, **kwargs: Any) -> Known:
     """Any norm: ``x̂ ∘ weight + bias`` with the normalised x̂, whose channels are last or on axis 1."""
     if func is not getattr(functional, func.__name__):  # PyTorch's inner function of the same name
@@ -200,10 +222,13 @@ def _norm(watch: Watch, func: Callable, *args: Any, **kwargs: Any) -> Known:
     bound.apply_defaults()
     given = bound.arguments
     weight, bias = given.get("weight"), given.get("bias")
-    noted = []
-    if watch.parameter(given["input"]) is not None:
-        given["input"], noted = _as_input(watch, given["input"])
-    if func is functional.batch_norm and given["training"]:
+    noted, input = [], given["input"]
+    if watch.parameter(input) is not None:
+        if func is functional.batch_norm:  # of a weight: its statistics are part of what the weight does
+            return UNKNOWN
+        given["input"], noted = _as_input(watch, input)
+    # Statistics over one row of the batch are those of one example, or of no example at all.
+    if func is functional.batch_norm and given["training"] and len(input) > 1:
         watch.batch_statistics = True
         input = given["input"].detach()
         axes = [k for k in range(input.ndim) if k != 1]
@@ -315,6 +340,8 @@ KNOWN: dict[str, Callable[..., Known]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
     "embedding": _embedding,
+    "__getitem__": _indexed,
+    "index_select": _index_select,
     **dict.fromkeys(("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm"), _norm),
     **dict.fromkeys(("add", "add_", "mul"), _broadcast),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat"), _copies),

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import CheckpointError
 
 from ..method.checks import warn
 from ..method.one_hot import OneHot, Rows, cat, dense
@@ -192,6 +193,14 @@ class Record:
                 rows.append(torch.autograd.grad(self.outputs, ends, v, allow_unused=True, retain_graph=kept))
             except torch.OutOfMemoryError:
                 raise
+            except CheckpointError as error:
+                if not self.batch_statistics:
+                    raise ValueError(f"PyTorch cannot differentiate this model: {error}") from error
+                raise ValueError(
+                    "Batch norm runs in training mode inside of torch.utils.checkpoint. Scores hold its statistics "
+                    "constant, and the checkpoint computes the layer again without that. Observe without the "
+                    "checkpoint, or put this batch norm in eval mode."
+                ) from error
             except RuntimeError as error:
                 raise ValueError(f"PyTorch cannot differentiate this model: {error}") from error
         if reason is not None:

@@ -119,11 +119,13 @@ class Watch(TorchFunctionMode):
             with self:
                 return _attention(*args, **kwargs)
         if func is torch.autograd.grad:
-            self.derivative = "torch.autograd.grad"
+            self.derivative = self.derivative or "torch.autograd.grad"
+        elif name == "backward" and kwargs.get("create_graph"):
+            self.derivative = self.derivative or "backward(create_graph=True)"
         watched = [x for x in _tensors((*args, *kwargs.values())) if self.parameter(x) is not None]
         transform = _differentiation() if watched else None
         if transform is not None:  # inside of it a result has no gradient that could be asked for later
-            self.derivative = transform
+            self.derivative = self.derivative or transform
             self.silent |= {l: f"inside {transform}" for x in watched for l, _ in self._owners[id(self.parameter(x))]}
             return func(*args, **kwargs)
         known = KNOWN.get(name) if watched or func is functional.batch_norm else None
@@ -139,7 +141,18 @@ class Watch(TorchFunctionMode):
                     self.foreign.append(foreign._replace(reason=reason(func, args, kwargs) or foreign.reason))
         if name in SPREADS and not kwargs:
             self._note_arrivals(name, args, out)
-        return out
+        in_place = name.endswith("_") and not name.endswith("__")
+        return self._alias(out) if noted and isinstance(out, Tensor) and not in_place else out
+
+    def _alias(self, out: Tensor) -> Tensor:
+        """A view of a result, for the model to go on with: hooks that it registers on that act before the gradient
+        arrives at the result, as they do before it goes on to the weight."""
+        if not out.requires_grad:
+            return out
+        alias = out.view_as(out)
+        if out in self._results:
+            self._results[alias] = self._results[out]
+        return alias
 
     def parameter(self, x: Tensor) -> Tensor | None:
         """The watched parameter that x is, or is a view of."""

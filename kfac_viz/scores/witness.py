@@ -49,10 +49,11 @@ def witnessed(model: nn.Module, inputs: tuple[Tensor, ...], run: Record, likelih
     if N == 1 and known is None and model not in _told:
         _told.add(model)
         warn("One example alone cannot show whether rows belong to one example each; a larger batch is checked.")
-    tolerances, passes = _tolerances(run), _passes(run)
-    decisions = list(run.layouts) if N == 1 else _located(inputs, run, passes, max(tolerances))
+    passes = _passes(run)
+    decisions = list(run.layouts) if N == 1 else _located(inputs, run, passes, max(_tolerances(run)))
     while True:
         found = _decided(run, decisions)
+        tolerances = _tolerances(found)
         read = torch.stack([_facts(found, one) for one in passes]).amax(0).tolist()  # the device, once
         facts = dict(zip(names, read, strict=True))
         hidden = [name for name, tolerance in zip(names, tolerances, strict=True)
@@ -285,10 +286,12 @@ def _facts(run: Record, one: Pass) -> Tensor:
 
 
 def _tolerances(run: Record) -> list[float]:
-    """Of every layer: round-off of one product of matrices, both sides of which come from the same backward pass."""
+    """Of every layer: round-off of one product of matrices, both sides of which come from the same backward pass. Where
+    each example has a pass by itself, what lies between the layer and the outputs rounds in another way as well."""
+    everywhere = {run.outputs.dtype, *(use.dtype for use in run.uses)}
     dtypes = [{run.outputs.dtype} for _ in run.partition.layers]
-    for use in run.uses:
-        dtypes[use.layer].add(use.dtype)  # less than that of the outputs where forward enters an autocast
+    for use, at in zip(run.uses, run.layouts, strict=True):  # less than that of the outputs inside of an autocast
+        dtypes[use.layer] |= everywhere if isinstance(at, EveryExample) else {use.dtype}
     return [max(_round_off(dtype, run.outputs.device) for dtype in each) for each in dtypes]
 
 

@@ -570,3 +570,115 @@ def of_head(h: Tensor, outputs: Tensor) -> Tensor:
     p, h = outputs.softmax(-1).detach(), torch.cat([h, h.new_ones(len(h), 1)], 1)
     blocks = [torch.kron(torch.diag(q) - torch.outer(q, q), torch.outer(a, a)) for q, a in zip(p, h, strict=True)]
     return torch.stack(blocks).mean(0)
+
+
+# ---- neighbours of all these -------------------------------------------------------------------------------
+
+
+def hooked_result(s: Model, x: Tensor) -> Tensor:
+    h = s.one(x)
+    if h.requires_grad:
+        h.register_hook(lambda g: 2 * g)
+    return s.two(torch.tanh(h))
+
+
+def test_a_hook_on_the_result_of_a_layer_counts():
+    plain = two(lambda s, x: s.two(torch.tanh(2 * s.one(x) - s.one(x).detach())))
+    found, expected = (kv.capture(m, X, likelihood="categorical").dense() for m in (two(hooked_result), plain))
+    assert_close(found, expected)
+
+
+def test_batch_norm_over_one_example_each_is_no_batch_norm():
+    """Instance norm written with batch norm: the statistics of an example belong to its own score."""
+    torch.manual_seed(0)
+
+    def by_batch_norm(s: Model, x: Tensor) -> Tensor:
+        z = functional.batch_norm(s.one(x).flatten(0, 1)[None], None, None, training=True)
+        return s.two(torch.tanh(z).view(len(x), -1))
+
+    parts = {"one": nn.Conv1d(2, 4, 3), "two": nn.Linear(12, 3)}
+    model = Model(by_batch_norm, **parts).double()
+    twin = Model(lambda s, x: s.two(torch.tanh(functional.instance_norm(s.one(x))).flatten(1)), **parts).double()
+    x = normal(6, 2, 5)
+    assert_close(
+        kv.capture(model, x, likelihood="categorical").dense(), kv.capture(twin, x, likelihood="categorical").dense()
+    )
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised by batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        W = functional.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return functional.conv2d(x, W, self.bias)
+
+
+@pytest.mark.filterwarnings("ignore:Outside the Fisher")
+def test_a_weight_that_is_standardised_is_named_and_the_others_are_captured():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Standardised(2, 3, 3), nn.Flatten(), nn.Linear(27, 3)).double().eval(), normal(6, 2, 5, 5)
+    with pytest.raises(ValueError, match="Parameter '0.weight' is also used by batch_norm|used by batch_norm") as told:
+        kv.capture(model, x, likelihood="categorical")
+    assert advised(told.value) == ["2"]
+    F = kv.capture(model, x, likelihood="categorical", layers=["2"])
+    assert_close(F.dense(), of_head(model[:2](x).detach(), model(x)))
+
+
+def test_batch_norm_in_training_mode_inside_a_checkpoint_has_a_reason_and_advice_that_works():
+    def run(s: Model, x: Tensor) -> Tensor:
+        return s.two(checkpoint(lambda x: torch.tanh(s.norm(s.one(x))), x, use_reentrant=False))
+
+    model = normed(run)
+    with pytest.raises(ValueError, match="inside of torch.utils.checkpoint.*this batch norm in eval mode"):
+        observed_fisher(model, X)
+    model.norm.eval()
+    plain = Model(lambda s, x: s.two(torch.tanh(s.norm(s.one(x)))), one=model.one, norm=model.norm, two=model.two)
+    assert_close(observed_fisher(model, X).dense(), kv.capture(plain, X, likelihood="categorical").dense())
+
+
+def by_backward(s: Model, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    u = s.net(x)
+    u.sum().backward(create_graph=True, inputs=[x])
+    return torch.cat([u, x.grad], 1)
+
+
+def test_a_backward_pass_inside_of_forward_is_named():
+    with pytest.raises(ValueError, match=r"derivatives with backward\(create_graph=True\)"):
+        kv.capture(Model(by_backward, net=network()), normal(5, 2), likelihood="gaussian")
+
+
+LOOK_UP = {
+    "index": lambda W, x: W[x],
+    "index_select": lambda W, x: W.index_select(0, x.flatten()).unflatten(0, x.shape),
+}
+
+
+@pytest.mark.parametrize("look_up", LOOK_UP.values(), ids=LOOK_UP)
+def test_rows_of_a_table_may_be_looked_up_by_an_index(look_up):
+    torch.manual_seed(0)
+    words = torch.randint(0, 7, (6, 4))
+    parts = {"one": nn.Embedding(7, 5), "two": nn.Linear(5, 3)}
+    found, expected = (
+        kv.capture(Model(run, **parts).double(), words, likelihood="categorical").dense()
+        for run in (
+            lambda s, x: s.two(torch.tanh(look_up(s.one.weight, x)).mean(1)),
+            lambda s, x: s.two(torch.tanh(s.one(x)).mean(1)),
+        )
+    )
+    assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Every example uses all rows")
+def test_positions_through_a_layer_under_an_autocast():
+    def run(s: Model, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            p = s.lin(s.position(torch.arange(x.shape[1])))
+        return s.two(torch.tanh(s.word(x) + p.float()).mean(1))
+
+    torch.manual_seed(0)
+    parts = {"word": nn.Embedding(7, 4), "position": nn.Embedding(6, 4), "lin": nn.Linear(4, 4)}
+    parts["two"] = nn.Linear(4, 3)
+    F = kv.capture(Model(run, **parts), torch.randint(0, 7, (6, 4)), likelihood="categorical")
+    assert set(F.partition.names) == set(parts)
