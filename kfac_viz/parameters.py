@@ -63,6 +63,8 @@ Device = Annotated[Literal["cpu", "cuda", "mps"], "where to compute."]
 DEEPEST = 20  # lists in lists, on a command line
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+# One element of a list that was typed: in quotes, or without commas and brackets; and the comma after it.
+_ELEMENT = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,\[\]()"']*[^,\[\]()"'\s])\s*(?:,|$)""")
 _ABSTRACT = {bool: bool, int: Integral, float: Real, str: str}  # numpy's scalars are welcome
 
 
@@ -113,9 +115,13 @@ class Parameter:
         bare = text.strip()
         enclosed = bare[:1] + bare[-1:] in ("[]", "()")
         inner = bare[1:-1].strip() if enclosed else bare
-        pieces = inner.removesuffix(",").split(",") if inner or not enclosed else []
-        if not all(piece.strip() and not set(piece) & set("[]()") for piece in pieces):
-            raise self._wrong(TypeError, text)
+        pieces, at = [], 0
+        while at < len(inner) or not (inner or enclosed):
+            found = _ELEMENT.match(inner, at)
+            if found is None:
+                raise self._wrong(TypeError, text)
+            pieces.append(found[1])
+            at = found.end()
         return pieces
 
     def _typed(self, text: str) -> Any:
@@ -135,6 +141,8 @@ class Parameter:
         return text
 
     def _element(self, element: Any, value: Any) -> Any:
+        if self.kind is bool and type(element).__module__ == "numpy":
+            element = element.item()
         if isinstance(element, str):
             element = self._typed(element)
         if self.kind is int and isinstance(element, Real) and not isinstance(element, Integral):

@@ -324,7 +324,9 @@ def advice(run: Record, hidden: list[str]) -> str:
             f"{(without + ' ') * bool(others)}For a differential equation, kv.problems.equation takes the derivatives "
             f"where every use is seen:\n{EQUATION}"
         )
-    return without if others else "No other layer is left here; write the model with nn.Linear layers that are called."
+    if others:
+        return without
+    return "No other layer is left. Unfreeze others, give the optimizer others, or write this one as nn.Linear layers."
 
 
 def _warn_of_probabilities(outputs: Tensor, likelihood: str) -> None:

@@ -70,6 +70,7 @@ def test_own_defaults_pass_their_own_check():
     [
         ("damping", 1, 1.0),
         ("damping", np.float32(0.5), 0.5),
+        ("bias", np.bool_(False), False),
         ("widths", [3, 4], (3, 4)),
         ("widths", [np.int64(3)], (3,)),
         ("widths", [], ()),
@@ -246,3 +247,27 @@ def test_ranges_and_annotations_that_make_no_sense():
 def test_command_can_be_pasted():
     assert command("10_depth", {}) == "python -m kfac_viz figures 10_depth"
     assert command("10_depth", {"widths": (1, 2)}).endswith("-p 'widths=[1,2]'")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('["a, b", c]', ("a, b", "c")),
+        ("['a]', \"(b\"]", ("a]", "(b")),
+        ("a, b", ("a", "b")),
+        ("(a,)", ("a",)),
+        ("[]", ()),
+    ],
+)
+def test_an_element_in_quotes_may_hold_commas_and_brackets(text, expected):
+    def run(*, names: tuple[str, ...] = ()): ...
+
+    assert check(run, {"names": text}) == {"names": expected}
+
+
+@pytest.mark.parametrize("text", ['["a" b]', "[a,,b]", "[[a]]", '["a]', ""])
+def test_a_list_that_cannot_be_read_is_refused(text):
+    def run(*, names: tuple[str, ...] = ()): ...
+
+    with pytest.raises(TypeError, match="names must be a list"):
+        check(run, {"names": text})
