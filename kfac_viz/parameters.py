@@ -83,7 +83,7 @@ class Parameter:
 
     @property
     def allowed(self) -> str:
-        """What is possible, in words.
+        """The allowed values, as an error message names them.
 
         >>> Parameter("widths", int, (4,), many=True, range=Range(1, 64)).allowed
         'a list like [4], each a whole number from 1 to 64'

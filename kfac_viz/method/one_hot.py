@@ -112,7 +112,7 @@ class OneHot:
         return out.index_add_(-1, self.index.flatten(), left * self.value.flatten(), alpha=alpha)
 
     def squares(self) -> Tensor:
-        """The diagonal of ``selfᵀ self``, which has nothing beside it, (features,)."""
+        """The diagonal of ``selfᵀ self``, (features,); all other entries are zero."""
         return self.value.new_zeros(self.features).index_add_(0, self.index.flatten(), self.value.square().flatten())
 
     def merged(self, g: Tensor) -> tuple[OneHot, Tensor]:

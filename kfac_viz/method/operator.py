@@ -58,7 +58,7 @@ class Operator(ABC):
         return result
 
     def check(self, v: Tensor, *, vector: bool = False) -> None:
-        """Refuse, in words, what this operator cannot take: vectors in the columns of v, or with ``vector`` but one."""
+        """Refuse vectors that this operator cannot take: one for each column of v, or with ``vector`` a single one."""
         self.partition.check(v, vector=vector)
         if v.requires_grad and torch.is_grad_enabled():
             raise ValueError("The vector requires grad, and products here are not differentiated; pass v.detach().")

@@ -74,7 +74,7 @@ class Layer:
     vector: bool = False
     groups: int = 1
     pieces: tuple[Piece, ...] = field(default=(), compare=False)
-    loose: bool = field(default=False, compare=False)  # a parameter of no module that is known: it may be anything
+    loose: bool = field(default=False, compare=False)  # an nn.Parameter outside any known layer type
     table: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from .decompositions import Eigen, check_invertible, cholesky, eigvalsh, psd_eig
 from .one_hot import OneHot, Rows, inner
 
 REFINEMENTS = 5  # of a solution whose residual still comes down
-ACCURATE = 1e-6  # relative residual above which a solution is told to be none
+ACCURATE = 1e-6  # warn if the relative residual exceeds this
 _CHUNK = 2**24  # numbers in a temporary
 _SUM = 160  # multiplications in a matrix product that take as long as one sum out of it
 

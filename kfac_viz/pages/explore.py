@@ -65,7 +65,7 @@ def explore(
             :func:`kfac_viz.capture` refuses.
     """
     model = unwrapped(model)
-    partition = partition_of(model, layers)  # refuses what has no layers, in words
+    partition = partition_of(model, layers)  # raises an error if there are no layers
     inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     dtype = partition.own_parameters(model)[0][0].dtype
     arguments = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

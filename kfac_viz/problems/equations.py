@@ -161,7 +161,7 @@ def equation(
 
     Raises:
         ValueError: a box that is empty, points outside of it, an operator or solution of another shape or with NaN
-            or inf, each in words.
+            or inf.
         TypeError: the operator or solution is no function, or returns no tensor.
     """
     for what, function in (("operator", operator), ("solution", solution)):

@@ -70,9 +70,9 @@ def capture(
             products, and a warning names them.
 
     Raises:
-        ValueError, TypeError: what cannot be captured, in words: no layer, frozen layers, an empty batch,
-            NaN, inf or an overflow (naming the layer), wrong shapes, mixed dtype or device, targets missing or unasked
-            for, batch norm without running statistics (it couples the examples), a weight that also meets a function of
+        ValueError, TypeError: what cannot be captured, with the reason: no layer, frozen layers, an empty batch, NaN,
+            inf or an overflow (naming the layer), wrong shapes, mixed dtype or device, targets missing or unasked for,
+            batch norm without running statistics (it couples the examples), a weight that also meets a function of
             which nothing is known (naming both), more vectors than memory can hold.
 
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))

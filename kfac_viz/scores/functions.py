@@ -318,7 +318,7 @@ def _as_input(watch: Watch, p: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def _check_input(watch: Watch, weight: Tensor, x: Tensor, fits: bool, expected: str) -> None:
-    """Say in words, before PyTorch does, that an input does not fit its layer."""
+    """Raise an error that names the layer if an input does not fit it."""
     if not fits or not x.is_floating_point() or x.numel() == 0:
         raise ValueError(
             f"Layer {watch.name_of(weight)!r} expects floating point inputs, not empty, of shape {expected}; got "

@@ -51,8 +51,8 @@ def _style() -> AbstractContextManager:
 
 
 class View(NamedTuple):
-    """A picture, what it shows in words, and what a reader who points into it is told: left, top, width and height as
-    shares of the picture, and the words."""
+    """A picture, its alternative text, and the text of each region that a reader may point at: left, top, width and
+    height as shares of the picture, and the text."""
 
     picture: bytes
     words: str

@@ -324,7 +324,7 @@ class Panel(widgets.VBox):
         display(data, metadata=metadata, raw=True)
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
-        """The live view, and beside it the picture for pages without a kernel."""
+        """The live view, and the picture for pages without a kernel."""
         data = super()._repr_mimebundle_(**options)
         with self._lock, one_thread():
             result = self.result

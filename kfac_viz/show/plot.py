@@ -110,7 +110,7 @@ class Plot(ABC):
         return [getattr(result, name) if hasattr(result, name) else result.parameters[name] for name in self.fixed]
 
     def regions(self, result: Any) -> list[tuple[float, float, float, float, str]]:
-        """Left, top, width, height as shares of the figure, and what a reader who points there is told."""
+        """Left, top, width, height as shares of the figure, and the text that is shown when a reader points there."""
         return [region for part in self.parts if hasattr(part, "regions") for region in part.regions()]
 
     def add(self, part: Part) -> Part:

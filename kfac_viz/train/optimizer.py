@@ -127,11 +127,11 @@ class TwoLevelKFAC(Optimizer):
         layers: names of the layers to precondition; all of them by default.
         seed: of the sampled labels, which have their own generator.
         capturable: read nothing from the device in a plain step, so that it can be part of a CUDA graph: a bad gradient
-            then leaves parameters and momentum alone by masking, and is told at the next observation. Closures that
+            then leaves parameters and momentum alone by masking, and the next observation warns of it. Closures that
             judge a step are refused.
 
     Raises:
-        ValueError, TypeError: a hyperparameter out of range, in words.
+        ValueError, TypeError: a hyperparameter out of range.
     """
 
     @shows_options
@@ -213,7 +213,7 @@ class TwoLevelKFAC(Optimizer):
         random state stays. ``targets`` belong to ``fisher="empirical"``.
 
         Raises:
-            ValueError, TypeError: what cannot be captured, in words; nothing has been changed then.
+            ValueError, TypeError: what cannot be captured; nothing has been changed then.
         """
         if not self.curvature.due:
             return
@@ -271,9 +271,9 @@ class TwoLevelKFAC(Optimizer):
             closure: recomputes the loss and its gradient, as for every PyTorch optimizer. With the quadratic rule
                 it is called again after the step: λ follows the reduction ratio, and a step that went up is
                 undone, its momentum forgotten and λ raised fourfold. The line search calls it at each length and needs
-                the loss alone: a closure that has an argument ``backward`` is told so by ``backward=False``. ``.grad``
+                the loss alone: a closure with an argument ``backward`` gets ``backward=False``. ``.grad``
                 stays that of the start of the step. If the loss goes up at every length, the parameters stay, the step
-                is counted in ``diagnostics["stuck"]``, and the first is told.
+                is counted in ``diagnostics["stuck"]``, and the first gives a warning.
 
         Raises:
             ValueError, TypeError: no observation yet, no gradient, one with NaN or inf (naming the layer), a step that
@@ -557,7 +557,7 @@ class TwoLevelKFAC(Optimizer):
 
         Raises:
             ValueError, TypeError: a state of another optimizer, of other layers, or with something missing or out of
-                range, in words; nothing has been changed then.
+                range; nothing has been changed then.
         """
         curvature = self._restored(states.curvature_in(state_dict))
         matching = states.matching(state_dict, self.param_groups)

@@ -49,7 +49,7 @@ class Options:
     """What :class:`kfac_viz.TwoLevelKFAC` explains and passes on, one for one.
 
     Raises:
-        ValueError, TypeError: an option out of range, in words.
+        ValueError, TypeError: an option out of range.
     """
 
     likelihood: str
@@ -100,7 +100,7 @@ class Options:
 
     @classmethod
     def read(cls, given: dict[str, Any]) -> Options:
-        """From keywords; one that does not exist, or ``likelihood`` missing, is told in words."""
+        """From keywords; a TypeError names one that does not exist, or a missing ``likelihood``."""
         unknown = [name for name in given if name not in NAMES]
         if unknown:
             raise TypeError(f"TwoLevelKFAC has no option {unknown[0]!r}; it has {', '.join(NAMES)}.")

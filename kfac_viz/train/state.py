@@ -93,7 +93,7 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
     frozen since is left out at the next observation.
 
     Raises:
-        ValueError, TypeError: what the state lacks or has wrong, in words.
+        ValueError, TypeError: what the state lacks or has wrong.
     """
     for x in _tensors(_of_kind(state, dict, "curvature")):
         if not _plain(x, meta=like.is_meta, whole=True):

@@ -13,7 +13,7 @@ TRUTHS: dict[str, Exercise] = {}
 
 @dataclass(frozen=True)
 class Exercise:
-    """``truth()`` is the right answer; ``hint`` is what a wrong one is told."""
+    """``truth()`` is the right answer; ``hint`` is shown for a wrong one."""
 
     truth: Callable[[], Any]
     hint: str

@@ -64,7 +64,7 @@ def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
 
 
 def stage(steps: int) -> str:
-    """When a network is looked at, in words."""
+    """The phrase that says how long a network was trained, such as "after 20 Adam steps"."""
     return f"after {steps} Adam step{'s' * (steps > 1)}" if steps else "untrained"
 
 
@@ -89,7 +89,7 @@ class Study:
         return {series: c for (name, series), c in self.curves.items() if name == quantity}
 
     def others(self) -> list[tuple]:
-        """Rows of the table that are no points of curves; one that ends with its median is of a single number."""
+        """Table rows beside the curves: (quantity, series, x, median[, low, high])."""
         return []
 
     def table(self) -> pandas.DataFrame:

@@ -96,7 +96,7 @@ def setting(
 
 
 def chosen(p: Mapping[str, Any], **other: Any) -> tuple:
-    """The arguments of :func:`setting` that these parameters name, but for the ``other`` ones: what caches go by."""
+    """Hashable arguments for :func:`setting`, taken from the parameters p; ``other`` replaces some of them."""
     p = {"fisher": "exact", **p, **other}
     return p["data"], tuple(p["widths"]), p["n"], p["seed"], p["steps"], p["fisher"], p["device"]
 

@@ -206,7 +206,7 @@ def run_of(p: dict[str, Any], method: str, per_layer: int, at_step: int) -> Trai
 
 
 class Reached(NamedTuple):
-    """Where two levels have come to at this step."""
+    """Arguments that identify one step of a two-level run (a cache key)."""
 
     kind: tuple
     damping: float
