@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from sphinx.application import Sphinx
 
-from kfac_viz.__main__ import source_hash
+from kfac_viz.command.main import source_hash
 from kfac_viz.command.publish import sha256
 
 HERE = Path(__file__).parent
