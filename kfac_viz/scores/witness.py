@@ -74,6 +74,8 @@ def witnessed(model: nn.Module, inputs: tuple[Tensor, ...], run: Record, likelih
             f"The weight of layer {hidden[0]!r} is used outside the calls that could be watched as well, and what it "
             f"does there is not seen: {share} missing from its scores. {advice(run, hidden)}"
         )
+    if run.silent and run.derivative is not None and not any(facts[name][2] for name in names):
+        raise ValueError(f"Autograd gives every layer a gradient of zero. {advice(run, names)}")
     _warn_of_probabilities(outputs, likelihood)
     called = [facts[name][2] for name in names if name not in run.unused]
     if N > 1 and all(0 < norm < inf for norm in called):  # without a gradient, as behind a dead ReLU, nothing was seen

@@ -344,12 +344,18 @@ def by_forward_mode(s: Model, x: Tensor) -> Tensor:
         return forward_ad.unpack_dual(s.net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
 
+def by_linearising(s: Model, x: Tensor) -> Tensor:
+    """The derivative keeps the weights as constants: autograd gives them no gradient."""
+    return torch.func.linearize(s.net, x)[1](torch.ones_like(x))
+
+
 INSIDE = {
     "autograd.grad": (by_autograd, "torch.autograd.grad"),
     "jvp": (lambda s, x: torch.func.jvp(s.net, (x,), (torch.ones_like(x),))[1], "torch.func"),
     "jvp and the value": (lambda s, x: sum(torch.func.jvp(s.net, (x,), (x.cos(),)), s.net(x)), "torch.func"),
     "jacrev": (lambda s, x: torch.func.vmap(torch.func.jacrev(lambda t: s.net(t)[0]))(x), "torch.func|autograd.grad"),
     "forward mode": (by_forward_mode, "torch.autograd.forward_ad"),
+    "a derivative without the weights": (by_linearising, "torch.autograd.forward_ad"),
 }
 
 
