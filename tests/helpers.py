@@ -64,6 +64,19 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+class Model(nn.Module):
+    """Modules and parameters by name, and a forward pass written as a function of them and the inputs."""
+
+    def __init__(self, run: Callable[..., Tensor], **parts: nn.Module | Tensor) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.run = run
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.run(self, *inputs)
+
+
 class Residual(nn.Module):
     """A nested module with a skip connection, an in-place activation and a functional call."""
 
@@ -274,7 +287,7 @@ def fisher_by_backward(model: nn.Module, inputs: Tensor, partition: kv.Partition
 
 
 def opened(state: dict) -> dict:
-    """A saved state with its curvature open to be read and changed, beside its groups as in earlier versions."""
+    """A saved state whose curvature is unpacked, so that a test can change it, under the key of earlier versions."""
     groups = [group | {"curvature": None} for group in state["param_groups"]]
     packed = io.BytesIO(state["param_groups"][0]["curvature"][0].cpu().numpy().tobytes())
     return {"state": state["state"], "param_groups": groups, "curvature": torch.load(packed, weights_only=True)}

@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from helpers import assert_close, fisher_by_backward, normal
+from helpers import Model, assert_close, fisher_by_backward, normal
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,19 +14,6 @@ import kfac_viz as kv
 from kfac_viz.method.one_hot import OneHot
 from kfac_viz.method.sample_space import SampleSpace
 from kfac_viz.pages.layer_map import blocks_missed
-
-
-class Model(nn.Module):
-    """Parts by name, and what is done with them."""
-
-    def __init__(self, call, **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self, x)
 
 
 def pooled(s: Model, x: Tensor) -> Tensor:

@@ -6,24 +6,11 @@ import io
 
 import pytest
 import torch
-from helpers import assert_close, fisher_by_backward, normal, targets_for
+from helpers import Model, assert_close, fisher_by_backward, normal, targets_for
 from torch import Tensor, nn
 from torch.nn import functional
 
 import kfac_viz as kv
-
-
-class Model(nn.Module):
-    """Parts by name, and what is done with them."""
-
-    def __init__(self, call, **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self, x)
 
 
 def pooled(s: Model, x: Tensor) -> Tensor:

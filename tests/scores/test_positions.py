@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import Model, assert_close
 from torch import Tensor, nn
 
 import kfac_viz as kv
@@ -17,19 +16,6 @@ from kfac_viz.scores.likelihood import output_vectors
 
 WORDS, E = 7, 4
 SLOW = "each example is pulled back by itself"
-
-
-class Model(nn.Module):
-    """Modules and parameters by name, and a forward pass written as a function of them."""
-
-    def __init__(self, run: Callable[..., Tensor], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-        self.run = run
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 def fisher_by_example(model: nn.Module, partition: kv.Partition, x: Tensor, samples: int | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from helpers import assert_close, exact_fisher, normal
+from helpers import Model, assert_close, exact_fisher, normal
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -20,19 +20,6 @@ import kfac_viz as kv
 X = normal(6, 4)
 Y = torch.arange(6) % 3
 NAMES = ("one", "two")
-
-
-class Model(nn.Module):
-    """Modules and parameters by name, and a forward pass written as a function of them."""
-
-    def __init__(self, run: Callable[..., Tensor], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-        self.run = run
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.run(self, *inputs)
 
 
 def two(run: Callable[..., Tensor] = lambda s, x: s.two(torch.tanh(s.one(x)))) -> Model:

@@ -8,24 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close, normal, output_hessian
+from helpers import Model, assert_close, normal, output_hessian
 from torch import Tensor, nn
 from torch.nn import functional
 
 import kfac_viz as kv
-
-
-class Model(nn.Module):
-    """Modules and parameters by name, and a forward pass written as a function of them."""
-
-    def __init__(self, run: Callable[..., Tensor], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-        self.run = run
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.run(self, *inputs)
 
 
 class Subclass(nn.Linear):
