@@ -31,7 +31,7 @@ def run_notebooks(orders: list[dict], workers: int) -> Iterator[tuple[int, dict]
     """
     os.environ.update(_ENVIRONMENT)
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if str(ROOT) != path[0]:  # kernels import this copy of the package, not one that was installed beside it
+    if str(ROOT) != path[0]:  # kernels import this copy of the package, not an installed one
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, path)])
     events, left = queue.SimpleQueue(), len(orders)
     pool = ThreadPoolExecutor(workers)

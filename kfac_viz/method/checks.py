@@ -99,8 +99,8 @@ def own_precision(device: torch.device) -> AbstractContextManager:
 def same_random_state(device: torch.device) -> AbstractContextManager:
     """A context after which the random state is what it was, in the main thread.
 
-    Widgets of a notebook run code in a thread beside it. There the state is left as it comes out: to set it back would
-    take back what the main thread has drawn meanwhile.
+    In any other thread the state is left as it comes out: restoring it there would undo what the main thread has drawn
+    meanwhile.
     """
     devices = [device] if device.type == "cuda" else []
     return torch.random.fork_rng(devices, enabled=current_thread() is main_thread())

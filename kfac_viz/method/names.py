@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+_HELD = ("_orig_mod", "_checkpoint_wrapped_module")  # under which torch.compile and checkpointing hold the plain module
+WRAPPERS = ("module", *_HELD)  # what wrappers put into the names of parameters; "module" is that of DataParallel
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The plain model inside ``torch.compile``, ``nn.DataParallel`` and the like; any other model as it is."""
@@ -20,7 +23,7 @@ def _held(module: nn.Module) -> str | None:
         return None
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return "module"
-    return next((name for name in ("_orig_mod", "_checkpoint_wrapped_module") if name in module._modules), None)
+    return next((name for name in _HELD if name in module._modules), None)
 
 
 def modules_of(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

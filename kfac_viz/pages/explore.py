@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.fisher import Fisher
-from ..method.names import unwrapped
+from ..method.names import WRAPPERS, unwrapped
 from ..problems import Problem
 from ..scores.layers import partition_of
 from ..show.panel import Panel, refused_outside
@@ -22,8 +22,6 @@ from ..studies import coarse_space
 from ..studies.common.setting import MOST_PARAMETERS, Setting
 from . import layer_map
 from .playground import save_page
-
-WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module")  # in names: of DataParallel, compile, checkpointing
 
 
 @refused_outside

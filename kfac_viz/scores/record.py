@@ -173,6 +173,8 @@ class Record:
         """Gradients (S, …) at ``ends``: all vectors in one batched pass, or one after another where an operation of the
         model cannot be batched (one that reads numbers on the host, say); a warning then says once that this is slower.
         """
+        if not ends:
+            return []
         if len(vectors) > 1 and self.model not in _unbatched:
             try:  # with the graph kept, so that it is there for the other way
                 return torch.autograd.grad(
@@ -185,8 +187,6 @@ class Record:
         else:
             reason = None
         rows = []
-        if not ends:
-            return []
         for i, v in enumerate(vectors):
             kept = keep or i < len(vectors) - 1
             try:
@@ -256,6 +256,8 @@ def _none(layer: Layer, N: int, like: Tensor) -> Rows:
 def _for_each(S: int, x: Tensor) -> Tensor:
     """x (..., S, N, T, c), or what all vectors share, (..., 1, N, T, c), as the former."""
     return x.expand(*x.shape[:-4], S, *x.shape[-3:])
+
+
 def _pair(use: Use, layout: ExampleAxis | EveryExample, grad: Tensor, layer: Layer, N: int) -> tuple[Rows, Tensor]:
     """Inputs (N, T, features) or (S, N, T, features) and vectors (S, N, T, out) of one use, by groups if it has any."""
     a, g = _sides(use, layout, grad, layer, N)

@@ -261,9 +261,9 @@ def _passes(run: Record) -> list[Pass]:
 
 
 def _facts(run: Record, one: Pass) -> Tensor:
-    """Per layer, in one pass: how far the two gradients differ, in the column where
-    that is most of what may round there; the norms of their difference and of autograd's; and the norms of the rows
-    of g that must be zero, and of all."""
+    """Five numbers (L, 5) of one pass: how far the two gradients differ, as the largest share over the columns of what
+    may round there; the norms of their difference and of autograd's; the norms of the rows of g that must be zero, and
+    of all rows."""
     half, N, left, facts = one.half, len(one.half), iter(one.of_parameters), []
     own = run.gradients_of_uses(one.cotangent, one.grads)
     a, g = run.normal_form(own)
