@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -90,23 +89,3 @@ def surroundings(t: Try) -> Iterator[str]:
     t.benign = t.benign and name != "autocast"  # what computes more than a product asks to be called outside of it
     with contexts[name]():
         yield f" under {name}"
-
-
-def tampered(t: Try, value: Any, depth: int = 0) -> Any:
-    """The same nest with one thing changed in it."""
-    if depth == 0:
-        value = copy.deepcopy(value)
-    if isinstance(value, dict) and value and (depth == 0 or t.chance(0.9)):
-        key = "curvature" if depth == 0 and t.chance(0.7) and "curvature" in value else t.pick(*value)
-        if t.chance(0.15):
-            return {k: v for k, v in value.items() if k != key}
-        return {k: tampered(t, v, depth + 1) if k == key else v for k, v in value.items()}
-    if isinstance(value, list) and value and t.chance(0.8):
-        i = t.whole(0, len(value) - 1)
-        return [tampered(t, v, depth + 1) if j == i else v for j, v in enumerate(value)]
-    if isinstance(value, Tensor):
-        return spoiled(t, value)
-    odd: tuple = (None, "a", -1, math.nan, math.inf, [], {}, 10**400, 1e300, 0, 1.5, torch.ones(2), (), True)
-    if isinstance(value, list) and value:
-        odd = (*odd, value[:-1], value + value[:1])
-    return t.pick(*odd)

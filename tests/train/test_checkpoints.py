@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -219,14 +222,12 @@ TAMPERED = {
     ),
     "has no 'curvature'": lambda s: s["param_groups"][0].update(curvature=None),
     "has no 'plain_lr'": lambda s: s["param_groups"][0].pop("plain_lr"),
-    "needs all of step, exp_avg, exp_avg_sq": lambda s: s["state"][5].pop("exp_avg"),
-    "exp_avg_sq of parameter 5 must have shape": lambda s: s["state"][5].update(exp_avg_sq=torch.ones(2)),
-    "step of parameter 5 must have shape": lambda s: s["state"][5].update(step=3),
-    "exp_avg_sq of parameter 5 holds NaN, inf or": lambda s: s["state"][5]["exp_avg_sq"].fill_(-1.0),
-    "exp_avg of parameter 5 holds NaN": lambda s: s["state"][5]["exp_avg"].fill_(torch.nan),
-    "step of parameter 5 is a tensor of torch.int64": lambda s: s["state"][5].update(step=torch.tensor(3)),
+    r"state\[5\] has no 'exp_avg'": lambda s: s["state"][5].pop("exp_avg"),
+    r"state\[5\]\['exp_avg_sq'\] must have shape": lambda s: s["state"][5].update(exp_avg_sq=torch.ones(2)),
+    r"state\[5\]\['step'\] must be a tensor; got int": lambda s: s["state"][5].update(step=3),
+    r"state\[5\]\['exp_avg'\] holds NaN": lambda s: s["state"][5]["exp_avg"].fill_(torch.nan),
+    r"state\[5\]\['step'\] is a tensor of torch.int64": lambda s: s["state"][5].update(step=torch.tensor(3)),
     "is of no parameter 99": lambda s: s["state"].update({99: {}}),
-    "numbers or names its parameters": lambda s: s["param_groups"][0]["params"].__setitem__(0, 0.5),
 }
 
 
@@ -258,3 +259,48 @@ def test_a_state_is_a_copy_and_can_be_read_without_trust():
     file.seek(0)
     assert str(opened(torch.load(file, weights_only=True))["curvature"]) == before
     assert all(group["curvature"] is None for group in opt.param_groups)
+
+
+def leaves(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Every tensor, number and word in a nest of dictionaries and lists, with the keys that lead to it."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*path, key))
+    else:
+        yield path, value
+
+
+def spoilt(value: Any) -> Iterator[Any]:
+    """What may not stand in the place of a saved value."""
+    if isinstance(value, torch.Tensor):
+        yield from (value.to(torch.complex64), value.tolist())
+        if value.is_floating_point() and value.numel():
+            yield torch.full_like(value, torch.nan)
+    else:
+        yield from (3.5j, [], torch.ones(3))
+
+
+@pytest.mark.parametrize("coarse, operator", [("krylov", "captured"), ("spectral", "kronecker")])
+def test_a_template_reads_every_saved_value(coarse, operator):
+    model = mixed()
+    opt = kv.TwoLevelKFAC(model, **OPTIONS, coarse=coarse, coarse_operator=operator)
+    run(model, opt, 2)
+    state = opened(opt.state_dict())
+    before, found = str(state), list(leaves(state["curvature"]))
+    assert len(found) > 60
+    for (*outer, last), value in found:
+        inside = functools.reduce(lambda x, key: x[key], outer, state["curvature"])
+        for wrong in spoilt(value):
+            inside[last] = wrong
+            with pytest.raises(ValueError):
+                opt.load_state_dict(state)
+        inside[last] = value
+    for key in state["curvature"].keys() - {"version"}:
+        value = state["curvature"].pop(key)
+        with pytest.raises(ValueError, match=f"has no '{key}'"):
+            opt.load_state_dict(state)
+        state["curvature"][key] = value
+    assert str(opened(opt.state_dict())) == before
+    state["curvature"]["version"] = 3
+    with pytest.raises(ValueError, match="has the format 3, and this kfac_viz reads up to 2"):
+        opt.load_state_dict(state)
