@@ -28,7 +28,7 @@ def test_ten_steps_of_the_page_are_ten_steps_of_the_optimizer(per_layer, kl_clip
     opt = kv.TwoLevelKFAC(
         full, likelihood="categorical", lr=0.2, damping=0.05, rule="factored", coarse="spectral", per_layer=per_layer,
         correction="balanced", coarse_operator="captured", fisher="mc", samples=1, decay=0.95, coarse_examples=64,
-        momentum=0.9, weight_decay=0.0, step_rule="kl_clip", kl_clip=kl_clip, overshoot="off", seed=0, **EVERY_STEP,
+        momentum=0.9, weight_decay=0.0, step_rule="kl_clip", kl_clip=kl_clip, seed=0, **EVERY_STEP,
     )  # fmt: skip
     X, Y = normal(10, 40, 6), torch.arange(40) % 4
     start = [p.clone() for p in full.parameters()]

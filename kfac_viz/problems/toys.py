@@ -107,11 +107,11 @@ def planted(
     activation: str | None = "tanh",
     batch_norm: bool = False,
     residual: bool = False,
-    noise: float = 0.1,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
-    """The toy problem of the 2020 paper: Gaussian inputs of dimension 10, labels from a planted linear model.
+    """The toy problem of the 2020 paper: Gaussian inputs of dimension 10, labels from a planted linear model and
+    noise of standard deviation 0.1.
 
     Args:
         depth: number of Linear layers, at least 1.
@@ -119,10 +119,9 @@ def planted(
         batch_norm: after every hidden layer, with statistics settled on the data; its scales and shifts stay outside
             the Fisher, as in that paper.
         residual: add the input of every hidden layer but the first to what it gives: ``x + tanh(W x + b)``.
-        noise: standard deviation added to the labels.
     """
     check_count("depth", depth, least=1)
-    x, y = _regression(n, 10, 1, noise, seed)
+    x, y = _regression(n, 10, 1, seed)
     model = multilayer_perceptron([10, *[width] * (depth - 1), 1], activation, seed, batch_norm, residual)
     name = "planted" + (" linear" if activation is None else "")
     linear = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
@@ -134,14 +133,13 @@ def deep_linear(
     n: int = 200,
     seed: int = 0,
     *,
-    noise: float = 0.1,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
     """Regression by a deep linear network, widths from input to output: here K-FAC's factorisation is exact."""
     if len(widths) < 2:
         raise ValueError(f"widths must name at least the input and the output; got {tuple(widths)}.")
-    x, y = _regression(n, widths[0], widths[-1], noise, seed)
+    x, y = _regression(n, widths[0], widths[-1], seed)
     return Problem(multilayer_perceptron(list(widths), None, seed), x, y, "gaussian", "deep linear").to(device, dtype)
 
 
@@ -161,12 +159,12 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
     return x.flatten(1), torch.from_numpy(labels)[order].long()
 
 
-def _regression(n: int, inputs: int, outputs: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Gaussian inputs (n, inputs), and labels (n, outputs) from a linear model that is planted, with noise."""
+def _regression(n: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Gaussian inputs (n, inputs), and labels (n, outputs) of a planted linear model and noise of deviation 0.1."""
     generator = torch.Generator().manual_seed(check_seed(seed))
     shapes = (check_count("n", n, least=1), inputs), (inputs, outputs), (n, outputs)
     x, plant, errors = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes)
-    return x, x @ (plant / inputs**0.5) + noise * errors
+    return x, x @ (plant / inputs**0.5) + 0.1 * errors
 
 
 def _settled(problem: Problem) -> Problem:

@@ -21,7 +21,7 @@ from .options import Options
 from .statistics import RunningFactors, Window, untouched
 
 COUNTERS = (
-    *("observations", "refreshes", "coarse refreshes", "overshoots", "shortened", "rejected", "evaluations", "stuck"),
+    *("observations", "refreshes", "coarse refreshes", "overshoots", "rejected", "evaluations", "stuck"),
     "without plain steps",
     *("fallbacks to eigenvalues", "fallbacks to one level", "layers without statistics"),
 )

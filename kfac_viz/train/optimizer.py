@@ -121,8 +121,6 @@ class TwoLevelKFAC(Optimizer):
             whose loss is one function, such as least squares to be solved to the end (a differential equation), and not
             for mini-batches, where the next one undoes what this one gained. Every step needs a closure then. The first
             decrease ended lower than the least of twelve halvings (figures/benchmarks/pde_runs.csv).
-        overshoot: what to do with steps along which the captured model itself goes up: ``"count"`` looks at the
-            step after each observation and warns once, ``"shorten"`` cuts every such step to the model's minimum.
         convention: ``"expand"`` or ``"reduce"`` for layers with positions (Eschenhagen et al. 2023).
         layers: names of the layers to precondition; all of them by default.
         seed: of the sampled labels, which have their own generator.
@@ -325,7 +323,7 @@ class TwoLevelKFAC(Optimizer):
             lr=layout.option("lr"),
             momentum=layout.option("momentum"),
             damping=T.damping,
-            guarded=not searching and (closure is not None or self._on_guard),
+            predicting=not searching and (closure is not None or self.curvature.just_observed),
         )
         moves = step.moves(proposed)  # here, since a closure may write into the gradients at every length that is tried
         measured = proposed.facts
@@ -360,24 +358,14 @@ class TwoLevelKFAC(Optimizer):
             skipped, self._skipped = int(self._skipped), None
             warn(f"{skipped} steps since the last observation were skipped: their gradients or steps held NaN or inf.")
 
-    @property
-    def _on_guard(self) -> bool:
-        """Whether this step is looked at for overshoot."""
-        guard = self.options.overshoot
-        return guard == "shorten" or (guard == "count" and self.curvature.just_observed)
-
     def _count_overshoot(self, change: float) -> None:
-        """Count, and tell once, a step along which the captured model itself goes up."""
-        if not change > 0 or not self._on_guard:
-            return
-        self.curvature.counters["overshoots"] += 1
-        if self.options.overshoot == "shorten":
-            self.curvature.counters["shortened"] += 1
-        else:
+        """Count, and warn once of, a step just after an observation along which the captured model itself goes up."""
+        if change > 0 and self.curvature.just_observed:
+            self.curvature.counters["overshoots"] += 1
             self._tell(
                 "overshoot",
                 "By the captured quadratic model this step goes up: it is too long. Lower lr, raise damping, or take "
-                "step_rule='quadratic' or overshoot='shorten'. Counted from now on in diagnostics['overshoots'].",
+                "step_rule='quadratic'. Counted from now on in diagnostics['overshoots'].",
             )
 
     def _judge(self, trial: Trial) -> None:
@@ -594,7 +582,7 @@ class TwoLevelKFAC(Optimizer):
         )
         return (
             f"TwoLevelKFAC({self.curvature}\n"
-            f"  step: {self.options.step_rule}, overshoot {self.options.overshoot}; {groups}\n"
+            f"  step: {self.options.step_rule}; {groups}\n"
             f"  so far: {', '.join(f'{key} {value:.4g}' for key, value in self.diagnostics.items() if value)})"
         )
 

@@ -26,7 +26,6 @@ USUAL = {  # what goes with each step rule where nothing else is asked for; a he
     "line_search": {"lr": 1.0, "momentum": 0.0, "decay": 0.0},
 }
 STEP_RULES = tuple(USUAL)
-GUARDS = ("off", "count", "shorten")
 
 _CHOICES = {
     "likelihood": LIKELIHOODS,
@@ -37,7 +36,6 @@ _CHOICES = {
     "fisher": FLAVOURS,
     "convention": CONVENTIONS,
     "step_rule": STEP_RULES,
-    "overshoot": GUARDS,
 }
 _LEAST = {"per_layer": 0} | dict.fromkeys(
     ("samples", "observe_every", "refresh_every", "coarse_every", "coarse_examples", "coarse_window"), 1
@@ -72,7 +70,6 @@ class Options:
     seed: int = 0
     step_rule: str = "kl_clip"
     kl_clip: float = 5e-4
-    overshoot: str = "count"
     decoupled: bool = False
     capturable: bool = False
 

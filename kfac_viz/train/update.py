@@ -50,13 +50,13 @@ def update(
     lr: float | Tensor,
     momentum: float | Tensor,
     damping: float,
-    guarded: bool,
+    predicting: bool,
 ) -> Update:
     """The step from the preconditioned gradient v (P,) and the last step's momentum (P,).
 
     ``fixed`` and ``line_search``, which halves it later: ``m ← μ m + v`` and the step ``−lr m``; ``kl_clip`` shortens
-    v first; ``quadratic`` takes the best combination of v and the last step, which lr then scales. With ``guarded`` the
-    step is judged by the model, and shortened to the model's minimum if ``overshoot="shorten"``.
+    v first; ``quadratic`` takes the best combination of v and the last step, which lr then scales. With ``predicting``
+    the facts say by how much the model's value changes along the step.
 
     Args:
         lr, momentum: one number, or one per parameter (P,).
@@ -77,16 +77,9 @@ def update(
             v = v * scale
         left = v if last is None else momentum * last + v
         step = -lr * left
-    if guarded:
+    if predicting:
         (slope,), ((curvature,),) = model.along(step[None])
-        change = slope + 0.5 * curvature
-        if options.overshoot == "shorten":
-            scale = torch.where(change > 0, (-slope / curvature).clamp_min(0), 1.0)
-            step, left = step * scale, left * scale
-            facts["predicted"] = torch.where(change > 0, 0.5 * scale * slope, change)
-        else:
-            facts["predicted"] = change
-        facts["overshoot"] = change
+        facts["predicted"] = facts["overshoot"] = slope + 0.5 * curvature
     return Update(step, None if last is None else left, facts)
 
 

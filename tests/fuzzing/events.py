@@ -40,7 +40,6 @@ GOOD: dict[str, tuple] = {
     "maximize": (False, False, False, True),
     "step_rule": ("fixed", "fixed", "kl_clip", "kl_clip", "quadratic", "quadratic"),
     "kl_clip": (5e-4, 1e-2, 1e300, 1e-8),
-    "overshoot": ("count", "off", "shorten"),
     "convention": ("expand", "expand", "expand", "reduce"),
     "seed": (0, 1, 7),
 }
@@ -48,7 +47,7 @@ BAD_NUMBERS = (math.nan, math.inf, -math.inf, -1, -1e-300, 10**400, *NO_NUMBERS[
 BAD: dict[str, tuple] = {
     **dict.fromkeys(("lr", "weight_decay", "momentum", "decay", "kl_clip"), BAD_NUMBERS),
     **dict.fromkeys(("rule", "coarse", "correction", "coarse_operator", "fisher"), WORDS),
-    **dict.fromkeys(("step_rule", "overshoot", "convention"), WORDS),
+    **dict.fromkeys(("step_rule", "convention"), WORDS),
     **dict.fromkeys(("samples", "observe_every", "refresh_every", "coarse_every", "coarse_examples", "coarse_window"),
                     (*BAD_COUNTS[:5], True, [], 1j, 0)),
     "per_layer": BAD_COUNTS, "seed": (*BAD_COUNTS, 10**400), "damping": BAD_DAMPINGS, "likelihood": WORDS,

@@ -164,7 +164,7 @@ class Training:
             T = self.atomic(opt, "preconditioner", lambda: opt.preconditioner)
             self.judge_levels(opt, T)
             expected = expected_step(opt, T, self.dtype)
-        marks = {k: told(opt, k) for k in ("shortened", "rejected")}
+        rejected = told(opt, "rejected")
         with context():
             act = opt.step if closure is None else functools.partial(opt.step, closure)
             self.atomic(opt, "step", act, closure, buffers=False)
@@ -173,7 +173,7 @@ class Training:
             return
         for name in ("clip", "step length", "momentum coefficient"):
             t.finite(f"diagnostics[{name!r}]", told(opt, name))
-        if any(told(opt, k) != v for k, v in marks.items()) or not finite:
+        if told(opt, "rejected") != rejected or not finite:
             return
         if closure is None or not model.training:  # drawn again, dropout gives another gradient
             self.judge_moves(opt, before, grads)

@@ -139,7 +139,7 @@ def test_the_autoencoder_sees_pixels_as_probabilities():
 
 
 def test_planted_labels_are_linear_with_noise():
-    problem = kv.problems.planted(n=4000, noise=0.1)
+    problem = kv.problems.planted(n=4000)
     x = torch.linalg.lstsq(problem.inputs, problem.targets)
     residual = problem.targets - problem.inputs @ x.solution
     assert abs(float(residual.std()) - 0.1) < 0.005

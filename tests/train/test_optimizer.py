@@ -71,7 +71,7 @@ def weights(model):
 def test_the_first_preconditioner_is_that_of_the_batch(space, correction, rule):
     model = mlp((4, 5, 5, 3))
     opt = TwoLevelKFAC(
-        model, **FIXED, rule=rule, coarse=space, per_layer=2, correction=correction, fisher="exact", overshoot="off"
+        model, **FIXED, rule=rule, coarse=space, per_layer=2, correction=correction, fisher="exact"
     )
     closure_of(opt, model)()
     opt.observe(X)
@@ -221,7 +221,7 @@ def test_a_layer_that_a_later_part_reaches_first_ages_like_the_others():
 
 def test_the_kronecker_coarse_operator_weighs_batches_as_the_factors_do():
     model = mlp()
-    options = FIXED | {"lr": 0.0, "fisher": "exact", "decay": 0.5, "coarse_operator": "kronecker", "overshoot": "off"}
+    options = FIXED | {"lr": 0.0, "fisher": "exact", "decay": 0.5, "coarse_operator": "kronecker"}
     opt = TwoLevelKFAC(model, **options, coarse="nicolaides", per_layer=1, correction="additive")
     for x in (3 * normal(8, 4, seed=5), X):
         train(opt, model, x=x, y=Y[: len(x)])
@@ -279,23 +279,6 @@ def test_the_kl_clip_leaves_weight_decay_out():
     assert float(step @ (F @ step)) == pytest.approx(opt.options.kl_clip, rel=1e-9)
 
 
-@pytest.mark.parametrize("overshoot", ["off", "count", "shorten"])
-def test_only_the_guard_that_shortens_shortens(overshoot):
-    lengths = []
-    for judged in (False, True):
-        model = mlp()
-        opt = TwoLevelKFAC(model, **QUADRATIC | {"lr": 3.0, "overshoot": overshoot})
-        closure, before = closure_of(opt, model), weights(model)
-        closure()
-        opt.observe(X)
-        opt._judge = lambda *_: None  # the step itself, before it may be undone
-        opt.step(closure if judged else None)
-        lengths.append(float((weights(model) - before).norm()))
-        assert opt.diagnostics["shortened"] == (overshoot == "shorten")
-        assert opt.diagnostics["overshoots"] == (overshoot != "off")
-    assert lengths[0] == pytest.approx(lengths[1])
-
-
 def test_looking_before_the_step_with_a_krylov_space_and_weight_decay():
     model = mlp()
     opt = TwoLevelKFAC(model, **FIXED, coarse="krylov", per_layer=2, weight_decay=1e-2)
@@ -308,7 +291,7 @@ def test_looking_before_the_step_with_a_krylov_space_and_weight_decay():
 def test_the_quadratic_rule_moves_no_group_at_lr_zero_and_gives_momentum_where_it_is_wanted():
     model = mlp()
     groups = [{"params": list(model[0].parameters()), "momentum": 0.0}, {"params": list(model[2].parameters())}]
-    opt = TwoLevelKFAC(model, groups, **QUADRATIC, momentum=0.9, overshoot="off")
+    opt = TwoLevelKFAC(model, groups, **QUADRATIC, momentum=0.9)
     first = opt.partition.slices[0]
     for _ in range(3):
         closure_of(opt, model)()
@@ -603,7 +586,7 @@ def test_kl_clip_bounds_the_true_quadratic_form():
 def test_momentum_lengthens_clipped_steps():
     """Always from the same point, the n-th step is ``(1 − mⁿ) / (1 − m)`` times the clipped one."""
     model = mlp()
-    options = {"step_rule": "kl_clip", "lr": 1.0, "damping": 1e-4, "momentum": 0.5, "overshoot": "off"}
+    options = {"step_rule": "kl_clip", "lr": 1.0, "damping": 1e-4, "momentum": 0.5}
     opt = TwoLevelKFAC(model, **FIXED | options, kl_clip=1e-3, fisher="exact")
     start = copy.deepcopy(model.state_dict())
     before, F = opt.partition.pack(model), kv.capture(model, X, likelihood="categorical").damped(1e-4)
@@ -709,27 +692,20 @@ def test_a_closure_that_fails_behind_the_step_leaves_everything_as_it_was():
     assert torch.equal(weights(model), before) and opt.diagnostics == told
 
 
-def test_overshooting_is_counted_told_once_or_shortened():
-    options = FIXED | {"lr": 500.0, "fisher": "exact"}
+def test_overshooting_is_counted_and_told_once():
     model = mlp()
-    opt = TwoLevelKFAC(model, **options)
+    opt = TwoLevelKFAC(model, **FIXED | {"lr": 500.0, "fisher": "exact", "observe_every": 1})
+    closure_of(opt, model)()
+    opt.observe(X)
+    before, g, A = opt.partition.pack(model), opt.partition.pack_grad(model), opt.preconditioner.A
     with pytest.warns(UserWarning, match="too long"):
-        train(opt, model)
-    assert opt.diagnostics["overshoots"] == 1
+        opt.step()
+    step = opt.partition.pack(model) - before
+    assert opt.diagnostics["overshoot"] == pytest.approx(float(g @ step + step @ (A @ step) / 2), rel=1e-8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = mlp()
-        before = weights(model)
-        opt = TwoLevelKFAC(model, **options, overshoot="shorten")
         train(opt, model)
-    g = kv.partition_of(mlp())
-    A = kv.capture(mlp(), X, likelihood="categorical").damped(0.05)
-    closure_of(opt, twin := mlp())()
-    twin.zero_grad()
-    kv.nll(twin(X), Y, "categorical").backward()
-    g, step = g.pack_grad(twin), opt.partition.pack(model) - opt.partition.pack(mlp())
-    assert float(step @ (A @ step)) == pytest.approx(-float(g @ step), rel=1e-8)  # the minimum along the step
-    assert opt.diagnostics["shortened"] == 1 and not torch.equal(before, weights(model))
+    assert opt.diagnostics["overshoots"] == 2
 
 
 # ---- an optimizer like any other ---------------------------------------------------------------------
@@ -1053,7 +1029,7 @@ def test_zero_damping_is_an_error_or_a_counted_fallback():
         ("refresh_every", 1.5), ("coarse_every", 0), ("per_layer", -1), ("samples", 0), ("decay", 1.5),
         ("coarse_examples", 0), ("coarse_window", 0), ("kl_clip", 0.0), ("seed", -1), ("rule", "other"),
         ("coarse", "optimal"), ("correction", "other"), ("fisher", "other"), ("step_rule", "other"),
-        ("overshoot", "other"), ("convention", "other"), ("likelihood", "poisson"), ("coarse_operator", "other"),
+        ("convention", "other"), ("likelihood", "poisson"), ("coarse_operator", "other"),
     ],
 )  # fmt: skip
 def test_hyperparameters_are_checked(option, value):
@@ -1120,7 +1096,6 @@ def test_a_layer_with_fewer_parameters_than_columns_gives_what_it_has(space):
             "weight_decay": st.floats(0, 0.1),
             "decoupled": st.booleans(),
             "step_rule": st.sampled_from(["fixed", "kl_clip", "quadratic"]),
-            "overshoot": st.sampled_from(["off", "count", "shorten"]),
             "damping": st.floats(1e-2, 10),
             "lr": st.floats(0, 0.1),
         }

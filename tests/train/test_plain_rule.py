@@ -201,7 +201,7 @@ def test_a_convolutional_autoencoder_learns(step_rule):
 
 def test_the_predicted_change_counts_the_slope_of_adams_step():
     model, x, y, given = build("loose")
-    opt = optimizer(model, x, **given, step_rule="quadratic", fisher="exact", lr=1e-3, plain_lr=1e-3, overshoot="off")
+    opt = optimizer(model, x, **given, step_rule="quadratic", fisher="exact", lr=1e-3, plain_lr=1e-3)
     closure = closure_of(model, x, y, opt)
     closure()
     gradient, before = model.scale.grad.clone(), model.scale.detach().clone()
