@@ -142,8 +142,9 @@ PLANTED = {
         "training", (optimizer.TwoLevelKFAC, "_gradient"), dirty_gradient, "step raised and changed parameters",
     ),
     "curvature": (
-        "training", (curvature, "observed"),
-        lambda *args, original=curvature.observed, **kw: twice(*original(*args, **kw)), "A is not the mean Fisher",
+        "training", (curvature, "capture_layers"),
+        lambda *args, original=curvature.capture_layers, **kw: twice(*original(*args, **kw)),
+        "A is not the mean Fisher",
     ),
     "a state without momentum": (
         "states", (optimizer.TwoLevelKFAC, "state_dict"), forgetful, "goes on differently",

@@ -108,7 +108,7 @@ class Equation(Problem):
         with torch.no_grad(), evaluation(self.model):
             return self.model.net(x)[:, 0]
 
-    def exact(self, x: Tensor) -> Tensor:
+    def solution(self, x: Tensor) -> Tensor:
         """The known solution (n,) there."""
         check_points(x, self.box)
         return self.model.solution(x)
@@ -117,8 +117,8 @@ class Equation(Problem):
         """Relative L² error, ``‖u_θ − u‖ / ‖u‖`` over fresh points drawn in the box."""
         generator = torch.Generator().manual_seed(check_seed(seed))
         x = _inside(self.box, check_count("points", points, least=1), generator).to(self.inputs)
-        exact = self.exact(x)
-        return float(torch.linalg.vector_norm(self.values(x) - exact) / torch.linalg.vector_norm(exact))
+        solution = self.solution(x)
+        return float(torch.linalg.vector_norm(self.values(x) - solution) / torch.linalg.vector_norm(solution))
 
 
 def equation(
@@ -183,9 +183,9 @@ def equation(
     model = Residual(net, operator, solution, float(weight), bool(time))
     problem = Equation(model, inputs, inputs.new_zeros(len(inputs), 1), "gaussian", name, box=box).to(device, dtype)
     x = problem.inputs[:, :-1]
-    _check_values("The solution", problem.exact(x), len(x))
+    _check_values("The solution", problem.solution(x), len(x))
     with torch.no_grad():
-        for what, values in (("solution", problem.exact(x)), ("operator", problem.model(problem.inputs))):
+        for what, values in (("solution", problem.solution(x)), ("operator", problem.model(problem.inputs))):
             if not values.isfinite().all():
                 raise ValueError(f"The {what} returns NaN or inf; look for a division, a root or a logarithm.")
     return problem

@@ -106,7 +106,7 @@ def capture(
             raise ValueError(f"The generator is on {generator.device}, the inputs are on {inputs[0].device}.")
     device = inputs[0].device
     with evaluation(model), same_random_state(device), own_precision(device):
-        F, _ = observed(
+        F, _ = capture_layers(
             model,
             inputs,
             partition,
@@ -121,7 +121,7 @@ def capture(
     return F
 
 
-def observed(
+def capture_layers(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
     partition: Partition,

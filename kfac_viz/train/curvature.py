@@ -16,7 +16,7 @@ from ..method.kronecker_fisher import KroneckerFisher
 from ..method.operator import Damped, uncached_copy
 from ..method.partition import Partition
 from ..method.two_level import TwoLevel
-from ..scores.capture import observed
+from ..scores.capture import capture_layers
 from .options import Options
 from .statistics import RunningFactors, Window, untouched
 
@@ -69,7 +69,7 @@ class RunningCurvature:
         """Whether this step has had its observation."""
         return self.observed_at == self.step
 
-    def captured(
+    def capture(
         self, model: nn.Module, inputs: tuple[Tensor, ...], targets: Tensor | None, partition: Partition
     ) -> tuple[Fisher, tuple[str, ...]]:
         """The Fisher of a batch as the options ask for it, and the layers that took part; nothing is changed yet.
@@ -79,7 +79,7 @@ class RunningCurvature:
         options, generator = self.options, torch.Generator(inputs[0].device)
         generator.manual_seed((1_000_003 * options.seed + self.counters["observations"]) % 2**63)
         with untouched(model, inputs[0].device):
-            return observed(
+            return capture_layers(
                 model,
                 inputs,
                 partition,

@@ -224,7 +224,7 @@ class TwoLevelKFAC(Optimizer):
         check_inputs(self.model, self.partition, inputs)
         before = self.partition.names
         partition = self.partition if tuple(self._eligible()) == self.partition.layers else self._layers()
-        F, seen = self.curvature.captured(self.model, inputs, targets, partition)
+        F, seen = self.curvature.capture(self.model, inputs, targets, partition)
         self._follow()  # while the layers that the curvature has now all count as eligible
         self._left_out |= set(partition.names) - set(F.partition.names)
         self.curvature.add_batch(F, seen)

@@ -459,7 +459,7 @@ def test_another_default_device_changes_nothing(step_rule):
         opt = optimizer(model, x, **given, step_rule=step_rule, coarse="nicolaides", per_layer=2, decay=0.5)
         closure = closure_of(model, x, y, opt)
         closure()
-        F, names = opt.curvature.captured(model, (x[:7],), None, opt.partition)
+        F, names = opt.curvature.capture(model, (x[:7],), None, opt.partition)
         with context:
             for _ in range(3):
                 opt.curvature.add_batch(F, names)
