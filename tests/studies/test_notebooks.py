@@ -172,13 +172,14 @@ def _is_checked(tree, keyword):
 def test_a_folder_that_papermill_took_for_a_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = kv.studies.fisher.run(widths=(4,), n=40, repeats=1)
+    figure = kv.studies.fisher.Plot.draw(result)
     for name in (2024, 0, False, 1.5):
         with pytest.raises(TypeError, match=f"name of a folder; got {name} of type .* -r out_dir {name} for papermill"):
-            kv.save(kv.studies.fisher.Plot.draw(result), result, "01_fisher", name)
+            kv.save(figure, result, "01_fisher", name)
         with pytest.raises(TypeError, match="name of a folder"):
             kv.pages.save_page(kv.studies.coarse_space.run, "00_playground", name)
     assert not list(tmp_path.iterdir())
-    assert not kv.save(kv.studies.fisher.Plot.draw(result), result, "01_fisher", None).paths
+    assert not kv.save(figure, result, "01_fisher", None).paths
 
 
 def test_a_notebook_that_is_run_by_hand_writes_nothing(tmp_path, execute):
@@ -187,6 +188,7 @@ def test_a_notebook_that_is_run_by_hand_writes_nothing(tmp_path, execute):
     executed = execute("00_playground", folder=here)
     assert list((tmp_path / "checkout").rglob("*")) == [here]
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert not any(output.get("name") == "stderr" for output in outputs)  # the kernel would not repeat it elsewhere
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1  # the panel's
 
 
