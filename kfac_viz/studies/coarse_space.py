@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,19 @@ from .. import KFAC, Damped, Diagonal, Fisher, Partition, TwoLevel, captured_dec
 from ..method.decompositions import eigvalsh
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Examples, Range, Seed, Widths, check, number
-from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, StepBars, limit_of, plain_numbers
+from ..show import (
+    FAINT,
+    INK,
+    METHODS,
+    MUTED,
+    SPACES,
+    ColourBar,
+    MatrixView,
+    StepBars,
+    Tolerance,
+    limit_of,
+    plain_numbers,
+)
 from .common.exercises import exercise
 from .common.result import rounded, share, stage
 from .common.setting import (
@@ -54,6 +66,9 @@ class Captured:
         shares: of every direction, with K-FAC under "kfac" and two levels under the correction's name.
         T, gradient: the two-level preconditioner of the picture, and the gradient (P,) that it is applied to.
     """
+
+    values: ClassVar[tuple[str, ...]] = ("value",)
+    tolerances: ClassVar[Mapping[str, Tolerance]] = {}
 
     parameters: dict[str, Any]
     partition: Partition

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import KFAC, CoarseSpace, Damped, Dense, Operator, TwoLevel, coarse, show, spectrum
 from ..method.decompositions import cholesky
-from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, Widths, check
+from ..parameters import Device, Examples, Range, Repeats, Rtol, Seed, Steps, Widths, check
 from ..show import FAINT, METHODS, SPACES, CurveView, plain_numbers
 from .common.exercises import exercise
 from .common.result import Curve, Study, over_seeds, seeds, share
@@ -62,7 +62,7 @@ def run(
     widths: Widths = (12, 12, 12),
     n: Examples = 500,
     steps: Steps = 0,
-    rtol: Tolerance = 1e-6,
+    rtol: Rtol = 1e-6,
     repeats: Repeats = 5,
     seed: Seed = 0,
     device: Device = "cpu",

@@ -28,7 +28,7 @@ from .. import (
 )
 from ..checkout import ROOT, check_checkout
 from ..method.decompositions import cholesky
-from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
+from ..parameters import Device, Examples, Range, Repeats, Rtol, Seed, Steps, check, number
 from ..problems import toys as problems
 from ..show import FAINT, INK, METHODS, CurveView, MapView, Style, plain_numbers, styled
 from .common.exercises import exercise
@@ -122,7 +122,7 @@ def run(
     damping_shares: Annotated[tuple[float, ...], SHARES] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     n: Examples = 500,
     steps: Steps = 100,
-    rtol: Tolerance = 1e-6,
+    rtol: Rtol = 1e-6,
     repeats: Repeats = 5,
     measured: str = "../figures/benchmarks/depth.csv",
     seed: Seed = 0,

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import BlockDiagonal, Damped, Dense, Identity, Partition, TwoLevel, show, spectrum
 from ..method.coarse import nicolaides
 from ..method.decompositions import eigvalsh
-from ..parameters import Device, Range, Repeats, Seed, Tolerance, check, number
+from ..parameters import Device, Range, Repeats, Rtol, Seed, check, number
 from ..show import FAINT, INK, METHODS, SPACES, CurveView, MatrixView, Style, empty_line, limit_of, plain_numbers
 from .common.exercises import exercise
 from .common.result import Curve, Study, by_key, curve, over_seeds, rounded, seeds
@@ -65,7 +65,7 @@ def run(
     sweeps: Annotated[int, Range(0, 100)] = 10,
     clusters: Annotated[tuple[int, ...], Range(2, 200)] = (2, 5, 10, 20, 40, 80),
     n: Annotated[int, Range(50, 1797)] = 500,
-    rtol: Tolerance = 1e-6,
+    rtol: Rtol = 1e-6,
     repeats: Repeats = 5,
     seed: Seed = 0,
     device: Device = "cpu",

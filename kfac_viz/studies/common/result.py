@@ -6,12 +6,12 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ...parameters import number
-from ...show import Curve
+from ...show import Curve, Tolerance
 
 if TYPE_CHECKING:
     import pandas
@@ -79,7 +79,15 @@ def share(x: float) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A result made of curves: ``curves[quantity, series]``; subclasses add their headline, and what pictures need."""
+    """A result made of curves: ``curves[quantity, series]``; subclasses add their headline, and what pictures need.
+
+    Attributes:
+        values: the columns of the table that are computed; the others say of what.
+        tolerances: by quantity, how far its values may be from the published ones; elsewhere the last digit may differ.
+    """
+
+    values: ClassVar[tuple[str, ...]] = ("median", "low", "high")
+    tolerances: ClassVar[Mapping[str, Tolerance]] = {}
 
     parameters: dict[str, Any]
     curves: Mapping[tuple[str, str], Curve]
