@@ -31,7 +31,7 @@ from ..show import (
     plain_numbers,
 )
 from .common.exercises import exercise
-from .common.result import rounded, share, stage
+from .common.result import PRECISION, SHARE, SHARES, rounded, share, stage
 from .common.setting import (
     Damping,
     Data,
@@ -68,7 +68,11 @@ class Captured:
     """
 
     values: ClassVar[tuple[str, ...]] = ("value",)
-    tolerances: ClassVar[Mapping[str, Tolerance]] = {}
+    tolerances: ClassVar[Mapping[str, Tolerance]] = SHARES | {
+        "errors": SHARE,
+        "norm of block": Tolerance(relative=2e-3, absolute=1e-6),
+        "eigenvalue": Tolerance(relative=2e-3),
+    }
 
     parameters: dict[str, Any]
     partition: Partition
@@ -337,17 +341,17 @@ def _whitened(network: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
 def _eigenvalues(S: Tensor) -> Tensor:
     """Of a symmetric matrix, ascending, to 4 digits."""
     values = eigvalsh(S, "The preconditioned matrix").cpu().numpy()
-    return torch.from_numpy(rounded(values.clip(1e-12 * values[-1])))
+    return torch.from_numpy(rounded(values.clip(PRECISION * values[-1])))
 
 
 def _without_noise(x: Tensor, scale: float) -> Tensor:
     """Zero where nothing but round-off is left, as where K-FAC is exact."""
-    return x if x.norm() > 1e-12 * scale else torch.zeros_like(x)
+    return x if x.norm() > PRECISION * scale else torch.zeros_like(x)
 
 
 def _share(x: float, of: float) -> float:
     """x / of, where nothing but round-off is nothing."""
-    return float(rounded(x / of)) if x > 1e-12 * of else 0.0
+    return float(rounded(x / of)) if x > PRECISION * of else 0.0
 
 
 # ---- the picture --------------------------------------------------------------------------------------

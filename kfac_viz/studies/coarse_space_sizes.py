@@ -11,9 +11,9 @@ from torch import Tensor
 from .. import KFAC, CoarseSpace, Damped, Dense, Operator, TwoLevel, coarse, show, spectrum
 from ..method.decompositions import cholesky
 from ..parameters import Device, Examples, Range, Repeats, Rtol, Seed, Steps, Widths, check
-from ..show import FAINT, METHODS, SPACES, CurveView, plain_numbers
+from ..show import FAINT, METHODS, SPACES, CurveView, Tolerance, plain_numbers
 from .common.exercises import exercise
-from .common.result import Curve, Study, over_seeds, seeds, share
+from .common.result import COUNT, SHARES, Curve, Study, over_seeds, seeds, share
 from .common.setting import (
     Damping,
     Data,
@@ -40,6 +40,9 @@ class Result(Study):
     ``largest`` eigenvalue of T A; ``iterations`` of conjugate gradients with orthogonal residuals, there also
     ``"none"`` for those without preconditioner. Size 0 is K-FAC.
     """
+
+    tolerances = SHARES | {"largest": Tolerance(relative=2e-3), "iterations": COUNT}
+
 
     @property
     def headline(self) -> str:

@@ -19,7 +19,7 @@ from ..scores.likelihood import checked_nll
 from ..show import FAINT, INK, METHODS, MUTED, Tolerance
 from .coarse_space import ORDER, Correction, Moments, PerLayer, Space, architecture, directions
 from .common.exercises import exercise
-from .common.result import rounded, share, stage
+from .common.result import SHARE, SHARES, rounded, share, stage
 from .common.setting import Damping, Data, Rule, Setting, chosen, setting, space
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ class Result:
     """
 
     values: ClassVar[tuple[str, ...]] = ("value",)
-    tolerances: ClassVar[Mapping[str, Tolerance]] = {}
+    tolerances: ClassVar[Mapping[str, Tolerance]] = SHARES | {
+        "along": SHARE,
+        "astray": SHARE,
+        "gain": Tolerance(relative=5e-3, absolute=2e-3),
+    }
 
     parameters: dict[str, Any]
     partition: Partition

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
+PRECISION = 1e-12  # of the largest number of its kind: what is smaller is rounding error, and clipped
+SHARE = Tolerance(absolute=1e-3)  # of a decrease whose best is 1
+SHARES = dict.fromkeys(("captured", "at_best_length", "at_layer_lengths"), SHARE)
+COUNT = Tolerance(absolute=1)  # one iteration, or one eigenvalue, more or less
+
+
 def curve(x: ArrayLike, seeds: ArrayLike | Sequence[Sequence[float]]) -> Curve:
     """``seeds`` (n,), or (repeats, n), as a :class:`Curve` of 4 significant digits.
 
