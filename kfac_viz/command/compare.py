@@ -92,8 +92,8 @@ def _words(made: Any, old: Any, place: str) -> Difference:
 def _of_records(made: Files, old: Files, names: tuple[str, ...]) -> Iterator[Difference]:
     for file in _named(made, ".json"):
         new, published = json.loads(made[file]), json.loads(old[file])
-        for name in names:
-            one, other = (record.get(name, "none") for record in (new, published))
+        for name in (name for name in names if name in new or name in published):
+            one, other = new.get(name, "none"), published.get(name, "none in a record of another version")
             if not isinstance(one, dict) or not isinstance(other, dict):
                 one, other = {"": one}, {"": other}
             for key in {**one, **other}:

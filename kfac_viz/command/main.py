@@ -6,13 +6,14 @@ and writes files whose names begin with NAME into ``out_dir``. How they reach th
 
 import argparse
 import ast
+import contextlib
 import itertools
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -254,6 +255,7 @@ def figures(arguments: argparse.Namespace) -> int:
         for job in todo:
             print(f"{job.name}: {reasons[job]}", flush=True)
         failures, found = [], {}
+        there = _machines(out / f"{job.stem}.json" for job in jobs)
         up_to_date = ((job, "") for job in jobs if job not in todo)
         for job, error in itertools.chain(up_to_date, make(todo, out, arguments.jobs)):
             try:
@@ -269,7 +271,7 @@ def figures(arguments: argparse.Namespace) -> int:
         print(f"{len(todo) - len(failures)} made, {len(jobs) - len(todo)} up to date, {len(failures)} failed: {out}")
         print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
         compared = {job: finding for job, finding in found.items() if finding}
-        missed = report(compared, out, arguments.publish) if compared else 0
+        missed = report(compared, out, there, arguments.publish) if compared else 0
     return bool(failures) or bool(missed and arguments.check)
 
 
@@ -292,16 +294,20 @@ def settle(job: Job, out: Path, publish: bool) -> Finding | None:
     return None
 
 
-def report(found: dict[Job, Finding], out: Path, published: bool) -> int:
-    """Print what was found of each figure, and where the figures lie that differ; returns how many are not the same."""
-    here, there = set(), set()
-    for job in found:
-        for name, data in job.files(out).items():
-            if name.endswith(".json"):
-                here.add(_machine(data))
-                there.add(_machine((out / name).read_bytes()))
-    for words, machines in (("compared on", here), ("published on", there)):
-        print(*(f"{words} {machine}" for machine in sorted(machines)), sep="\n")
+def report(found: dict[Job, Finding], out: Path, there: list[str], published: bool) -> int:
+    """Print what was found of each figure, and where the figures lie that differ.
+
+    Args:
+        there: on which machines the published figures were made.
+        published: whether what differs was put in place.
+
+    Returns:
+        How many are not the same.
+    """
+    for machine in _machines(out / job.made / f"{job.stem}.json" for job in found):
+        print(f"made here on   {machine}")
+    for machine in there:
+        print(f"published from {machine}")
     width = max(len(job.name) for job in found)
     for job, finding in sorted(found.items(), key=lambda pair: pair[0].name):
         print(f"{job.name:{width}}  {finding.verdict}{f': {finding.words}' if finding.words else ''}")
@@ -316,12 +322,13 @@ def report(found: dict[Job, Finding], out: Path, published: bool) -> int:
     return len(found) - same
 
 
-def _machine(record: bytes) -> str:
-    """The processor and the BLAS that a record names."""
-    try:
-        return "; ".join(json.loads(record)["made_on"].values())
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return "a machine that its record does not name"
+def _machines(records: Iterable[Path]) -> list[str]:
+    """The processors, each with its BLAS, that these records name; some have no record, or an old one."""
+    found = set()
+    for record in records:
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+            found.add("; ".join(json.loads(record.read_text(encoding="utf-8"))["made_on"].values()))
+    return sorted(found)
 
 
 def list_notebooks() -> int:

@@ -20,13 +20,11 @@ def made_on() -> dict[str, str]:
 
     found = re.search(r"Math Kernel Library Version (\S+)", torch.__config__.show())
     name = f"MKL {found[1].partition('-')[0]}" if found else re.search(r"BLAS_INFO=(\w+)|$", torch.__config__.show())[1]
-    blas = [" ".join(filter(None, [name or "unknown", os.environ.get("MKL_CBWR" if found else "")]))]
-    for library in threadpool_info():
-        if library["user_api"] == "blas":
-            kind = library.get("architecture") or ""
-            blas.append(f"{library['internal_api']} {library['version']} {kind}".strip())
+    own = " ".join(filter(None, [name or "unknown", os.environ.get("MKL_CBWR" if found else "")]))
+    others = {f"{library['internal_api']} {library['version']} {library.get('architecture') or ''}".strip()
+              for library in threadpool_info() if library["user_api"] == "blas"}  # fmt: skip
     widest = torch.backends.cpu.get_cpu_capability()
-    return {"processor": f"{_processor()}, {widest}", "BLAS": ", ".join(dict.fromkeys(blas))}
+    return {"processor": f"{_processor()}, {widest}", "BLAS": ", ".join([own, *sorted(others - {own})])}
 
 
 def _processor() -> str:
