@@ -15,19 +15,16 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..show.files import sha256
+from ..show.pixels import BLOCK, regions
 from ..show.tolerance import Tolerance
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 SAME, WITHIN, DIFFERS, NEW = "the same bytes", "the same within its tolerance", "differs", "new"
-BLOCK = 8  # pixels along each side of the regions of a picture that are compared
-LEVELS = Tolerance(absolute=12)  # of 255: how much lighter or darker such a region may be
+LEVELS = Tolerance(absolute=12)  # of 255: how much lighter or darker a region of a picture may be
 DATA = re.compile(r'(?<=<script id="data" type="application/json">).*?(?=</script>)', re.DOTALL)
 PICTURE = "data:image/"
 DIGITS = re.compile(r"[−-]?[\d.,]*\d(?:·?10?[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)?")
@@ -223,31 +220,12 @@ def _colours(svg: str) -> str:
 
 
 def _regions(made: bytes, old: bytes, place: str, tolerance: Tolerance) -> Difference:
-    """The region of BLOCK×BLOCK pixels, of any frame, whose mean colour differs most."""
-    frames = [_frames(x) for x in (made, old)]
-    sizes = ["{2}×{1} pixels, {0} frames".format(*x.shape) for x in frames]
-    if sizes[0] != sizes[1]:
-        return Difference(math.inf, place, *sizes)
-    means = [_means(x) for x in frames]
-    apart = np.abs(means[0] - means[1])
+    """The region, of any frame, whose mean colour differs most."""
+    one, other = regions(made), regions(old)
+    if one.shape != other.shape:
+        return _words(*("{} × {} × {} regions".format(*x.shape) for x in (one, other)), f"{place}, frames and sizes")
+    apart = np.abs(one - other)
     at = np.unravel_index(apart.argmax(), apart.shape)
-    one, other = (round(float(x[at])) for x in means)
-    return Difference(round(float(apart[at]) / tolerance.absolute, 6), f"{place}, at {BLOCK * at[2]}, {BLOCK * at[1]}",
-                      f"level {one}", f"{other} of 255")  # fmt: skip
-
-
-def _frames(data: bytes) -> NDArray:
-    """Every frame of a picture, (frames, height, width, 3)."""
-    from PIL import Image, ImageSequence
-
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.stack([np.asarray(frame.convert("RGB"), float) for frame in ImageSequence.Iterator(picture)])
-
-
-def _means(frames: NDArray) -> NDArray:
-    """Mean colours of the regions, (frames, rows, columns, 3); those at the edge may be smaller."""
-    n, h, w, c = frames.shape
-    rows, columns = np.arange(0, h, BLOCK), np.arange(0, w, BLOCK)
-    sums = np.add.reduceat(np.add.reduceat(frames, rows, 1), columns, 2)
-    sizes = np.diff(np.r_[rows, h])[:, None] * np.diff(np.r_[columns, w])[None]
-    return sums / sizes[..., None]
+    used = round(float(apart[at]) / tolerance.absolute, 6)
+    place = f"{place} at {BLOCK * at[2]}, {BLOCK * at[1]}"
+    return Difference(used, place, f"level {one[at]:.0f}", f"{other[at]:.0f} of 255")

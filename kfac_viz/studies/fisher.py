@@ -125,7 +125,7 @@ def _network(
     s = setting(*network)
 
     def draw(k: int, repeat: int) -> Fisher:
-        generator = torch.Generator(s.g.device).manual_seed(s.seed + 1000 * k + repeat)
+        generator = torch.Generator().manual_seed(s.seed + 1000 * k + repeat)
         return s.problem.capture("mc", samples=k, generator=generator)
 
     norm, largest = float(s.dense.norm()), float(s.F.eigen.d.max())
@@ -159,7 +159,7 @@ def _plane(
 ) -> Plane:
     """Regression with one weight and one bias; the noise grows with x, so no point makes the model right."""
     problem = small_problem(likelihood, seed, device, weight=weight, bias=bias)
-    g, generator = problem.gradient(), torch.Generator(device).manual_seed(seed)
+    g, generator = problem.gradient(), torch.Generator().manual_seed(seed)
     F = {
         "exact": problem.capture(),
         "mc": problem.capture("mc", samples=samples, generator=generator),

@@ -151,7 +151,7 @@ def _pieces(network: tuple, samples: int) -> list[float]:
 
 def _sampled(s: Setting, samples: int) -> Fisher:
     """The same network seen through labels drawn from it."""
-    return s.problem.capture("mc", samples=samples, generator=torch.Generator(s.g.device).manual_seed(s.seed))
+    return s.problem.capture("mc", samples=samples, generator=torch.Generator().manual_seed(s.seed))
 
 
 @lru_cache(maxsize=64)
