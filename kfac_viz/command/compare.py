@@ -41,7 +41,7 @@ class Difference(NamedTuple):
     published: Any
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.made} for {self.published}"
+        return f"{self.place}: {_short(self.made)} for {_short(self.published)}"
 
 
 class Finding(NamedTuple):
@@ -77,6 +77,11 @@ def compare(made: Files, folder: Path) -> Finding:
 
 def _named(files: Files, ending: str) -> list[str]:
     return [name for name in sorted(files) if name.endswith(ending)]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def _words(made: Any, old: Any, place: str) -> Difference:
@@ -178,19 +183,19 @@ def _data(
     """The tolerance of a name holds for all that lies below it."""
     if made == old:
         return
-    if isinstance(made, (list, dict)) and type(made) is type(old) and len(made) == len(old):
+    kinds = {type(made), type(old)}
+    if kinds == {dict} and made.keys() == old.keys() or kinds == {list} and len(made) == len(old):
         for key in made if isinstance(made, dict) else range(len(made)):
             yield from _data(made[key], old[key], f"{place}, {key}", named.get(key, tolerance), named)
-    elif isinstance(made, str) and isinstance(old, str):
-        if made.startswith(PICTURE) and old.startswith(PICTURE):
-            pixels = [base64.b64decode(x.partition(",")[2]) for x in (made, old)]
-            yield _regions(*pixels, place, tolerance if tolerance.absolute > 1 else LEVELS)
-        else:  # a sentence with the same numbers, which stand beside it
-            yield _words(*(DIGITS.sub("", x) for x in (made, old)), place)
-    elif all(isinstance(x, (int, float)) for x in (made, old)):
+    elif kinds == {str} and made.startswith(PICTURE) and old.startswith(PICTURE):
+        pixels = (base64.b64decode(address.partition(",")[2]) for address in (made, old))
+        yield _regions(*pixels, place, tolerance if tolerance.absolute > 1 else LEVELS)
+    elif kinds == {str}:  # a sentence, whose numbers stand beside it
+        yield _words(DIGITS.sub("", made), DIGITS.sub("", old), place)
+    elif kinds <= {int, float}:
         yield Difference(tolerance.used(made, old), place, made, old)
     else:
-        yield _words(made, old, place)
+        yield _words(*(", ".join(x) if isinstance(x, dict) else x for x in (made, old)), place)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------

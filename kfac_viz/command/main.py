@@ -262,8 +262,10 @@ def figures(arguments: argparse.Namespace) -> int:
                 if error:
                     raise ValueError(error)
                 found[job] = settle(job, out, arguments.publish)
-            except (ValueError, OSError) as mistake:
+            except ValueError as mistake:
                 failures.append(f"{job.name} failed: {mistake}")
+            except OSError as mistake:
+                failures.append(f"{job.name} failed: {mistake}; what is published is as it was")
         if any(job.folder != "." for job in jobs):
             write_index(out)
         if out == ROOT / "figures":
@@ -313,11 +315,12 @@ def report(found: dict[Job, Finding], out: Path, there: list[str], published: bo
         print(f"{job.name:{width}}  {finding.verdict}{f': {finding.words}' if finding.words else ''}")
     differ = [job for job, finding in found.items() if finding.verdict == DIFFERS]
     same = sum(finding.verdict in (SAME, WITHIN) for finding in found.values())
-    print(f"{same} of {len(found)} reproduced")
-    beside = lay_beside([] if published else differ, out)
     if published and any(job.values != job.notebook.defaults for job in differ):
         print("These are not the published parameters; the command without -p, with --publish, brings those back.")
-    elif differ and not published:
+    placed = len(differ) * published + sum(finding.verdict == NEW for finding in found.values())
+    print(f"{same} of {len(found)} reproduced{f'; {placed} put in place' if placed else ''}")
+    beside = lay_beside([] if published else differ, out)
+    if differ and not published:
         print(f"What differs lies beside what is published; --publish puts it in place:\n{beside}")
     return len(found) - same
 

@@ -1,6 +1,7 @@
 """``python -m kfac_viz``, driven over tiny notebooks that do not import torch."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ time.sleep(pause)
 if x > 5:
     raise RuntimeError("too much")
 (folder / "01_twice.png").write_bytes(b"picture of %g" % (2 * x))
-(folder / "01_twice.json").write_text(json.dumps({"x": x, "words": words}))
+(folder / "01_twice.json").write_text(json.dumps({"x": x, "words": words, "values": ["twice"]}))
 """
 
 
@@ -541,3 +542,87 @@ def test_a_record_stands_only_beside_its_own_files(shelf, monkeypatch, step):
     with publish.only_run_in(out):  # the next run finishes it
         cli.settle(job, out, publish=True)
     assert sets() == ["new"] * 3 and not list(out.glob(".*part"))
+
+
+def publish_as(shelf: Path, twice: str) -> Path:
+    """Make the figure, and change the number in the published table."""
+    assert cli.main(["figures"]) == 0
+    table = shelf / "figures" / "01_twice.csv"
+    table.write_text(f"x,twice\n1.0,{twice}\n")
+    return table
+
+
+def test_what_differs_lies_beside_and_is_published_when_asked(shelf, capsys):
+    table, out = publish_as(shelf, "3.0"), shelf / "figures"
+    capsys.readouterr()
+    assert cli.main(["figures"]) == 0  # without a kernel: what was made is kept
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"0 made, 1 up to date, 0 failed: {out}"
+    assert "01_twice  differs: row 1.0, twice: 2.0 for 3.0" in said and "0 of 1 reproduced" in said
+    assert Path(said[-1]) == out / ".made" / "differs"
+    assert {file.name for file in Path(said[-1]).iterdir()} == FILES
+    assert table.read_text() == "x,twice\n1.0,3.0\n"
+    assert cli.main(["figures", "--check"]) == 1
+    capsys.readouterr()
+    assert cli.main(["figures", "--publish"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "0 of 1 reproduced; 1 put in place"
+    assert table.read_text() == "x,twice\n1.0,2.0\n" and not (out / ".made" / "differs").exists()
+    assert cli.main(["figures", "--check"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["01_twice  the same bytes", "1 of 1 reproduced"]
+
+
+def test_what_is_the_same_within_its_tolerance_leaves_the_published_files_alone(shelf, capsys):
+    table = publish_as(shelf, "2.001")
+    assert cli.main(["figures", "--publish", "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "the same within its tolerance: row 1.0, twice: 2.0 for 2.001, 50% of what is allowed" in said
+    assert said.endswith("1 of 1 reproduced\n") and table.read_text() == "x,twice\n1.0,2.001\n"
+
+
+def test_other_parameters_lie_beside_the_published_ones(shelf, capsys):
+    table = publish_as(shelf, "2.0")
+    assert cli.main(["figures", "-p", "x=3"]) == 0
+    assert "differs: row 3.0: a row for no such row; and 1 more" in capsys.readouterr().out
+    assert table.read_text() == "x,twice\n1.0,2.0\n"
+    assert (shelf / "figures/.made/differs/01_twice.csv").read_text() == "x,twice\n3.0,6.0\n"
+    assert cli.main(["figures", "-p", "x=3", "--publish"]) == 0
+    assert "These are not the published parameters" in capsys.readouterr().out
+    assert table.read_text() == "x,twice\n3.0,6.0\n"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_full_disk_or_a_folder_that_cannot_be_written_changes_nothing(shelf, monkeypatch, error, capsys):
+    publish_as(shelf, "3.0")
+    out = shelf / "figures"
+    before = {name: (out / name).read_bytes() for name in FILES}
+    write, written = Path.write_bytes, []
+
+    def refuse(path, data):
+        if path.parent == out:
+            written.append(path)
+            if len(written) == 2:
+                raise OSError(error, os.strerror(error), str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert cli.main(["figures", "--publish"]) == 1
+    said = capsys.readouterr().err
+    assert f"01_twice failed: [Errno {error}] {os.strerror(error)}" in said and str(out) in said
+    assert "what is published is as it was" in said
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+    assert visible(out) == FILES
+
+
+def test_a_notebook_that_fails_half_way_is_not_compared(shelf, monkeypatch, capsys):
+    table = publish_as(shelf, "3.0")
+    write_notebook(shelf / "notebooks" / "02_plain.ipynb", "seed = 0\nout_dir = None",
+                   "import pathlib\npathlib.Path(out_dir, '02_plain.txt').write_text('x')")  # fmt: skip
+    monkeypatch.setattr(cli, "notebooks", lambda: {"01_twice": run_twice, "02_plain": run_plain})
+    assert cli.main(["figures", "01", "02", "-p", "seed=3"]) == 0
+    capsys.readouterr()
+    path = shelf / "notebooks" / "01_twice.ipynb"
+    path.write_text(path.read_text().replace("x > 5", "x > 0"))
+    assert cli.main(["figures", "-p", "seed=3"]) == 1
+    said = capsys.readouterr().out
+    assert "02_plain  the same bytes" in said and "01_twice  " not in said and "1 of 1 reproduced" in said
+    assert table.read_text() == "x,twice\n1.0,3.0\n"
