@@ -27,7 +27,7 @@ SAME, WITHIN, DIFFERS, NEW = "the same bytes", "the same within its tolerance", 
 LEVELS = Tolerance(absolute=12)  # of 255: how much lighter or darker a region of a picture may be
 DATA = re.compile(r'(?<=<script id="data" type="application/json">).*?(?=</script>)', re.DOTALL)
 PICTURE = "data:image/"
-DIGITS = re.compile(r"[−-]?[\d.,]*\d(?:·?10?[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)?")
+DIGITS = re.compile(r"[−-]?[\d.,]*\d(?:·10)?[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]*")
 
 Files = Mapping[str, bytes]
 
