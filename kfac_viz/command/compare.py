@@ -135,7 +135,10 @@ def _tables(made: Files, old: Files) -> Iterator[Difference]:
         rows = [{}, {}]
         for found, table in zip(rows, tables, strict=True):
             for row in table:
-                found[tuple(row[name] for name in row if name not in values)] = row
+                key = tuple(row[name] for name in row if name not in values)
+                while key in found:
+                    key = (*key, "again")
+                found[key] = row
         if columns[0] != columns[1]:
             yield Difference(math.inf, "columns", columns[0], f"{columns[1]} in a table of another version")
             continue

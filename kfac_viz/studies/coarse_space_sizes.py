@@ -43,7 +43,6 @@ class Result(Study):
 
     tolerances = SHARES | {"largest": Tolerance(relative=2e-3), "iterations": COUNT}
 
-
     @property
     def headline(self) -> str:
         sizes, quantities = self.parameters["sizes"], ("at_best_length", "captured")

@@ -57,7 +57,6 @@ class Result(Study):
         "spectrum": Tolerance(relative=1e-2, absolute=100 * PRECISION),
     }
 
-
     size: int  # P
 
     @property

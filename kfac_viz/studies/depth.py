@@ -90,7 +90,6 @@ class Result(Study):
         "above": COUNT,
     }
 
-
     everywhere: Mapping[tuple[str, int, float], Mapping[tuple[str, str], Curve]]
 
     @property

@@ -50,7 +50,6 @@ class Result(Study):
         "spectrum": Tolerance(relative=1e-2, absolute=10 * PRECISION),
     }
 
-
     partition: Partition
     matrices: dict[str, Tensor]  # flavour: (P, P)
     largest: float  # eigenvalue of the exact F

@@ -67,7 +67,6 @@ class Result(Study):
         "misfit": Tolerance(absolute=1e-3),
     }
 
-
     partition: Partition
     fisher: Tensor  # (P, P)
     error: Tensor  # (P, P): F minus K-FAC

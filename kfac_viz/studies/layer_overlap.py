@@ -45,7 +45,6 @@ class Result(Study):
         "inverse": Tolerance(absolute=1e-3),
     }
 
-
     pairs: Mapping[str, NDArray]
     layers: int
 

@@ -54,7 +54,6 @@ class Result(Study):
         "modes": Tolerance(relative=2e-3, absolute=10 * PRECISION),
     }
 
-
     errors: dict[str, NDArray]
     gram: NDArray
     groups: Partition

@@ -207,6 +207,7 @@ def test_what_is_missing_is_new(tmp_path):
     (lambda text: re.sub(r"poisson,none,2,.*\n", "", text), "row poisson, none, 2: a row for no such row"),
     (lambda text: text + "poisson,none,64,1,1,1\n", "row poisson, none, 64: no such row for a row"),
     (lambda text: text.replace("poisson,none,2,32,", "poisson,none,2,many,"), "32 for many"),
+    (lambda text: text + "poisson,none,2,33,32,32\n", "row poisson, none, 2, again: no such row for a row"),
     (lambda text: "", "in a table of another version"),
 ])  # fmt: skip
 def test_a_published_table_of_another_version(tmp_path, change, words):

@@ -75,7 +75,6 @@ class Result(Study):
         "layer overlap": Tolerance(relative=0.2),
     }
 
-
     solution: NDArray
     fields: dict[str, NDArray]
     errors: dict[str, float]
