@@ -108,7 +108,8 @@ class Result(Study):
         published = p["measured"] and (NOTEBOOKS / p["measured"]).resolve() == MEASURED / "depth.csv"
         older = told("depth.csv") if published else ""
         return (f"{NETWORKS[p['data']]}, {p['n']} examples, width {p['width']}, {stage(p['steps'])}, "
-                f"λ = {number(p['damping_share'])} λ_max, {p['per_layer']} columns per layer; {p['repeats']} seeds{older}")
+                f"λ = {number(p['damping_share'])} λ_max, {p['per_layer']} columns per layer; {p['repeats']} seeds"
+                f"{older}")  # fmt: skip
 
     def table(self) -> pandas.DataFrame:
         """One row per point: data, steps, damping_share, quantity, series, x, median, low, high."""

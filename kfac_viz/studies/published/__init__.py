@@ -61,8 +61,9 @@ class Result(Study):
     def where(self) -> str:
         p = self.parameters
         toy, large = seeds_in("published_toy.csv"), seeds_in("published_autoencoder.csv")
-        return (f"above {p['problem']}, {p['layers']} layers; median and range of {toy} seeds, of autoencoders {large}; "
-                f"tuned by one rule{told('published_toy.csv', 'published_autoencoder.csv')}")  # fmt: skip
+        older = told("published_toy.csv", "published_autoencoder.csv")
+        return (f"above: {p['problem']}, {p['layers']} layers; median and range of {toy} seeds, of autoencoders "
+                f"{large}; tuned by one rule{older}")  # fmt: skip
 
     def others(self) -> list[tuple]:
         """A row for each last loss, ratio and count."""
