@@ -62,8 +62,8 @@ class Result(Study):
         p = self.parameters
         toy, large = seeds_in("published_toy.csv"), seeds_in("published_autoencoder.csv")
         older = told("published_toy.csv", "published_autoencoder.csv")
-        return (f"above: {p['problem']}, {p['layers']} layers; range of {toy} seeds, autoencoders {large}; tuned by one "
-                f"rule{older}")  # fmt: skip
+        return (f"above: {p['problem']}, {p['layers']} layers; range of {toy} seeds, autoencoders {large}; "
+                f"tuned by one rule{older}")  # fmt: skip
 
     def others(self) -> list[tuple]:
         """A row for each last loss, ratio and count."""
