@@ -25,8 +25,9 @@ from .measured import MEASURED, measured_rows
 
 Entry = dict[str, Any]
 FILE = "options.json"
-OF_A_GROUP = ("lr", "momentum", "weight_decay", "maximize")
+OF_A_GROUP = ("lr", "plain_lr", "momentum", "weight_decay", "maximize")
 OF_THE_COARSE_LEVEL = ("coarse", "total", "per_layer", "correction", "coarse_operator", "coarse_every")
+BEFORE: dict[str, Any] = {}  # options that rows do not know yet, with the value that says what was done before
 BESIDE = {  # what the optimizer does beside its curvature, where a model has it; no option names it
     "batch norm": "statistics of the batch held constant",
     "plain steps": "Adam's rule",  # of parameters without curvature
@@ -61,13 +62,14 @@ def resolved(optimizer: str, given: Mapping[str, Any], beside: Collection[str] =
 
 
 def _of_two_levels(given: Mapping[str, Any], beside: Collection[str]) -> dict[str, Any]:
-    options = Options.read({name: value for name, value in given.items() if name in NAMES})
+    options = Options.read({name: value for name, value in given.items() if name not in OF_A_GROUP})
     group = {name: _defaults(TwoLevelKFAC)[name] for name in OF_A_GROUP}
     group |= {name: options.usual(name) for name in ("lr", "momentum")}
-    found = group | {name: getattr(options, name) for name in NAMES}
-    found |= {name: given[name] for name in group if name in given} | {name: BESIDE[name] for name in beside}
+    group |= {name: given[name] for name in OF_A_GROUP if name in given}
+    plain_lr = group.pop("plain_lr")
+    found = group | {name: getattr(options, name) for name in NAMES} | {name: BESIDE[name] for name in beside}
     if "plain steps" in beside:
-        found["plain steps"] += f" with plain_lr = {given.get('plain_lr', _defaults(TwoLevelKFAC)['plain_lr'])}"
+        found["plain steps"] += f" with plain_lr = {plain_lr}"
     unused = {
         *(OF_THE_COARSE_LEVEL[:2] + OF_THE_COARSE_LEVEL[3:] if not options.columns else ()),
         *(("kl_clip",) if options.step_rule != "kl_clip" else ()),
@@ -130,7 +132,7 @@ def changed(found: Entry) -> dict[str, tuple[Any, Any]]:
     except (TypeError, ValueError):  # an option or a value that is no more
         now = {}
     now = json.loads(json.dumps(now, default=list))
-    then = found["resolved"]
+    then = {name: value for name, value in BEFORE.items() if name in now} | found["resolved"]
     names = [name for name in {**then, **now} if name not in found["columns"]]
     return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
 
