@@ -27,6 +27,7 @@ from ..show.files import put, refuse_folders, sha256
 from ..show.save import LIBRARIES
 from .compare import DIFFERS, NEW, SAME, WITHIN, Finding, compare
 from .executor import run_notebooks
+from .perturb import perturb
 from .progress import Progress
 from .publish import Output, lay_beside, only_run_in, scratch_in, write_gallery, write_index
 
@@ -251,6 +252,10 @@ def figures(arguments: argparse.Namespace) -> int:
     jobs = plan([w for w in words if "=" not in w], [w for w in words if "=" in w])
     if not str(arguments.out).strip():
         raise ValueError("--out needs the name of a folder; got an empty one.")
+    if arguments.perturb:
+        if words != arguments.names or Path(arguments.out) != ROOT / "figures":
+            raise ValueError("--perturb compares with what is published, and takes neither -p nor --out.")
+        return perturb(select(words), arguments.jobs)
     out = Path(os.path.realpath(arguments.out))  # unlike resolve, no error on a loop of links
     if (arguments.publish or arguments.check) and not any(job.is_published(out) for job in jobs):
         raise ValueError("--publish and --check are about the published figures, which neither a grid nor --out makes.")
@@ -368,6 +373,8 @@ def main(argv: list[str] | None = None) -> int:
     make_them.add_argument("--out", default=ROOT / "figures", metavar="DIR", help="default: figures/")
     make_them.add_argument("--force", action="store_true", help="also what is up to date")
     make_them.add_argument("--publish", action="store_true", help="put in place what differs from what is published")
+    make_them.add_argument("--perturb", action="store_true",
+                           help="run again with other rounding, and say which published words and numbers stay")
     make_them.add_argument("--check", action="store_true", help="end with status 1 where a figure is not the same")
     arguments = parser.parse_args(argv)
     try:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ..method.checks import check_count, check_number, check_seed, check_type, evaluation
 from .problem import Problem, multilayer_perceptron
+from .rounding import perturbed
 
 Box = Sequence[tuple[float, float]]
 
@@ -298,7 +299,8 @@ def _checked_box(box: Box) -> tuple[tuple[float, float], ...]:
 def _inside(box: Box, n: int, generator: torch.Generator) -> Tensor:
     """Uniform points (n, d)."""
     low, high = torch.tensor(box, dtype=torch.float64, device="cpu").T
-    return low + (high - low) * torch.rand(n, len(box), generator=generator, dtype=torch.float64, device="cpu")
+    shares = torch.rand(n, len(box), generator=generator, dtype=torch.float64, device="cpu")
+    return low + (high - low) * perturbed(shares).clamp_max(1)
 
 
 def _on_faces(box: Box, time: bool, n: int, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..method.checks import check_count, check_seed
 from .problem import Problem, multilayer_perceptron
+from .rounding import perturbed
 
 
 def digits(
@@ -156,7 +157,7 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
     x = torch.from_numpy(pixels)[order].view(n, 1, 8, 8) / 16
     if side == 4:
         x = nn.functional.avg_pool2d(x, 2)
-    return x.flatten(1), torch.from_numpy(labels)[order].long()
+    return perturbed(x.flatten(1)).clamp_max(1), torch.from_numpy(labels)[order].long()
 
 
 def _regression(n: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -164,7 +165,7 @@ def _regression(n: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, T
     generator = torch.Generator().manual_seed(check_seed(seed))
     shapes = (check_count("n", n, least=1), inputs), (inputs, outputs), (n, outputs)
     x, plant, errors = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes)
-    return x, x @ (plant / inputs**0.5) + 0.1 * errors
+    return perturbed(x), x @ (plant / inputs**0.5) + 0.1 * errors
 
 
 def _settled(problem: Problem) -> Problem:

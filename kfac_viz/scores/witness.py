@@ -249,8 +249,8 @@ def _passes(run: Record) -> list[Pass]:
     like, passes = run.outputs, []
     flat = [p for own in run.partition.own_parameters(run.model) for p in own]
     wide = replace(run, uses=run.places, layouts=[ExampleAxis(0)] * len(run.places))
-    generator = torch.Generator(like.device).manual_seed(0)
-    noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
     with _without_hooks(flat):
         for half in _halves(len(like)):
             half = half.to(like.device)

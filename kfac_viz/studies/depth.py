@@ -32,7 +32,8 @@ from ..parameters import Device, Examples, Range, Repeats, Rtol, Seed, Steps, ch
 from ..problems import toys as problems
 from ..show import FAINT, INK, METHODS, CurveView, MapView, Style, Tolerance, plain_numbers, styled
 from .common.exercises import exercise
-from .common.measured import rows_of
+from .common.measured import MEASURED, rows_of
+from .common.options import told
 from .common.result import COUNT, SHARES, Curve, Study, banded, curve, rounded, seeds, share, stage
 from .common.setting import Setting, all_shares, iterations, largest_eigenvalue, space
 
@@ -103,8 +104,11 @@ class Result(Study):
     @property
     def where(self) -> str:
         p = self.parameters
+        published = p["measured"] and (NOTEBOOKS / p["measured"]).resolve() == MEASURED / "depth.csv"
+        older = told("depth.csv") if published else ""
         return (f"{NETWORKS[p['data']]}, {p['n']} examples, width {p['width']}, {stage(p['steps'])}, "
-                f"λ = {number(p['damping_share'])} λ_max, {p['per_layer']} columns per layer; {p['repeats']} seeds")
+                f"λ = {number(p['damping_share'])} λ_max, {p['per_layer']} columns per layer; {p['repeats']} seeds"
+                f"{older}")  # fmt: skip
 
     def table(self) -> pandas.DataFrame:
         """One row per point: data, steps, damping_share, quantity, series, x, median, low, high."""

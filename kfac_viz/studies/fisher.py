@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import Diagonal, Fisher, Identity, Partition, nll, show
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Widths, check, number
+from ..problems.rounding import perturbed
 from ..problems.toys import Problem
 from ..show import FAINT, INK, METHODS, CurveView, MatrixView, Style, Tolerance, empty_line, limit_of
 from .common.exercises import exercise
@@ -189,7 +190,7 @@ def small_problem(
     if likelihood == "bernoulli":
         y = (x - 0.5 + 1.5 * noise > 0).to(torch.float64)
     model = nn.Sequential(nn.Linear(1, 1, dtype=torch.float64, device="cpu"))
-    problem = Problem(model, x, y, likelihood, "a line")
+    problem = Problem(model, perturbed(x), y, likelihood, "a line")
     point = torch.tensor([weight, bias], dtype=torch.float64, device="cpu")
     problem.partition.add_(model, point - problem.partition.pack(model))
     return problem.to(device)

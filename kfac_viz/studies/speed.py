@@ -12,6 +12,7 @@ from ..parameters import Device, read
 from ..show import FAINT, INK, METHODS, CurveView, Style, plain_numbers, styled
 from .common.exercises import exercise
 from .common.measured import Row, grouped, measured_rows
+from .common.options import told
 from .common.result import Curve, Study, curve, rounded
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ class Result(Study):
 
     @property
     def where(self) -> str:
-        return f"{self.machine}; autoencoder of the 2020 paper, and perceptrons; range over several rounds"
+        tables = (f"{name}_{self.parameters['device']}.csv" for name in ("speed", "growth"))
+        return (f"{self.machine}; autoencoder of the 2020 paper, and perceptrons; range over several rounds"
+                f"{told(*tables)}")  # fmt: skip
 
 
 def run(*, device: Device = "cpu") -> Result:

@@ -15,6 +15,7 @@ from ..parameters import check, number
 from ..show import METHODS, CurveView, MapView, Style, plain_numbers, ratios
 from .common.exercises import exercise
 from .common.measured import TUNING_SEED, Run, last_losses, loss_of, measured_runs, over_runs
+from .common.options import told
 from .common.result import Curve, Study, rounded
 
 Problem = Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"]
@@ -61,7 +62,7 @@ class Result(Study):
     def where(self) -> str:
         p = self.parameters
         return (f"{TOLD[p['problem']]} on digits, {REGIMES[p['regime']]}; rate and λ of every method tuned on a seed "
-                "apart; median and range of 5 seeds")  # fmt: skip
+                f"apart; median and range of 5 seeds{told('training.csv', 'training_batches.csv')}")  # fmt: skip
 
     def others(self) -> list[tuple]:
         """A row for each last loss, ratio, tuning run and variation."""

@@ -15,6 +15,7 @@ from .. import BlockDiagonal, Damped, Dense, Identity, Partition, TwoLevel, show
 from ..method.coarse import nicolaides
 from ..method.decompositions import eigvalsh
 from ..parameters import Device, Range, Repeats, Rtol, Seed, check, number
+from ..problems.rounding import perturbed
 from ..show import (
     FAINT,
     INK,
@@ -129,7 +130,7 @@ def _poisson_iterations(size: int, local: int, per_subdomain: int, rtol: float, 
     A = poisson(size, local, device)
     M, Z = BlockDiagonal(A, 0.0), nicolaides(A, per_subdomain)
     generator = torch.Generator().manual_seed(seed)
-    b = torch.randn(len(A.eye()), generator=generator, dtype=torch.float64, device="cpu").to(device)
+    b = perturbed(torch.randn(len(A.eye()), generator=generator, dtype=torch.float64, device="cpu")).to(device)
     methods = {"none": None, "blocks": M, "additive": TwoLevel(A, M, Z, "additive"), "balanced": TwoLevel(A, M, Z)}
     return {("poisson", name): iterations(A, b, T, rtol) for name, T in methods.items()}
 
@@ -171,7 +172,8 @@ def _ridge(clusters: int, n: int, seed: int, device: str) -> _Ridge:
 
     pixels, labels = load_digits(return_X_y=True)
     chosen = np.random.default_rng(seed).permutation(len(pixels))[:n]
-    x, target = pixels[chosen] / 16, np.where(labels[chosen] == 3, 1.0, -1.0)
+    x = perturbed(torch.from_numpy(pixels[chosen] / 16)).numpy()
+    target = np.where(labels[chosen] == 3, 1.0, -1.0)
     gram = x @ x.T
     gram /= float(eigvalsh(torch.from_numpy(gram), "The Gram matrix")[-1])
 

@@ -15,6 +15,7 @@ from ..show import MapView, Tolerance
 from . import published, training
 from .common.exercises import exercise
 from .common.measured import seeds_in
+from .common.options import told
 from .common.result import rounded
 from .pde import measured_curves
 from .published import MENDED
@@ -62,8 +63,9 @@ class Result:
 
     @property
     def where(self) -> str:
-        seeds = seeds_in("training.csv", "published_autoencoder.csv", "pde_runs.csv")
-        return f"last loss over the lowest of its row; each method tuned by one rule, medians of {seeds} seeds"
+        tables = ("training.csv", "published_autoencoder.csv", "pde_runs.csv")
+        return (f"last loss over the lowest of its row; each method tuned by one rule, medians of {seeds_in(*tables)} "
+                f"seeds{told(*tables)}")  # fmt: skip
 
     def table(self) -> pandas.DataFrame:
         """Tidy: ``situation``, ``budget``, ``method``, ``loss``, ``over best``; and how often each method is first."""

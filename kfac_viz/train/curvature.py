@@ -74,7 +74,8 @@ class RunningCurvature:
     ) -> tuple[Fisher, tuple[str, ...]]:
         """The Fisher of a batch as the options ask for it, and the layers that took part; nothing is changed yet.
 
-        ``partition`` may be another one than before, if layers were frozen or unfrozen.
+        ``partition`` may be another one than before, if layers were frozen or unfrozen. Labels are drawn on the device
+        of the inputs, since drawing them on the CPU would wait for a GPU in every observation.
         """
         options, generator = self.options, torch.Generator(inputs[0].device)
         generator.manual_seed((1_000_003 * options.seed + self.counters["observations"]) % 2**63)

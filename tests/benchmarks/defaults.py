@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import statistics
 import warnings
+from pathlib import Path
 
 from machine import arguments, describe, write
-from training import CAUSE_PROBLEMS, PROBLEMS, build, train
+from training import CAUSE_PROBLEMS, PROBLEMS, build, given, train
+
+from kfac_viz.studies.common.options import entry, remember
 
 STEPS, BATCH, SEEDS = 1000, 128, (100, 101, 102)
 BASE = {"per_layer": 4}
@@ -33,6 +36,12 @@ VARIED: dict[str, tuple] = {
     "coarse_window": (1, 8),
     "coarse_examples": (256,),
 }
+
+
+def remembered(task: str, variant: dict, folder: Path) -> str:
+    """The name of the options of these runs in the folder's options.json."""
+    problem, options = PROBLEMS[task](SEEDS[0]), BASE | variant
+    return remember(entry(build(problem, "", options), given(problem, "", options)), folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
                     "least_loss": min(losses),
                     "largest_loss": max(losses),
                     "seconds": round(statistics.median(end["seconds"] for end in ends), 2),
+                    "options": remembered(task, variant, options.out),
                 }
             )
     write(options.out / "defaults.csv", rows, machine)

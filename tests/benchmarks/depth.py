@@ -20,6 +20,9 @@ from machine import arguments, clock, describe
 from kfac_viz import parameters
 from kfac_viz.show.threads import one_thread
 from kfac_viz.studies import depth
+from kfac_viz.studies.common.options import entry, remember
+
+COLUMNS = (*depth.COLUMNS, "options")
 
 
 def extend(table: Path, wanted: dict[depth.Case, bool], seconds: float = float("inf")) -> float:
@@ -29,18 +32,20 @@ def extend(table: Path, wanted: dict[depth.Case, bool], seconds: float = float("
     the last ones count.
     """
     if not table.exists():
-        table.write_text(",".join(depth.COLUMNS) + "\n")
+        table.write_text(",".join(COLUMNS) + "\n")
     there = depth.read(table)
     todo = [case for case, whole in wanted.items() if not there.get(case) or whole and not depth.whole(there[case])]
     todo.sort(key=lambda case: (case.seed, case.data, case.steps, case.layers))  # a network stays in the cache
     start = clock()
     with one_thread(), table.open("a", newline="") as file:
-        writer = csv.DictWriter(file, depth.COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        options = remember(entry("step", {}), table.parent)
         for i, case in enumerate(todo, 1):
             if clock() - start >= seconds:
                 print(f"{len(todo) - i + 1} cases are left; run again to go on.")
                 break
-            writer.writerows(depth.rows(case, depth.measure(case, wanted[case])))
+            found = depth.rows(case, depth.measure(case, wanted[case]))
+            writer.writerows(row | {"options": options} for row in found)
             file.flush()
             print(f"{i}/{len(todo)} {case.data}, {case.layers} layers, after {case.steps} steps, seed {case.seed}, "
                   f"λ = {case.damping_share:g} λ_max: {clock() - start:.0f} s", flush=True)  # fmt: skip

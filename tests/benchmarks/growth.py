@@ -16,6 +16,7 @@ from machine import arguments, clock, describe, rate, write
 from speed import counted, network, peak_cuda, training_step
 
 import kfac_viz as kv
+from kfac_viz.studies.common.options import entry, remember
 
 REFRESH = 20  # and half that between observations
 CYCLE = 8  # steps between refreshes while measuring: kinds of steps are timed apart, and weighed by the above
@@ -36,6 +37,10 @@ SWEEPS = {
     },
 }
 METHODS = ("Adam", "K-FAC", "constants, additive", "leading, balanced")
+COMMON = {
+    "likelihood": "gaussian", "lr": 1e-4, "damping": 1.0, "step_rule": "fixed", "observe_every": CYCLE // 2,
+    "refresh_every": CYCLE, "coarse_examples": 128, "coarse_window": 1,
+}  # fmt: skip
 
 
 def stepper(method: str, width: int, depth: int, batch: int, per_layer: int, device: str):
@@ -43,29 +48,24 @@ def stepper(method: str, width: int, depth: int, batch: int, per_layer: int, dev
     widths = (width,) * (depth + 1)
     model = network(widths).to(device)
     x = torch.rand(batch, width, device=device)
-    if method == "Adam":
-        opt = torch.optim.Adam(model.parameters(), lr=1e-3)
-    else:
-        space = {
-            "K-FAC": {"per_layer": 0},
-            "constants, additive": {"coarse": "nicolaides", "per_layer": 1, "correction": "additive"},
-            "leading, balanced": {"per_layer": per_layer},
-        }[method]
-        opt = kv.TwoLevelKFAC(
-            model,
-            likelihood="gaussian",
-            lr=1e-4,
-            damping=1.0,
-            step_rule="fixed",
-            observe_every=CYCLE // 2,
-            refresh_every=CYCLE,
-            coarse_examples=128,
-            coarse_window=1,
-            **space,
-        )
-
-    advance = training_step(model, opt, "gaussian")
+    advance = training_step(model, build(model, method, per_layer), "gaussian")
     return lambda: advance(x)
+
+
+def given(method: str, per_layer: int) -> dict:
+    """All options that :func:`build` gives to the optimizer of this name."""
+    if method == "Adam":
+        return {"lr": 1e-3}
+    return COMMON | {
+        "K-FAC": {"per_layer": 0},
+        "constants, additive": {"coarse": "nicolaides", "per_layer": 1, "correction": "additive"},
+        "leading, balanced": {"per_layer": per_layer},
+    }[method]
+
+
+def build(model: torch.nn.Module, method: str, per_layer: int) -> torch.optim.Optimizer:
+    options = given(method, per_layer)
+    return torch.optim.Adam(model.parameters(), **options) if method == "Adam" else kv.TwoLevelKFAC(model, **options)
 
 
 def amortised(step, device: str) -> float:
@@ -119,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     for row, found in zip(rows, times, strict=True):
         for name, pick in (("ms", statistics.median), ("low_ms", min), ("high_ms", max)):
             row[name] = round(pick(found), 3)
+        opt = build(network((4, 3)), row["method"], row["per_layer"])
+        row["options"] = remember(entry(opt, given(row["method"], row["per_layer"])), options.out)
         row["counted_ms"] = round(1e3 * limit(row["method"], **{key: row[key] for key in BASE}) / speed, 4)
     write(options.out / f"growth_{device}.csv", rows, machine | {"gflops": round(speed / 1e9, 1)})
 

@@ -19,6 +19,7 @@ import torch
 from machine import Table, arguments, clock, describe, write
 
 import kfac_viz as kv
+from kfac_viz.studies.common.options import entry, remember
 from kfac_viz.studies.pde.descent import Method, training
 
 SEEDS, TUNING_SEED = range(5), 99
@@ -96,6 +97,12 @@ def run(problem: kv.problems.Equation, name: str, method: Method, damping: float
                 mark = next(marks, 1e9)
 
 
+def remembered(method: Method, folder: Path) -> str:
+    """The name of a method's options in the folder's options.json; λ, or the rate, has a column of its own."""
+    asked = {name: value for name, value in method._asdict().items() if value != Method._field_defaults.get(name)}
+    return remember(entry("Method", asked, ("damping",)), folder)
+
+
 def tuned(table: Table, setting: dict, problem: Callable, name: str, method: Method, seconds: float) -> float:
     """The λ, or the rate, of the grid with the lowest loss on the seed that is not measured."""
     grid = {"adam": RATES, "lbfgs": (1.0,)}.get(method.kind, DAMPINGS)
@@ -105,7 +112,8 @@ def tuned(table: Table, setting: dict, problem: Callable, name: str, method: Met
     for damping in grid:
         here = {**setting, "method": name, "damping": damping, "seed": TUNING_SEED}
         if table.missing(**here):
-            table.add(list(run(problem(TUNING_SEED), name, method, damping, seconds))[-1:], **here)
+            rows = list(run(problem(TUNING_SEED), name, method, damping, seconds))[-1:]
+            table.add(rows, **here, options=remembered(method, table.path.parent))
         final[damping] = float(table.found(**here)[-1]["loss"])
     return min(final, key=lambda d: final[d] if final[d] == final[d] else float("inf"))
 
@@ -119,7 +127,8 @@ def runs(out: Path, machine: dict, deadline: float, problems: tuple[str, ...]) -
             for seed in SEEDS:
                 here = {"problem": problem, "method": name, "damping": damping, "seed": seed}
                 if table.missing(**here):
-                    table.add(run(build(seed), name, method, damping, SECONDS), **here)
+                    rows = run(build(seed), name, method, damping, SECONDS)
+                    table.add(rows, **here, options=remembered(method, out))
 
 
 def the_map(out: Path, machine: dict, deadline: float) -> None:
@@ -136,7 +145,8 @@ def the_map(out: Path, machine: dict, deadline: float) -> None:
                     if table.missing(**here):
                         problem = kv.problems.poisson(2, widths, points * 4 // 5, points // 5, 0)
                         seconds = MAP_SECONDS[parameters, points]
-                        table.add(list(run(problem, name, method, damping, seconds))[-1:], **here)
+                        rows = list(run(problem, name, method, damping, seconds))[-1:]
+                        table.add(rows, **here, options=remembered(method, out))
 
 
 def small(out: Path) -> None:

@@ -28,6 +28,7 @@ import torch
 from machine import Table, arguments, clock, describe, write
 
 import kfac_viz as kv
+from kfac_viz.studies.common.options import entry, remember
 from kfac_viz.studies.published import deep_autoencoder, toy
 from kfac_viz.studies.published.optimizer import FAULTS, Published
 
@@ -77,18 +78,32 @@ class Muon:
             optimizer.step()
 
 
-def build(problem, method: str, lr: float, damping: float, weight_decay: float = 0.0, **options):
+def given(problem, method: str, lr: float, damping: float, weight_decay: float = 0.0, **options) -> dict:
+    """All options that :func:`build` gives to the optimizer of this name."""
+    common = {"lr": lr, "weight_decay": weight_decay}
+    if method in PLAIN or method == "Muon":
+        return common | (PLAIN[method][1] if method in PLAIN else {})
+    common |= {"likelihood": problem.likelihood, "damping": damping} | options
+    ours = {"observe_every": 1, "refresh_every": 5}
+    return common | (EXHIBITS[method] if method in EXHIBITS else OURS[method] | ours)
+
+
+def build(problem, method: str, *args, **options):
     """An optimizer by its name; ``options`` are those of K-FAC's kind."""
+    chosen = given(problem, method, *args, **options)
     if method in PLAIN:
-        kind, own = PLAIN[method]
-        return kind(problem.model.parameters(), lr=lr, weight_decay=weight_decay, **own)
+        return PLAIN[method][0](problem.model.parameters(), **chosen)
     if method == "Muon":
-        return Muon(problem.model, lr, weight_decay)
-    options |= {"lr": lr, "damping": damping, "weight_decay": weight_decay}
+        return Muon(problem.model, **chosen)
     if method in EXHIBITS:
-        return Published(problem.model, problem.likelihood, **options | EXHIBITS[method])
-    own = OURS[method] | {"observe_every": 1, "refresh_every": 5}
-    return kv.TwoLevelKFAC(problem.model, likelihood=problem.likelihood, layers=problem.layers, **options | own)
+        return Published(problem.model, **chosen)
+    return kv.TwoLevelKFAC(problem.model, layers=problem.layers, **chosen)
+
+
+def remembered(problem, folder: Path, method: str, *args, **options) -> str:
+    """The name of these options in the folder's options.json; rate and λ have columns of their own."""
+    opt = build(problem, method, *args, **options)
+    return remember(entry(opt, given(problem, method, *args, **options), ("lr", "damping")), folder)
 
 
 def train(problem, opt, size: Callable[[int], int], seed: int, *, every: int = 0, steps: int = 10**9,
@@ -128,11 +143,12 @@ def whole(rows: Iterator[dict]) -> list[dict]:
     return found
 
 
-def run(table: Table, here: dict, rows: Callable[[], Iterator[dict]]) -> float:
-    """Make a run unless it is there; its last loss."""
+def run(table: Table, here: dict, rows: Callable[[], tuple[str, Iterator[dict]]]) -> float:
+    """Make a run, of which ``rows`` knows the options and the rows, unless it is there; its last loss."""
     if table.missing(**here):
-        found = whole(rows())
-        table.add(found[-1:] if here["seed"] == TUNING_SEED else found, **here)
+        name, made = rows()
+        found = whole(made)
+        table.add(found[-1:] if here["seed"] == TUNING_SEED else found, **here, options=name)
     last = table.found(**here)[-1]["loss"]
     return math.inf if last == "nan" else float(last)
 
@@ -153,10 +169,11 @@ def toys(table: Table) -> None:
 
 
 def toy_run(table: Table, name: str, depth: int, method: str, lr: float, damping: float, seed: int) -> float:
-    def rows() -> Iterator[dict]:
+    def rows() -> tuple[str, Iterator[dict]]:
         problem = toy(depth, TOYS[name, depth], seed=seed)
+        options = remembered(problem, table.path.parent, method, lr, damping, kl_clip=KL_CLIP)
         opt = build(problem, method, lr, damping, kl_clip=KL_CLIP)
-        return train(problem, opt, lambda step: TOY_BATCH, seed, every=TOY_EVERY, steps=TOY_STEPS)
+        return options, train(problem, opt, lambda step: TOY_BATCH, seed, every=TOY_EVERY, steps=TOY_STEPS)
 
     here = {"problem": name, "layers": depth, "method": method, "lr": lr, "damping": damping, "seed": seed}
     return run(table, here, rows)
@@ -175,10 +192,11 @@ def autoencoder_run(table: Table, regime: str, method: str, lr: float, damping: 
     def size(step: int) -> int:
         return min(int(500 * 10 ** (step / 100)), 5000) if "growing" in regime else 1000
 
-    def rows() -> Iterator[dict]:
-        problem = deep_autoencoder(*REGIMES[regime], seed)
-        opt = build(problem, method, lr, damping, 1e-5, rule="factored", kl_clip=78.4 * KL_CLIP)
-        return train(problem, opt, size, seed, seconds=TUNING_SECONDS if seed == TUNING_SEED else SECONDS)
+    def rows() -> tuple[str, Iterator[dict]]:
+        problem, options = deep_autoencoder(*REGIMES[regime], seed), {"rule": "factored", "kl_clip": 78.4 * KL_CLIP}
+        name = remembered(problem, table.path.parent, method, lr, damping, 1e-5, **options)
+        opt = build(problem, method, lr, damping, 1e-5, **options)
+        return name, train(problem, opt, size, seed, seconds=TUNING_SECONDS if seed == TUNING_SEED else SECONDS)
 
     here = {"problem": regime, "method": method, "lr": lr, "damping": damping, "seed": seed}
     return run(table, here, rows)

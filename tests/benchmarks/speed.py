@@ -23,6 +23,7 @@ from machine import arguments, clock, describe, rate, write
 from torch import nn
 
 import kfac_viz as kv
+from kfac_viz.studies.common.options import entry, remember
 
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 BATCH, OBSERVE, REFRESH, CYCLES = 512, 10, 20, 9
@@ -148,15 +149,23 @@ def method(name: str, device: str) -> Callable[[torch.Tensor], None]:
     """A function that makes one training step."""
     torch.manual_seed(0)
     model = network().to(device)
+    return training_step(model, build(model, name), "bernoulli")
+
+
+def given(name: str) -> dict:
+    """All options that :func:`build` gives to the optimizer of this name."""
+    if name in TWO_LEVEL:
+        return COMMON | TWO_LEVEL[name]
+    own = {"Adam": {"lr": 1e-3}, "SGD": {"lr": 1e-3, "momentum": 0.9}}
+    return own.get(name) or {"solver": PUBLISHED[name]}
+
+
+def build(model: nn.Sequential, name: str):
     if name in PUBLISHED:
-        opt = AsPublished(model, PUBLISHED[name])
-    elif name in TWO_LEVEL:
-        opt = kv.TwoLevelKFAC(model, **(COMMON | TWO_LEVEL[name]))
-    elif name == "Adam":
-        opt = torch.optim.Adam(model.parameters(), lr=1e-3)
-    else:
-        opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    return training_step(model, opt, "bernoulli")
+        return AsPublished(model, **given(name))
+    if name in TWO_LEVEL:
+        return kv.TwoLevelKFAC(model, **given(name))
+    return getattr(torch.optim, name)(model.parameters(), **given(name))
 
 
 def training_step(model: nn.Module, opt, likelihood: str) -> Callable[[torch.Tensor], None]:
@@ -300,6 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows:
         row["peak_mib"] = round(peak_memory(row["method"], options.device), 1)
     for row in rows:
+        opt = build(network((4, 3)), row["method"])
+        row["options"] = remember(entry(opt, given(row["method"])), options.out)
         row["times_one_level"] = round(row["amortised_ms"] / one["amortised_ms"], 3)
         row["memory_times_one_level"] = round(row["peak_mib"] / one["peak_mib"], 3)
     write(options.out / f"speed_{options.device}.csv", rows, machine | {"gflops": round(speed / 1e9, 1)})

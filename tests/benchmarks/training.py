@@ -25,6 +25,7 @@ from machine import Table, arguments, clock, describe, write
 from torch import nn
 
 import kfac_viz as kv
+from kfac_viz.studies.common.options import entry, remember
 
 SEEDS, TUNING_SEED = range(5), 99
 BATCH, STEPS = 100, {"mini": 600, "full": 100}
@@ -66,14 +67,24 @@ TARGETS = {"classifier": 0.05, "autoencoder": 20.0}
 BATCHES, MOST_STEPS = (25, 100, 400, N), 1000
 
 
+def given(problem: kv.problems.Problem, method: str, options: dict) -> dict:
+    """All options that :func:`build` gives to the optimizer of this name."""
+    own = {"Adam": {}, "SGD": {"momentum": 0.9}}
+    return own.get(method, {"likelihood": problem.likelihood}) | options
+
+
 def build(problem: kv.problems.Problem, method: str, options: dict) -> torch.optim.Optimizer:
     """An optimizer by its name; every other name is a :class:`kfac_viz.TwoLevelKFAC` with these options."""
-    parameters = problem.model.parameters()
-    if method == "Adam":
-        return torch.optim.Adam(parameters, **options)
-    if method == "SGD":
-        return torch.optim.SGD(parameters, momentum=0.9, **options)
-    return kv.TwoLevelKFAC(problem.model, likelihood=problem.likelihood, **options)
+    options = given(problem, method, options)
+    if method in ("Adam", "SGD"):
+        return getattr(torch.optim, method)(problem.model.parameters(), **options)
+    return kv.TwoLevelKFAC(problem.model, **options)
+
+
+def remembered(problem: kv.problems.Problem, method: str, options: dict, folder: Path) -> str:
+    """The name of these options in the folder's options.json; rate and λ have columns of their own."""
+    opt = build(problem, method, options)
+    return remember(entry(opt, given(problem, method, options), ("lr", "damping")), folder)
 
 
 def train(problem: kv.problems.Problem, opt, steps: int, batch: int | None, seed: int, every: int,
@@ -131,19 +142,25 @@ class Runs:
         here = {"cause": cause, "regime": regime, "problem": problem, "method": method, "lr": lr, "damping": damping,
                 "seed": seed}  # fmt: skip
         if self.table.missing(**here):
-            options = {"lr": lr} if method in ("SGD", "Adam") else {"damping": damping, **LEVELS[method]}
-            if method in LEVELS:
-                options |= QUADRATIC if regime == "full" else {"lr": lr}
-                options |= extra or {}
-                if options.get("step_rule") == "quadratic":
-                    options.pop("lr", None)
-            task = PROBLEMS[problem](seed)
+            options, task = self.options(regime, method, lr, damping, extra), PROBLEMS[problem](seed)
             batch = None if regime == "full" else BATCH
             opt = build(task, method, options)
             rows = safely(train(task, opt, STEPS[regime], batch, seed, EVERY[regime]))
-            self.table.add(rows[-1:] if cause == "tuning" else rows, **here)
+            name = remembered(task, method, options, self.table.path.parent)
+            self.table.add(rows[-1:] if cause == "tuning" else rows, **here, options=name)
         last = self.table.found(**here)[-1]["loss"]
         return float(last) if last != "nan" else math.inf
+
+    @staticmethod
+    def options(regime: str, method: str, lr: float, damping: float, extra: dict | None) -> dict:
+        """What the optimizer is given, but for its likelihood."""
+        if method not in LEVELS:
+            return {"lr": lr}
+        options = {"damping": damping, **LEVELS[method]} | (QUADRATIC if regime == "full" else {"lr": lr})
+        options |= extra or {}
+        if options.get("step_rule") == "quadratic":
+            options.pop("lr", None)
+        return options
 
     def tuned(self, regime: str, problem: str, method: str) -> tuple[float, float]:
         """Rate and λ with the lowest last loss on the seed that is not measured; the rate is 1 where it is unused."""
@@ -178,7 +195,8 @@ def steps_to(table: Table, problem: str, method: str, lr: float, damping: float,
         batch = None if size == N else size
         rows = safely(train(task, build(task, method, options), MOST_STEPS, batch, seed, 5, target))
         reached = float(rows[-1]["loss"]) <= target
-        table.add([{**rows[-1], "target": target, "reached": int(reached)}], **here)
+        name = remembered(task, method, options, table.path.parent)
+        table.add([{**rows[-1], "target": target, "reached": int(reached)}], **here, options=name)
     row = table.found(**here)[-1]
     return float(row["step"]) if row["reached"] == "1" else math.inf
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from verdicts import data, is_there, numbers, unit_of, verdict
 
 import kfac_viz as kv
 from kfac_viz.command.compare import DATA, DIFFERS, NEW, SAME, WITHIN, compare
+from kfac_viz.command.prose import data, is_there, numbers, unit_of, verdict
 from kfac_viz.show.files import sha256
 from kfac_viz.show.tolerance import Tolerance
 from kfac_viz.studies import NOTEBOOKS

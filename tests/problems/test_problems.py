@@ -9,6 +9,7 @@ from torch import nn
 
 import kfac_viz as kv
 from kfac_viz.problems.problem import multilayer_perceptron
+from kfac_viz.problems.rounding import VARIABLE, perturbed
 
 PROBLEMS = {
     "digits": lambda **o: kv.problems.digits(n=60, **o),
@@ -205,3 +206,38 @@ def test_repr_tells_data_and_size():
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+PERTURBED = PROBLEMS | {
+    "autoencoder 8×8": lambda **o: kv.problems.autoencoder(n=60, **o),
+    "attention": lambda **o: kv.problems.attention(4, n=60, **o),
+    "poisson": lambda **o: kv.problems.poisson(widths=(4,), points=60, **o),
+    "burgers": lambda **o: kv.problems.burgers(widths=(4,), points=60, **o),
+}
+
+
+@pytest.mark.parametrize("name", PERTURBED)
+def test_inputs_move_in_their_last_bits_where_the_environment_asks_for_it(name, monkeypatch):
+    problem = PERTURBED[name]()
+    monkeypatch.setenv(VARIABLE, "3")
+    moved, again = PERTURBED[name](), PERTURBED[name]()
+    assert torch.equal(moved.inputs, again.inputs) and not torch.equal(moved.inputs, problem.inputs)
+    bound = 4 * torch.finfo(torch.float64).eps * problem.inputs.abs().amax()
+    assert ((moved.inputs - problem.inputs).abs() <= bound).all()
+    assert_close(moved.loss(), problem.loss())  # which refuses targets out of range
+    monkeypatch.setenv(VARIABLE, "4")
+    assert not torch.equal(PERTURBED[name]().inputs, moved.inputs)
+
+
+def test_about_half_of_the_entries_move_up(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "0")
+    x = torch.full((1000,), 1.5, dtype=torch.float64)
+    up = int((perturbed(x) > x).sum())
+    assert 400 < up < 600 and int((perturbed(x) < x).sum()) == 1000 - up
+
+
+@pytest.mark.parametrize("text", ["-1", "yes", "1.5", "99999999999999999999"])
+def test_what_is_no_seed_is_refused(text, monkeypatch):
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(ValueError, match="seed"):
+        perturbed(torch.ones(2))

@@ -19,7 +19,8 @@ from ...problems import equations
 from ...problems.equations import Equation
 from ...show import INK, METHODS, CurveView, MapView, Style, Tolerance, empty_line
 from ..common.exercises import exercise
-from ..common.measured import TUNING_SEED, Run, grouped, loss_of, measured_rows
+from ..common.measured import TUNING_SEED, Run, grouped, loss_of, measured_rows, seeds_in
+from ..common.options import told
 from ..common.result import PRECISION, Curve, Study, curve, rounded
 from ..common.setting import Shares, all_shares
 from .descent import Method, columns, training
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-EQUATIONS = {
-    "poisson": ("Poisson in 2 dimensions", partial(equations.poisson, 2)),
-    "heat": ("heat in 1 + 1 dimensions", partial(equations.heat, 1)),
-    "burgers": ("Burgers", equations.burgers),
+EQUATIONS = {  # with their names in the measured tables
+    "poisson": ("Poisson in 2 dimensions", partial(equations.poisson, 2), "Poisson 2D"),
+    "heat": ("heat in 1 + 1 dimensions", partial(equations.heat, 1), "heat 1+1D"),
+    "burgers": ("Burgers", equations.burgers, "Burgers 1+1D"),
 }
+MEASURED_COLUMNS = (4, 16, 64)  # per layer
 LIVE = ("kfac", "coarse", "both", "exact")  # methods that the panel trains
 GRID = 40  # points along each side of a picture
 DECADES = 7  # of the errors that have a colour
@@ -49,8 +51,11 @@ class Trained(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Result(Study):
     """Curves ``loss`` over steps, one for each method that was trained here, ``eigenvalues`` over their rank at
-    ``at_step``, and from the measured tables ``seconds`` (loss over processor time) and ``columns`` (last loss over
-    columns per layer).
+    ``at_step``, and from the measured tables ``seconds`` (loss over processor time), ``columns`` and ``errors`` (last
+    loss and error over columns per layer).
+
+    What was trained here is one run. Rounding decides which steps its line search takes, so that another processor
+    gives other numbers after some steps: the headline is made of the measured tables.
 
     Attributes:
         solution: the known one on a grid of the box, (n, n), rows along the last coordinate from high to low.
@@ -85,17 +90,25 @@ class Result(Study):
 
     @property
     def headline(self) -> str:
-        p = self.parameters
-        losses = {name: number(c.y[p["at_step"]], 1) for name, c in self.of("loss").items()}
-        return (f"Loss after {p['at_step']} steps: K-FAC {losses['kfac']}, {p['per_layer']} columns per layer alone "
-                f"{losses['coarse']}, two levels {losses['both']}")  # fmt: skip
+        k = self.parameters["per_layer"]
+        k = k if k in MEASURED_COLUMNS else 16
+        ranges = (self.measured("columns", name, k)[1:] for name in ("kfac", "coarse", "both"))
+        kfac, coarse, both = (" to ".join(number(x, 1) for x in ends) for ends in ranges)
+        return f"Loss after 4 s: K-FAC {kfac}, {k} columns alone {coarse}, both {both}"
 
     @property
     def where(self) -> str:
-        p, (P, N, k) = self.parameters, self.sizes
+        p, (_, N, k) = self.parameters, self.sizes
         name, widths = EQUATIONS[p["equation"]][0], "-".join(map(str, p["widths"]))
-        return (f"{name}, widths {widths}, {P} parameters, {N} points, λ = {number(p['damping'], 1)}; {k} columns in "
-                f"all, effective dimension {number(self.dimension)}")  # fmt: skip
+        return (f"{name}: range of {seeds_in('pde_runs.csv')} seeds, measured; one run of widths {widths}, {N} points, "
+                f"λ = {number(p['damping'], 1)}, {k} columns{told('pde_runs.csv', 'pde_map.csv')}")  # fmt: skip
+
+    def measured(self, quantity: str, method: str, per_layer: int) -> tuple[float, float, float] | None:
+        """Median, least and largest of ``columns`` (the loss) or ``errors`` after four seconds on this equation, on
+        the larger network; None where this number of columns was not measured."""
+        c = self.curves[f"{quantity}, {EQUATIONS[self.parameters['equation']][2]}", method]
+        at = np.flatnonzero(c.x == (per_layer if method in ("coarse", "both") else 0))
+        return (float(c.y[at[0]]), float(c.low[at[0]]), float(c.high[at[0]])) if len(at) else None
 
     @property
     def worth(self) -> dict[str, Shares]:
@@ -118,6 +131,15 @@ class Result(Study):
             for method, loss in cell.losses.items():
                 rows.append((f"map, {cell.parameters} parameters", method, cell.points, loss))
         return rows
+
+
+def _with_range(found: tuple[float, float, float]) -> str:
+    """
+    >>> _with_range((0.042, 0.02, 0.3))
+    '0.04 (0.02 to 0.3)'
+    """
+    median, low, high = (number(x, 1) for x in found)
+    return f"{median} ({low} to {high})"
 
 
 class Cell(NamedTuple):
@@ -312,15 +334,24 @@ def measured_curves() -> dict[tuple[str, str], Curve]:
     times = np.geomspace(0.1, 3.9, 14)
     curves = {("seconds", key): curve(times, [_loss_at(times, run) for run in runs[first, name]])
               for name, key in SHOWN.items() if (first, name) in runs}  # fmt: skip
-    last = {key: [float(run[-1]["loss"]) for run in found] for key, found in runs.items()}
+    for quantity, column in (("columns", "loss"), ("errors", "error")):
+        curves |= _over_columns(quantity, {
+            key: [float(run[-1][column]) for run in found] for key, found in runs.items()
+        })  # fmt: skip
+    return curves
+
+
+def _over_columns(quantity: str, last: dict[tuple[str, ...], list[float]]) -> dict[tuple[str, str], Curve]:
+    """From the last values of all runs, by equation and method: curves over columns per layer, and single points."""
+    curves = {}
     for problem in dict.fromkeys(problem for problem, _ in last):
         for key, name in (("coarse", "coarse alone"), ("both", "two levels")):
-            found = {k: last.get((problem, f"{name}, {k}")) for k in (4, 16, 64)}
+            found = {k: last.get((problem, f"{name}, {k}")) for k in MEASURED_COLUMNS}
             if all(found.values()):
-                curves[f"columns, {problem}", key] = curve(list(found), np.array(list(found.values())).T)
+                curves[f"{quantity}, {problem}", key] = curve(list(found), np.array(list(found.values())).T)
         for key, name in (("kfac", "K-FAC"), ("exact", "exact"), ("lbfgs", "L-BFGS")):
             if (problem, name) in last:
-                curves[f"columns, {problem}", key] = curve([0], np.array(last[problem, name])[:, None])
+                curves[f"{quantity}, {problem}", key] = curve([0], np.array(last[problem, name])[:, None])
     return curves
 
 
@@ -370,15 +401,15 @@ class Plot(show.Plot):
         steps, P = result.parameters["steps"], result.sizes[0]
         losses, both = (1e-10, 1e3), ("log", "log")
         self.loss = self.add(CurveView(
-            self.figure.add_subplot(middle[0]), STYLES, result.of("loss"), "Loss over steps, here", x="steps",
+            self.figure.add_subplot(middle[0]), STYLES, result.of("loss"), "One run: loss over steps", x="steps",
             xlim=(0, steps), ylim=losses, scale=("linear", "log"),
         ))  # fmt: skip
         self.eigenvalues = self.add(CurveView(
-            self.figure.add_subplot(middle[1]), STYLES, result.of("eigenvalues"), "Eigenvalues, preconditioned",
+            self.figure.add_subplot(middle[1]), STYLES, result.of("eigenvalues"), "One run: eigenvalues",
             x="rank (triangle: less)", xlim=(1, P), ylim=(1e-6, 1e3), scale=both,
         ))  # fmt: skip
         CurveView(
-            self.figure.add_subplot(middle[2]), STYLES, result.of("seconds"), "Loss over seconds, 64 columns",
+            self.figure.add_subplot(middle[2]), STYLES, result.of("seconds"), "Measured: loss, 64 columns",
             x="processor seconds", xlim=(0.1, 4), ylim=losses, scale=both,
         )  # fmt: skip
         others = [empty_line(self.loss.ax, style, marker=style.marker)
@@ -427,7 +458,7 @@ class Plot(show.Plot):
             for name, x in (("kfac", 1.0), ("lbfgs", 1.25), ("exact", 256.0)):
                 if name in found:
                     ax.plot([x], found[name].y, color=STYLES[name].color, marker=marker, linestyle="none")
-        title = "Loss after 4 seconds, over columns per layer"
+        title = "Measured: loss after 4 seconds, over columns"
         ax.set(xscale="log", yscale="log", xlim=(0.8, 9000), xlabel="columns per layer", title=title)
         ax.set_xticks([1.1, 4, 16, 64, 256], ["none", "4", "16", "64", "exact"])
         ax.minorticks_off()
@@ -445,8 +476,9 @@ class Plot(show.Plot):
         missing = {(row, column) for row, *_ in gains for _, column, _ in gains} - {g[:2] for g in gains}
         gains += [(row, column, np.nan) for row, column in missing]
         view = MapView(
-            ax, gains, "Times less loss than K-FAC, and what is first", x="points", y="parameters",
-            limits=(1, 1e6), colour=np.log10, palette="Oranges", form=lambda x: "" if x != x else f"×{number(x, 1)}",
+            ax, gains, "One seed: times less loss than K-FAC, what is first", x="points", y="parameters",
+            limits=(1, 1e6), colour=np.log10, palette="Oranges",
+            form=lambda x: "" if x != x else f"×{number(10.0 ** round(np.log10(x)))}",
         )  # fmt: skip
         for text in ax.texts:
             x, y = text.get_position()
@@ -457,16 +489,22 @@ class Plot(show.Plot):
     def move(self, result: Result) -> None:
         for name, image in self.images.items():
             image.set_data(np.log10(np.abs(result.fields[name]).clip(1e-16)))
-            self.texts[name].set_text(f"error {number(result.errors[name], 1)}")
+            here = number(10.0 ** round(np.log10(result.errors[name])), 1)
+            found = result.measured("errors", name, result.parameters["per_layer"])
+            measured = f"measured {number(found[1], 1)} to {number(found[2], 1)}" if found else ""
+            self.texts[name].set_text(f"one run: error near {here}\n{measured}")
         self.loss.update(result.of("loss"), at=result.parameters["at_step"])
         spectra = result.of("eigenvalues")
         absent = Curve(*[np.array([np.nan])] * 4)
         self.eigenvalues.update({name: spectra.get(name, absent) for name in self.eigenvalues.lines})
 
     def words(self, result: Result) -> str:
-        told = ", ".join(f"{STYLES[name].label} {number(x, 1)}" for name, x in result.errors.items())
+        k = result.parameters["per_layer"]
+        errors = {name: result.measured("errors", name, k) for name in LIVE}
+        known = ", ".join(f"{STYLES[name].label} {_with_range(found)}" for name, found in errors.items() if found)
         first = "; ".join(f"{c.parameters} parameters, {c.points} points: {c.first}" for c in result.cells)
-        return f"{super().words(result)} Relative errors at this step: {told}. First in the map: {first}."
+        return (f"Of one run of each method: the error on the square, the loss over steps, and the eigenvalues of the "
+                f"preconditioned matrix. Relative errors after 4 s, measured: {known}. First in the map: {first}.")
 
 
 AXES = {"poisson": ("$x$", "$y$"), "heat": ("time", "$x$"), "burgers": ("time", "$x$")}

@@ -18,6 +18,7 @@ from ...problems.problem import ACTIVATIONS, Problem, multilayer_perceptron
 from ...show import METHODS, SPACES, CurveView, Style, plain_numbers, ratios
 from ..common.exercises import exercise
 from ..common.measured import Run, last_losses, loss_of, measured_runs, over_runs, seeds_in
+from ..common.options import told
 from ..common.result import PRECISION, Curve, Study, banded, curve, rounded
 from .optimizer import FAULTS
 
@@ -60,8 +61,9 @@ class Result(Study):
     def where(self) -> str:
         p = self.parameters
         toy, large = seeds_in("published_toy.csv"), seeds_in("published_autoencoder.csv")
-        return (f"above: toy problem, {p['problem']}, {p['layers']} layers; median and range of {toy} seeds, of "
-                f"autoencoders {large}; every method tuned by one rule")  # fmt: skip
+        older = told("published_toy.csv", "published_autoencoder.csv")
+        return (f"above: {p['problem']}, {p['layers']} layers; range of {toy} seeds, autoencoders {large}; "
+                f"tuned by one rule{older}")  # fmt: skip
 
     def others(self) -> list[tuple]:
         """A row for each last loss, ratio and count."""

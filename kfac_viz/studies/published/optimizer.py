@@ -89,7 +89,7 @@ class Published(torch.optim.Optimizer):
         """Average the factors of a batch, one sampled label for each example, when it is due."""
         if self.steps % self.observe_every:
             return
-        generator = torch.Generator(inputs.device).manual_seed(self.observations)
+        generator = torch.Generator().manual_seed(self.observations)
         with untouched(self.model, inputs.device):
             self.F = self._captured(inputs, generator)
         kept = min(1 - 1 / (self.observations + 1), 0.95)

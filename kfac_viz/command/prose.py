@@ -8,16 +8,30 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from ..checkout import ROOT
+
 NUMBER = re.compile(r"(?<![\w.,−⁻-])(−?)(\d+(?:\.\d+)?)(?:·10(⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+))?( %)?(?!\w)")
 ASIDE = r"`[^`]*`|\$[^$]*\$|\b(?:19|20)\d\d\b|https?://\S+|section \S+"  # code, formulas, years, addresses, sections
 
 
+def told(stem: str) -> list[str]:
+    """The texts of a notebook, without its code."""
+    cells = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+
+
 def verdict(stem: str) -> str:
     """The verdict of a notebook, without its heading; empty where there is none."""
-    cells = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
-    texts = ("".join(cell["source"]) for cell in cells)
-    return next((text.removeprefix("## Verdict").strip() for text in texts if text.startswith("## Verdict")), "")
+    texts = (text for text in told(stem) if text.startswith("## Verdict"))
+    return next((text.removeprefix("## Verdict").strip() for text in texts), "")
+
+
+def findings(stem: str = "") -> list[tuple[str, list[str]]]:
+    """What README's table of findings says, of one notebook or of all, and the files that it names for it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    place = rf"notebooks/{stem}\.ipynb" if stem else r"[^|]*"
+    rows = re.findall(rf"^\| <img[^|]*> \| \[[^|]*\?\]\({place}\) \| ([^|]*) \| (\[`[^|]*) \|$", text, re.MULTILINE)
+    return [(finding, re.findall(r"\[`([\w/]+\.csv)`\]\(figures/\1\)", files)) for finding, files in rows]
 
 
 def numbers(text: str) -> list[str]:
