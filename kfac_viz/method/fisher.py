@@ -15,7 +15,7 @@ from .kronecker import CONVENTIONS, KroneckerFactors
 from .one_hot import OneHot, Rows, cross, dense, numbers, padded
 from .operator import Image, Operator, ParameterSpace
 from .partition import Layer, Partition
-from .products import FACTORS, VOCABULARY, Scores, product
+from .products import Scores, check_factors, product
 from .sample_space import SampleSpace
 from .stacks import Stacks
 
@@ -296,7 +296,7 @@ class Fisher(Operator):
             ValueError: a convention other than ``"expand"`` with a rule that takes the scores as they are; an embedding
                 too large for a rule that needs its A as a matrix.
         """
-        check_factors(factors, convention, self.partition)
+        check_factors(factors, convention, self.partition.layers)
         if (convention, factors) not in self._factors:
             groups = list(zip(self._stacks.groups, self.stacked, strict=True))
             if factors == "kfac":
@@ -359,25 +359,6 @@ class ScoreImage(Image):
 
     def galerkin(self) -> Tensor:
         return self.U @ self.U.mT / self.operator.N
-
-
-def check_factors(factors: str, convention: str, partition: Partition) -> None:
-    """Refuse an unknown rule for Kronecker factors, and one that has no meaning here."""
-    check_choice("convention", convention, CONVENTIONS)
-    check_choice("factors", factors, FACTORS)
-    if factors == "kfac":
-        return
-    if convention != "expand":
-        raise ValueError(
-            f"convention={convention!r} says what factors='kfac' does with positions; factors={factors!r} takes each "
-            "score as the sum over them, and has no convention."
-        )
-    for layer in partition.layers:
-        if layer.table and layer.features > VOCABULARY:
-            raise ValueError(
-                f"factors={factors!r} needs A of embedding {layer.name!r} as a matrix, and has it up to {VOCABULARY} "
-                f"words; got {layer.features}. Take factors='kfac', whose A is a diagonal, or name other layers."
-            )
 
 
 def kronecker_factors(a: Rows, g: Tensor, swapped: int, convention: str) -> tuple[Tensor, Tensor]:

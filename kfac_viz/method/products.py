@@ -6,14 +6,16 @@ The block is the second moment of ``vec S`` over the scores S, and each of the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from .checks import finite
+from .checks import check_choice, finite
 from .decompositions import eigenpairs
+from .kronecker import CONVENTIONS
 from .one_hot import Rows, dense
+from .partition import Layer
 
 FACTORS = ("kfac", "shampoo", "nearest", "kl")
 VOCABULARY = 1024  # columns of an embedding up to which A is written down; K-FAC keeps its diagonal and has no limit
@@ -21,6 +23,25 @@ FLOOR = 1e-6  # of the largest eigenvalue of a KL factor, seen against Shampoo's
 TURNS = 500  # of an alternation, before it is left as it is
 
 _CHUNK = 2**24  # numbers in a temporary: 128 MiB of float64
+
+
+def check_factors(factors: str, convention: str, layers: Iterable[Layer] = ()) -> None:
+    """Refuse an unknown rule, a convention that has no meaning for it, and embeddings that are too large for it."""
+    check_choice("convention", convention, CONVENTIONS)
+    check_choice("factors", factors, FACTORS)
+    if factors == "kfac":
+        return
+    if convention != "expand":
+        raise ValueError(
+            f"convention={convention!r} says what factors='kfac' does with positions; factors={factors!r} takes each "
+            "score as the sum over them, and has no convention."
+        )
+    for layer in layers:
+        if layer.table and layer.features > VOCABULARY:
+            raise ValueError(
+                f"factors={factors!r} needs A of embedding {layer.name!r} as a matrix, and has it up to {VOCABULARY} "
+                f"words; got {layer.features}. Take factors='kfac', whose A is a diagonal, or name other layers."
+            )
 
 
 class Scores:
@@ -133,6 +154,23 @@ def unit_trace(A: Tensor) -> Tensor:
 def square(A: Tensor) -> Tensor:
     """``‖A‖²``, (..., 1, 1), and no less than the dtype can divide by."""
     return A.square().sum((-2, -1), keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
+
+
+def regularised_inverse(X: Tensor, floor: float) -> Tensor:
+    """``(X + r I)⁻¹ / rank`` with ``r = floor · tr X / n`` and ``rank = tr(X (X + r I)⁻¹)``, for X (..., n, n).
+
+    What a turn of the flip-flop takes from a running average, to which not every direction has contributed yet. By
+    Cholesky in double precision; the identity over ``tr X`` where round-off leaves none, and ``I / n`` where X is 0.
+    """
+    n, eye = X.shape[-1], torch.eye(X.shape[-1], dtype=torch.float64, device=X.device)
+    trace = X.diagonal(0, -2, -1).sum(-1).double()[..., None, None]
+    alive = trace > 0
+    mean = torch.where(alive, trace / n, 1.0)
+    L, info = torch.linalg.cholesky_ex(X.double() / mean + floor * eye)
+    found = (info == 0)[..., None, None] & alive
+    inverse = torch.cholesky_inverse(torch.where(found, L, eye))
+    rank = torch.where(found, n - floor * inverse.diagonal(0, -2, -1).sum(-1)[..., None, None], n)
+    return (inverse / (mean * rank)).to(X)
 
 
 def _nearest(scores: Scores, A: Tensor) -> tuple[Tensor, Tensor]:

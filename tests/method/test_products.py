@@ -290,7 +290,7 @@ def test_what_has_no_meaning_is_refused_by_name():
 
 def test_an_embedding_beyond_the_vocabulary_keeps_kfac(monkeypatch):
     F = of(CASES["words and a norm"])
-    monkeypatch.setattr("kfac_viz.method.fisher.VOCABULARY", 4)
+    monkeypatch.setattr(products, "VOCABULARY", 4)
     kv.KFAC(F, 0.1)
     for rule in OTHERS:
         with pytest.raises(ValueError, match="embedding 'table' as a matrix, and has it up to 4 words; got 5"):
