@@ -16,7 +16,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
 
-figures: .venv/ready  ## regenerate what is missing or changed under figures/
+figures: .venv/ready  ## make the figures again, and compare them with the published: ARGS=--publish puts them in place
 	@$(PY) -m kfac_viz figures $(ARGS)
 
 test: .venv/ready  ## run the tests, then the linter

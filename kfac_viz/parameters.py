@@ -57,7 +57,7 @@ Repeats = Annotated[int, Range(1, 20), "seeds, from ``seed`` upwards; a band sho
 Widths = Annotated[tuple[int, ...], Range(1, 64), "of the hidden layers."]
 Examples = Annotated[int, Range(10, 1797), "examples."]
 Steps = Annotated[int, Range(0, 2000), "full-batch Adam steps before the picture is taken."]
-Tolerance = Annotated[float, Range(1e-12, 1e-1, log=True), "relative residual at which the iterations stop."]
+Rtol = Annotated[float, Range(1e-12, 1e-1, log=True), "relative residual at which the iterations stop."]
 Device = Annotated[Literal["cpu", "cuda", "mps"], "where to compute."]
 
 DEEPEST = 20  # lists in lists, on a command line

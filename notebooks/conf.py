@@ -9,7 +9,7 @@ from PIL import Image
 from sphinx.application import Sphinx
 
 from kfac_viz.command.main import source_hash
-from kfac_viz.command.publish import sha256
+from kfac_viz.show.files import sha256
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

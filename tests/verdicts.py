@@ -65,3 +65,14 @@ def is_there(number: str, values: set[float]) -> bool:
     scale = 10.0**-exponent * (100 if percent else 1)
     wanted = float(digits) * (-1 if sign else 1)
     return any(round(value * scale, decimals) == wanted for value in values)
+
+
+def unit_of(number: str) -> float:
+    """One in the last digit that is written.
+
+    >>> unit_of("−0.54"), unit_of("15 %"), unit_of("2·10⁻³")
+    (0.01, 0.01, 0.001)
+    """
+    _, digits, power, percent = NUMBER.fullmatch(number).groups()
+    exponent = int(power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))) if power else 0
+    return float(f"{10.0 ** (exponent - len(digits.partition('.')[2])) / (100 if percent else 1):.1e}")

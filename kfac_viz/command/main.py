@@ -6,14 +6,14 @@ and writes files whose names begin with NAME into ``out_dir``. How they reach th
 
 import argparse
 import ast
+import contextlib
 import itertools
 import json
 import os
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -22,10 +22,12 @@ from typing import Any
 
 from .. import parameters
 from ..checkout import ROOT, check_checkout
-from ..show.files import refuse_folders, sha256
+from ..show.files import put, refuse_folders, sha256
 from ..show.save import LIBRARIES
+from .compare import DIFFERS, NEW, SAME, WITHIN, Finding, compare
 from .executor import run_notebooks
-from .publish import Output, only_run_in, publish, write_gallery, write_index
+from .progress import Progress
+from .publish import Output, lay_beside, only_run_in, scratch_in, write_gallery, write_index
 
 RENAMED = {  # for one release: what a notebook was called in 0.1
     "03_damping": "04_damping",
@@ -56,9 +58,10 @@ class Notebook:
     question: str
     defaults: dict[str, Any]  # of its parameters cell, without out_dir
     code: str  # hash of its code cells: prose may change without a new figure
+    cells: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job(Output):
     """One notebook with one choice of values."""
 
@@ -114,7 +117,7 @@ def load(path: Path, run: Callable) -> Notebook:
     del defaults["out_dir"]
     headings = re.findall(r"^#+ *(.+)", "\n".join(text), re.MULTILINE)
     return Notebook(path, run, headings[0] if headings else "", parameters.check(run, defaults),
-                    sha256("\0".join(code).encode()))
+                    sha256("\0".join(code).encode()), len(cells))
 
 
 @cache
@@ -197,47 +200,46 @@ def _refuse_bare_lists(run: Callable, grid: dict[str, list]) -> None:
 # ---- the commands ----------------------------------------------------------------------------------------
 
 
-def make(jobs: list[Job], out: Path, workers: int) -> list[str]:
-    """Run the jobs; returns a paragraph for each that failed."""
-    made = [Path(tempfile.mkdtemp(prefix="making-", dir=out / ".made")) for _ in jobs]
-    copies = [out / job.copy for job in jobs]
+def make(jobs: list[Job], out: Path, workers: int) -> Iterator[tuple[Job, str]]:
+    """Run the jobs, and yield each that has ended with what went wrong, empty where it made its files."""
+    scratch = [scratch_in(out) for _ in jobs]
     orders = []
-    for job, folder, copy in zip(jobs, made, copies, strict=True):
-        for needed in (folder / job.folder, copy.parent):
-            needed.mkdir(exist_ok=True)
+    for job, folder in zip(jobs, scratch, strict=True):
+        (out / job.copy).parent.mkdir(exist_ok=True)
         orders.append({
             "input_path": str(job.notebook.path),
-            "output_path": str(copy),
-            "parameters": job.inputs["parameters"] | {"out_dir": str(folder / job.folder)},
+            "output_path": str(out / job.copy),
+            "parameters": job.inputs["parameters"] | {"out_dir": str(folder)},
             "resources": {"metadata": {"path": str(job.notebook.path.parent)}},  # where the kernel runs
             "start_timeout": START_SECONDS,
             "execution_timeout": CELL_SECONDS,
         })  # fmt: skip
-    failures = []
     try:
-        for index, event in run_notebooks(orders, workers):
-            job = jobs[index]
-            if "error" in event:
-                error = event["error"]
+        with Progress([job.name for job in jobs], [job.notebook.cells for job in jobs]) as progress:
+            for index, event in run_notebooks(orders, workers):
+                job, error = jobs[index], event.get("error")
+                if "error" not in event:
+                    progress.start(index, event["cell"])
+                    continue
                 try:
                     if error is None:
-                        publish(job, made[index], out)
-                except (ValueError, TypeError, OSError) as mistake:
+                        job.keep(scratch[index], out)
+                except (ValueError, OSError) as mistake:
                     error = mistake
-                print(f"{job.name}: {'done' if error is None else 'failed'}", flush=True)
-                if error is not None:
-                    where = f"cell {event['cell']}: " if event.get("cell") else ""
-                    failures.append(f"{job.name} failed: {where}{error}\n    executed copy: {copies[index]}")
-            elif event["cell"] == 1:
-                print(f"{job.name}: started", flush=True)
+                progress.end(index, "done" if error is None else "failed")
+                where = f"cell {event['cell']}: " if event.get("cell") else ""
+                yield job, "" if error is None else f"{where}{error}\n    executed copy: {out / job.copy}"
     finally:
-        for folder in made:
+        for folder in scratch:
             shutil.rmtree(folder, ignore_errors=True)
-    return failures
 
 
 def figures(arguments: argparse.Namespace) -> int:
-    """Make what is missing or changed; 0 if all went well, 1 if a notebook failed."""
+    """Make what is missing or changed, compare it with what is published, and say what was found.
+
+    Returns:
+        0 if all went well, 1 if a notebook failed, or with ``--check`` if a figure differs.
+    """
     if strays := [word for word in arguments.p if "=" not in word[1:]]:  # may look like a part of a notebook's name
         raise ValueError(f"-p needs KEY=VALUE; got {strays[0]!r}. Names of notebooks stand before -p.")
     words = arguments.names + arguments.p
@@ -246,24 +248,90 @@ def figures(arguments: argparse.Namespace) -> int:
         raise ValueError("--out needs the name of a folder; got an empty one.")
     out = Path(os.path.realpath(arguments.out))  # unlike resolve, no error on a loop of links
     for job in jobs:
-        hidden = (out / name for name in (job.stamp, job.copy, "index.html"))
-        refuse_folders([*(out / job.folder).glob(f"{job.stem}*"), *hidden])
+        refuse_folders([*(out / job.folder).glob(f"{job.stem}*"), *(out / name for name in (job.copy, "index.html"))])
     with only_run_in(out):
-        todo = []
-        for job in jobs:
-            if reason := "asked for" if arguments.force else job.why(out):
-                todo.append(job)
-                print(f"{job.name}: {reason}", flush=True)
-        failures = make(todo, out, arguments.jobs)
+        reasons = {job: "asked for" if arguments.force else job.why(out) for job in jobs}
+        todo = [job for job in jobs if reasons[job]]
+        for job in todo:
+            print(f"{job.name}: {reasons[job]}", flush=True)
+        failures, found = [], {}
+        there = _machines(out / f"{job.stem}.json" for job in jobs)
+        up_to_date = ((job, "") for job in jobs if job not in todo)
+        for job, error in itertools.chain(up_to_date, make(todo, out, arguments.jobs)):
+            try:
+                if error:
+                    raise ValueError(error)
+                found[job] = settle(job, out, arguments.publish)
+            except ValueError as mistake:
+                failures.append(f"{job.name} failed: {mistake}")
+            except OSError as mistake:
+                failures.append(f"{job.name} failed: {mistake}; what is published is as it was")
         if any(job.folder != "." for job in jobs):
             write_index(out)
-        if todo and out == ROOT / "figures":
+        if out == ROOT / "figures":
             write_gallery(out)
-    print(f"{len(todo) - len(failures)} made, {len(jobs) - len(todo)} up to date, {len(failures)} failed: {out}")
-    print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
-    if out == ROOT / "figures" and any(j.folder == "." and j.values != j.notebook.defaults for j in jobs):
-        print("These are not the published parameters; the command without -p brings those back.")
-    return bool(failures)
+        print(f"{len(todo) - len(failures)} made, {len(jobs) - len(todo)} up to date, {len(failures)} failed: {out}")
+        print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
+        compared = {job: finding for job, finding in found.items() if finding}
+        missed = report(compared, out, there, arguments.publish) if compared else 0
+    return bool(failures) or bool(missed and arguments.check)
+
+
+def settle(job: Job, out: Path, publish: bool) -> Finding | None:
+    """Put the files of a job where they belong; what was found where it is compared with published figures.
+
+    Only what is missing is then put in place, and with ``publish`` what differs.
+
+    Raises:
+        OSError: it could not be put in place, and what was there is as it was.
+    """
+    made, there = job.files(out), out / job.folder
+    if out == ROOT / "figures" and job.folder == ".":
+        finding = compare(made, there)
+        if finding.verdict == NEW or (publish and finding.verdict == DIFFERS):
+            put(made, there)
+        return finding
+    if not all((there / name).is_file() and (there / name).read_bytes() == data for name, data in made.items()):
+        put(made, there)
+    return None
+
+
+def report(found: dict[Job, Finding], out: Path, there: list[str], published: bool) -> int:
+    """Print what was found of each figure, and where the figures lie that differ.
+
+    Args:
+        there: on which machines the published figures were made.
+        published: whether what differs was put in place.
+
+    Returns:
+        How many are not the same.
+    """
+    for machine in _machines(out / job.made / f"{job.stem}.json" for job in found):
+        print(f"made here on   {machine}")
+    for machine in there:
+        print(f"published from {machine}")
+    width = max(len(job.name) for job in found)
+    for job, finding in sorted(found.items(), key=lambda pair: pair[0].name):
+        print(f"{job.name:{width}}  {finding.verdict}{f': {finding.words}' if finding.words else ''}")
+    differ = [job for job, finding in found.items() if finding.verdict == DIFFERS]
+    same = sum(finding.verdict in (SAME, WITHIN) for finding in found.values())
+    if published and any(job.values != job.notebook.defaults for job in differ):
+        print("These are not the published parameters; the command without -p, with --publish, brings those back.")
+    placed = len(differ) * published + sum(finding.verdict == NEW for finding in found.values())
+    print(f"{same} of {len(found)} reproduced{f'; {placed} put in place' if placed else ''}")
+    beside = lay_beside([] if published else differ, out)
+    if differ and not published:
+        print(f"What differs lies beside what is published; --publish puts it in place:\n{beside}")
+    return len(found) - same
+
+
+def _machines(records: Iterable[Path]) -> list[str]:
+    """The processors, each with its BLAS, that these records name; some have no record, or an old one."""
+    found = set()
+    for record in records:
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+            found.add("; ".join(json.loads(record.read_text(encoding="utf-8"))["made_on"].values()))
+    return sorted(found)
 
 
 def list_notebooks() -> int:
@@ -278,11 +346,11 @@ def list_notebooks() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 all well, 1 a notebook failed, 2 bad arguments."""
+    """The command line; returns the exit status: 0 all well, 1 a notebook failed or a check did, 2 bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m kfac_viz", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="notebooks with their questions, parameters, defaults and ranges")
-    make_them = commands.add_parser("figures", help="regenerate the figures that are missing or changed")
+    make_them = commands.add_parser("figures", help="make the figures again, and compare them with the published")
     make_them.add_argument("names", nargs="*", metavar="NAME", help="a notebook, its number or a part; default: all")
     make_them.add_argument("-p", nargs="+", action="extend", default=[], metavar="KEY=VALUE[,VALUE...]",
                            help="a parameter; several values make a grid; a list is written [12,12]")
@@ -290,6 +358,8 @@ def main(argv: list[str] | None = None) -> int:
                            help="how many notebooks at a time (default: %(default)s)")
     make_them.add_argument("--out", default=ROOT / "figures", metavar="DIR", help="default: figures/")
     make_them.add_argument("--force", action="store_true", help="also what is up to date")
+    make_them.add_argument("--publish", action="store_true", help="put in place what differs from what is published")
+    make_them.add_argument("--check", action="store_true", help="end with status 1 where a figure is not the same")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "figures" and arguments.jobs < 1:
@@ -308,5 +378,5 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{where}{mistake.strerror}. Files are written into the folder of --out.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted; what was finished is in place.", file=sys.stderr, flush=True)
+        print("\nInterrupted; what was finished is kept, and not made again.", file=sys.stderr, flush=True)
         os._exit(130)  # not waiting for the notebooks that run; their kernels end with this process

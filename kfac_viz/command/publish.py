@@ -1,7 +1,7 @@
-"""Files of notebooks reach their folder whole or not at all, and each is made once for what it depends on.
+"""Files of notebooks: each set is made once for what it depends on, in a folder of its own, and then put in place.
 
-A notebook never writes into the output folder itself: what it wrote is moved there when it has finished. Hidden in
-``DIR/.made`` lie the executed copies, a lock, and a stamp for each notebook that says what its files were made from.
+A notebook never writes into the output folder itself. Hidden in ``DIR/.made`` lie a lock, the executed copies, and for
+each notebook the set of files that it made last, with a stamp that says from what; a set is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,27 +11,30 @@ import html
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..show.files import move, put, sha256
+from ..show.files import PART, put, sha256
 
 try:
     import fcntl
 except ImportError:  # Windows: no lock there
     fcntl = None
 
+STAMP = "made.json"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Output:
     """The files of one notebook with one choice of values, and what they are made from.
 
     Attributes:
         stem: how their names begin.
         folder: where they lie, relative to the output folder.
-        inputs: all that they depend on, as JSON has it; ``inputs["notebook"]`` is the hash of the code.
+        inputs: all that they depend on, as JSON has it.
     """
 
     stem: str
@@ -43,30 +46,51 @@ class Output:
         return f"{self.folder}/{self.stem}".removeprefix("./")
 
     @property
-    def stamp(self) -> str:
-        return f".made/{self.name}.json"
+    def made(self) -> str:
+        """The folder of the set that was made last."""
+        return f".made/{self.name}"
 
     @property
     def copy(self) -> str:
         return f".made/{self.name}.ipynb"
 
     def why(self, out: Path) -> str:
-        """Why the files in ``out`` have to be made anew; empty where they need not."""
+        """Why the set has to be made anew; empty where it need not."""
         try:
-            stamp = json.loads((out / self.stamp).read_text(encoding="utf-8"))
+            stamp = json.loads((out / self.made / STAMP).read_text(encoding="utf-8"))
             changed = [key for key in self.inputs if self.inputs[key] != stamp["inputs"].get(key)]
             for name, digest in stamp["files"].items():
-                file = out / self.folder / name
+                file = out / self.made / name
                 if not file.is_file() or sha256(file.read_bytes()) != digest:
                     changed.append(name)
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return "not made here before"
         return f"{', '.join(changed)} changed" if changed else ""
 
+    def keep(self, scratch: Path, out: Path) -> None:
+        """Make what a notebook wrote into ``scratch`` the set that was made last.
+
+        Raises:
+            ValueError: it wrote nothing, or files of other names.
+        """
+        files = sorted(scratch.iterdir())
+        strange = [file.name for file in files if not (file.is_file() and file.name.startswith(self.stem))]
+        if strange or not files:
+            raise ValueError(f"It must write files whose names begin with {self.stem} into out_dir; "
+                             f"it wrote {', '.join(strange) or 'nothing'}.")
+        stamp = {"inputs": self.inputs, "files": {file.name: sha256(file.read_bytes()) for file in files}}
+        (scratch / STAMP).write_text(json.dumps(stamp, indent=2), encoding="utf-8")
+        shutil.rmtree(out / self.made, ignore_errors=True)
+        scratch.rename(out / self.made)  # from here on the set is there, whole
+
+    def files(self, out: Path) -> dict[str, bytes]:
+        """The set that was made last."""
+        return {file.name: file.read_bytes() for file in sorted((out / self.made).iterdir()) if file.name != STAMP}
+
 
 @contextlib.contextmanager
 def only_run_in(out: Path) -> Iterator[None]:
-    """Wait for other runs that write into ``out``, then finish or remove what a killed one left."""
+    """Wait for other runs that write into ``out``, then remove what a killed one left half made."""
     hidden = out / ".made"
     hidden.mkdir(parents=True, exist_ok=True)
     with open(hidden / "lock", "w") as lock:
@@ -76,46 +100,39 @@ def only_run_in(out: Path) -> Iterator[None]:
             except OSError:
                 print(f"Another run is writing into {out}; waiting for it.", flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        for finished in hidden.glob("ready-*"):
-            move(finished, out)
         for unfinished in hidden.glob("making-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
+        for unfinished in (*out.glob(f".*{PART}"), *out.glob(f"*=*/.*{PART}")):
+            unfinished.unlink(missing_ok=True)
         yield
 
 
-def publish(output: Output, made: Path, out: Path) -> None:
-    """Move what the notebook wrote under ``made`` into ``out``, with its stamp."""
-    files = sorted((made / output.folder).iterdir())
-    strange = [file.name for file in files if not (file.is_file() and file.name.startswith(output.stem))]
-    if strange or not files:
-        raise ValueError(f"It must write files whose names begin with {output.stem} into out_dir; "
-                         f"it wrote {', '.join(strange) or 'nothing'}.")
-    for file in files:
-        if file.suffix == ".json":
-            record = json.loads(file.read_text(encoding="utf-8"))
-            record["notebook"] = {"name": output.stem, "sha256_of_code": output.inputs["notebook"]}
-            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-            file.write_text(text, encoding="utf-8", newline="\n")
-    stamp = {"inputs": output.inputs, "files": {file.name: sha256(file.read_bytes()) for file in files}}
-    (made / output.stamp).parent.mkdir(parents=True, exist_ok=True)
-    (made / output.stamp).write_text(json.dumps(stamp, indent=2), encoding="utf-8")
-    # From this renaming on the set is complete: whoever comes next finishes the move if this process is killed.
-    move(made.rename(made.with_name(made.name.replace("making", "ready"))), out)
+def scratch_in(out: Path) -> Path:
+    """A new folder for one notebook to write into."""
+    return Path(tempfile.mkdtemp(prefix="making-", dir=out / ".made"))
+
+
+def lay_beside(outputs: list[Output], out: Path) -> Path:
+    """The folder in which these sets, and no others, lie beside the published ones."""
+    beside = out / ".made" / "differs"
+    shutil.rmtree(beside, ignore_errors=True)
+    for output in outputs:
+        put(output.files(out), beside)
+    return beside
 
 
 def write_gallery(out: Path) -> None:
     """README.md: every figure in ``out`` under its headline, with what it is of and links to its files."""
     text = "# The figures\n\nEach is made by the notebook of its name: `make figures`.\n"
-    told = {record.stem: json.loads(record.read_text(encoding="utf-8")).get("alt") for record in out.glob("*.json")}
-    if not any(told.values()):
-        return
-    for stem, words in sorted((stem, words) for stem, words in told.items() if words):
-        headline, _, rest = words.partition(". ")
-        where = rest.partition(". ")[0]
+    records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))}
+    told = {stem: record for stem, record in records.items() if {"headline", "where"} <= record.keys()}
+    for stem, record in told.items():
         files = ", ".join(f"[{kind.upper()}]({stem}.{kind})" for kind in ("svg", "csv", "json"))
-        text += f"\n## {headline}\n\n{where}.\n\n![{headline}]({stem}.png)\n\n"
+        text += f"\n## {record['headline']}\n\n{record['where']}.\n\n![{record['headline']}]({stem}.png)\n\n"
         text += f"[The notebook](../notebooks/{stem}.ipynb); {files}.\n"
-    put({"README.md": text.encode()}, out)
+    gallery = out / "README.md"
+    if told and not (gallery.is_file() and gallery.read_bytes() == text.encode()):
+        put({gallery.name: text.encode()}, out)
 
 
 def write_index(out: Path) -> None:

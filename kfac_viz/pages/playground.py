@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..parameters import check, number, read
-from ..show import METHODS, limit_of
+from ..show import METHODS, Tolerance, limit_of
 from ..show.files import folder, put
 from ..show.page import nearest, write_page
 from ..show.parts import frame
@@ -20,6 +20,12 @@ from ..studies.coarse_space import CEILING, FLOOR, ORDER, stretched
 SIZES = (0, 1, 2, 4, 8, 16)
 MOVING = (1000, 560)  # pixels of the moving picture
 TEMPLATE = Path(__file__).with_name("playground.html")
+TOLERANCES = {  # three digits are kept of most
+    "captured": Tolerance(absolute=1e-3),
+    "best": Tolerance(absolute=2e-3),
+    "errors": Tolerance(absolute=0.2),
+    "spectra": Tolerance(relative=1e-2),
+}
 
 
 def save_page(run: Callable[..., coarse_space.Result], name: str, out_dir: str | Path, **choices: Any) -> Path | None:
@@ -56,7 +62,7 @@ def save_page(run: Callable[..., coarse_space.Result], name: str, out_dir: str |
         "limits": [number(limit_of(column[0].missed), 2) for column in columns],
         "views": [[_view(result, correction, ranks) for result in column] for column in columns],
     }  # fmt: skip
-    return write_page(TEMPLATE, data, name, out)
+    return write_page(TEMPLATE, data, name, out, TOLERANCES)
 
 
 def save_moving(run: Callable[..., coarse_space.Result], name: str, out_dir: str | Path, **choices: Any) -> Path | None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..parameters import number
+from ..show import Tolerance
 from ..show.files import folder
 from ..show.page import address, nearest, write_page
 from ..studies import pde
@@ -18,6 +19,11 @@ from ..studies.pde import AXES, DECADES, EQUATIONS, LIVE, STYLES, run_of
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64)  # columns per layer
 EVERY = 4  # steps between two pictures
 TEMPLATE = Path(__file__).with_name("race.html")
+TOLERANCES = {  # as in the table; where two runs have parted, so have the pictures
+    "losses": pde.Result.tolerances["loss"],
+    "errors": pde.Result.tolerances["error"],
+    "fields": Tolerance(absolute=180),
+}
 
 
 def save_race(run: Callable[..., pde.Result], name: str, out_dir: str | Path, **choices: Any) -> Path | None:
@@ -49,7 +55,7 @@ def save_race(run: Callable[..., pde.Result], name: str, out_dir: str | Path, **
         "fields": {name: [_picture(np.log10(np.abs(x.field).clip(1e-16)), -DECADES, 0, "magma") for x in found]
                    for name, found in runs.items()},
     }  # fmt: skip
-    return write_page(TEMPLATE, data, name, out)
+    return write_page(TEMPLATE, data, name, out, TOLERANCES)
 
 
 def _picture(values: NDArray, low: float, high: float, palette: str, levels: int = 28) -> str:

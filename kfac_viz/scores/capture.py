@@ -64,7 +64,8 @@ def capture(
         fisher: ``"exact"`` (equal to the GGN for these likelihoods), ``"mc"`` (labels drawn from the model)
             or ``"empirical"``.
         samples: draws per example for ``"mc"``.
-        generator: source of those draws, on the model's device; a fresh one seeded with 0 by default.
+        generator: source of those draws, on the CPU, so that every device gets the same, or on the model's device, so
+            that nothing waits; by default a fresh one on the CPU, seeded with 0.
         layers: names of the layers to keep, or of the modules that hold them; all of them by default. Parameters
             that belong to no module of a known kind are left out where they are used otherwise than in sums of
             products, and a warning names them.
@@ -102,7 +103,7 @@ def capture(
             )
     if generator is not None:
         check_type("generator", generator, torch.Generator)
-        if generator.device.type != inputs[0].device.type:
+        if generator.device.type not in ("cpu", inputs[0].device.type):
             raise ValueError(f"The generator is on {generator.device}, the inputs are on {inputs[0].device}.")
     device = inputs[0].device
     with evaluation(model), same_random_state(device), own_precision(device):

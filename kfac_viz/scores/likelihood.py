@@ -107,21 +107,24 @@ def _exact(f: Tensor, likelihood: str) -> Tensor:
 
 
 def _sampled(f: Tensor, likelihood: str, samples: int, generator: torch.Generator | None) -> Tensor:
+    """Drawn where the generator is, and moved: one on the CPU gives the same draws for every device."""
     if generator is None:
-        generator = torch.Generator(f.device).manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
     N, R, C = f.shape
+    there = generator.device
     if likelihood == "categorical":
         p = f.softmax(-1)
         # NaN would stop multinomial, on a GPU for good; it stays in p, where the capture finds and names it.
-        labels = torch.multinomial(p.flatten(0, 1).nan_to_num(1.0), samples, replacement=True, generator=generator)
-        where = labels.T.reshape(samples, N, R, 1)
+        weights = p.flatten(0, 1).nan_to_num(1.0).to(there)
+        labels = torch.multinomial(weights, samples, replacement=True, generator=generator)
+        where = labels.T.reshape(samples, N, R, 1).to(f.device)
         vectors = p.repeat(samples, 1, 1, 1).scatter_add_(3, where, -p.new_ones(1).expand(where.shape))
     elif likelihood == "bernoulli":
         p = f.sigmoid()
-        draws = torch.rand((samples, N, R, C), dtype=f.dtype, device=f.device, generator=generator)
-        vectors = p - (draws < p).to(f.dtype)
+        draws = torch.rand((samples, N, R, C), dtype=f.dtype, device=there, generator=generator)
+        vectors = p - (draws.to(f.device) < p).to(f.dtype)
     else:
-        vectors = torch.randn((samples, N, R, C), dtype=f.dtype, device=f.device, generator=generator)
+        vectors = torch.randn((samples, N, R, C), dtype=f.dtype, device=there, generator=generator).to(f.device)
     return vectors / samples**0.5
 
 

@@ -6,8 +6,9 @@ from .maps import MapView, ratios
 from .parts import ColourBar, MatrixView, PairView, limit_of
 from .plot import Plot
 from .style import FAINT, INK, METHODS, MUTED, SPACES, Style, styled
+from .tolerance import Tolerance
 
 __all__ = [
     "FAINT", "INK", "METHODS", "MUTED", "SPACES", "ColourBar", "Curve", "CurveView", "MapView", "MatrixView",
-    "PairView", "Plot", "StepBars", "Style", "empty_line", "limit_of", "plain_numbers", "ratios", "styled",
+    "PairView", "Plot", "StepBars", "Style", "Tolerance", "empty_line", "limit_of", "plain_numbers", "ratios", "styled",
 ]  # fmt: skip

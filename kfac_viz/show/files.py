@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+PART = ".part"  # how a temporary name ends
 
 
 def folder(out_dir: str | Path | None) -> Path | None:
@@ -26,35 +26,31 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def put(contents: dict[str, bytes], out: Path) -> tuple[Path, ...]:
-    """Write files into ``out``, which is made if it is missing: each of them whole, a record last."""
+def put(contents: Mapping[str, bytes], out: Path) -> tuple[Path, ...]:
+    """Write files into ``out``, which is made if it is missing: the one way in which anything is published.
+
+    All are written under temporary names first, so that a full disk changes nothing. Records, the JSON files, are then
+    taken away, and come last: whatever stops this in between, a record stands only beside the files that it is of.
+
+    Raises:
+        ValueError: a folder stands where a file is to be written.
+        OSError: ``out`` cannot be written, or the disk is full.
+    """
+    refuse_folders(out / name for name in contents)
     out.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=out, prefix=".making-"))
+    temporary = {name: out / f".{name}.{os.getpid()}{PART}" for name in contents}
+    records = {name for name in contents if name.endswith(".json")}
     try:
         for name, data in contents.items():
-            (made / name).write_bytes(data)
-        move(made, out)
+            temporary[name].write_bytes(data)
+        for name in records:
+            (out / name).unlink(missing_ok=True)
+        for name in sorted(contents, key=lambda name: name in records):
+            os.replace(temporary[name], out / name)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        for part in temporary.values():
+            part.unlink(missing_ok=True)
     return tuple(out / name for name in contents)
-
-
-def move(ready: Path, out: Path) -> None:
-    """Replace the files in ``out`` by those of a complete tree.
-
-    Records, the JSON files, are taken away first and come last, stamps after all others: whatever stops this in
-    between, a record stands only beside the files that it was made with.
-    """
-    files = [file.relative_to(ready) for file in ready.rglob("*") if file.is_file()]
-    refuse_folders(out / file for file in files)
-    for file in files:
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-    records = {file for file in files if file.suffix == ".json"}
-    for record in records:
-        (out / record).unlink(missing_ok=True)
-    for file in sorted(files, key=lambda file: (file.parts[0] == ".made", file in records, file)):
-        os.replace(ready / file, out / file)
-    shutil.rmtree(ready)
 
 
 def refuse_folders(files: Iterable[Path]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .files import put
+from .tolerance import Tolerance
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -18,8 +20,16 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 
 
-def write_page(template: Path, data: dict[str, Any], name: str, out: Path) -> Path:
-    """Write NAME.html: ``template`` with the shared style and script, and ``data`` as JSON, in their places."""
+def write_page(
+    template: Path, data: dict[str, Any], name: str, out: Path, tolerances: Mapping[str, Tolerance]
+) -> Path:
+    """Write NAME.html: ``template`` with the shared style and script, and ``data`` as JSON, in their places.
+
+    Args:
+        tolerances: by a name among the data, how far what lies below it may be from the published page: numbers, and
+            the levels, of 255, of pictures. They are put among the data.
+    """
+    data = data | {"tolerances": {name: tolerance._asdict() for name, tolerance in tolerances.items()}}
     parts = {
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "script": (HERE / "page.js").read_text(encoding="utf-8"),

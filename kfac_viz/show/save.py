@@ -1,4 +1,4 @@
-"""Result and figure to files: SVG, PNG, a tidy CSV and a JSON that says where they come from."""
+"""Result and figure to files: SVG, PNG, a tidy CSV, and a JSON record of what they are and where they come from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
-from .files import folder, put
+from .files import folder, put, sha256
+from .machine import made_on
 from .style import rc
 
 if TYPE_CHECKING:
@@ -33,19 +34,25 @@ class Saved(NamedTuple):
 
 
 def save(figure: Figure, result: Any, name: str, out_dir: str | Path) -> Saved:
-    """Write NAME.svg, NAME.png, NAME.csv and NAME.json into ``out_dir``; the record, NAME.json, comes last.
+    """Write NAME.svg, NAME.png, NAME.csv and their record, NAME.json, into ``out_dir``: see :func:`.files.put`.
 
-    No date, path or duration enters the files, so the same numbers give the same bytes.
+    The record has the figure's ``headline`` and ``where``, its alternative text ``alt``, the ``parameters``, the
+    ``values`` and ``tolerances`` with which its table is compared, the SHA-256 of the other ``files``, the processor
+    and the BLAS that it was ``made_on``, and the ``versions`` of libraries. No date, path or duration enters any of
+    the files, so the same numbers give the same bytes.
 
     Args:
         figure: drawn from ``result``; its label says in words what it shows, and becomes the alternative text.
-        result: has ``parameters`` (plain values) and ``table()``, a data frame.
+        result: has ``parameters`` (plain values), ``headline``, ``where`` and ``table()``, a data frame; ``values``
+            names the columns of that table that are measured or computed, and ``tolerances`` says by quantity how far
+            these may be from the published ones (:class:`.tolerance.Tolerance`).
         name: stem of the files.
         out_dir: folder, made if it is missing; empty to write nothing, as when a notebook is only read.
 
     Raises:
         ValueError: the figure has no label, or a folder stands where a file is to be written.
         TypeError: ``out_dir`` is no name of a folder.
+        OSError: the folder cannot be written, or the disk is full; the files that are there stay as they are.
     """
     import matplotlib
 
@@ -53,18 +60,28 @@ def save(figure: Figure, result: Any, name: str, out_dir: str | Path) -> Saved:
     alt = str(figure.get_label()).strip()
     if not alt:
         raise ValueError("Every figure needs an alternative text: figure.set_label('what it shows').")
-    # Without build tags such as +cpu.
-    versions = {"kfac_viz": __version__} | {library: version(library).partition("+")[0] for library in LIBRARIES}
-    description = {"name": name, "alt": alt, "parameters": result.parameters, "versions": versions}
-    table = result.table().to_csv(index=False, float_format="%.4g", lineterminator="\n")
-    text = json.dumps(description, indent=2, ensure_ascii=False, default=list) + "\n"
     with matplotlib.rc_context(rc()):
         png = _render(figure, "png", {"Title": name, "Description": alt, "Software": None})
+        if out is None:
+            return Saved((), png, alt)
         svg = _render(figure, "svg", {"Title": name, "Description": alt, "Creator": None, "Date": None})
-    if out is None:
-        return Saved((), png, alt)
-    contents = {"svg": svg, "png": png, "csv": table.encode(), "json": text.encode()}
-    return Saved(put({f"{name}.{suffix}": data for suffix, data in contents.items()}, out), png, alt)
+    table = result.table().to_csv(index=False, float_format="%.4g", lineterminator="\n")
+    contents = {f"{name}.svg": svg, f"{name}.png": png, f"{name}.csv": table.encode()}
+    record = {
+        "name": name,
+        "headline": result.headline,
+        "where": result.where,
+        "alt": alt,
+        "parameters": result.parameters,
+        "values": result.values,
+        "tolerances": {quantity: tolerance._asdict() for quantity, tolerance in result.tolerances.items()},
+        "files": {file: sha256(data) for file, data in contents.items()},
+        "made_on": made_on(),
+        # Without build tags such as +cpu.
+        "versions": {"kfac_viz": __version__} | {name: version(name).partition("+")[0] for name in LIBRARIES},
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=list) + "\n"
+    return Saved(put(contents | {f"{name}.json": text.encode()}, out), png, alt)
 
 
 def _render(figure: Figure, format: str, metadata: dict[str, str | None]) -> bytes:

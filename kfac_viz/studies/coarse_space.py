@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +17,21 @@ from .. import KFAC, Damped, Diagonal, Fisher, Partition, TwoLevel, captured_dec
 from ..method.decompositions import eigvalsh
 from ..method.two_level import CORRECTIONS
 from ..parameters import Device, Examples, Range, Seed, Widths, check, number
-from ..show import FAINT, INK, METHODS, MUTED, SPACES, ColourBar, MatrixView, StepBars, limit_of, plain_numbers
+from ..show import (
+    FAINT,
+    INK,
+    METHODS,
+    MUTED,
+    SPACES,
+    ColourBar,
+    MatrixView,
+    StepBars,
+    Tolerance,
+    limit_of,
+    plain_numbers,
+)
 from .common.exercises import exercise
-from .common.result import rounded, share, stage
+from .common.result import PRECISION, SHARE, SHARES, rounded, share, stage
 from .common.setting import (
     Damping,
     Data,
@@ -54,6 +66,13 @@ class Captured:
         shares: of every direction, with K-FAC under "kfac" and two levels under the correction's name.
         T, gradient: the two-level preconditioner of the picture, and the gradient (P,) that it is applied to.
     """
+
+    values: ClassVar[tuple[str, ...]] = ("value",)
+    tolerances: ClassVar[Mapping[str, Tolerance]] = SHARES | {
+        "errors": SHARE,
+        "norm of block": Tolerance(relative=2e-3, absolute=1e-6),
+        "eigenvalue": Tolerance(relative=2e-3),
+    }
 
     parameters: dict[str, Any]
     partition: Partition
@@ -322,17 +341,17 @@ def _whitened(network: Setting, M: KFAC) -> tuple[Tensor, Tensor]:
 def _eigenvalues(S: Tensor) -> Tensor:
     """Of a symmetric matrix, ascending, to 4 digits."""
     values = eigvalsh(S, "The preconditioned matrix").cpu().numpy()
-    return torch.from_numpy(rounded(values.clip(1e-12 * values[-1])))
+    return torch.from_numpy(rounded(values.clip(PRECISION * values[-1])))
 
 
 def _without_noise(x: Tensor, scale: float) -> Tensor:
     """Zero where nothing but round-off is left, as where K-FAC is exact."""
-    return x if x.norm() > 1e-12 * scale else torch.zeros_like(x)
+    return x if x.norm() > PRECISION * scale else torch.zeros_like(x)
 
 
 def _share(x: float, of: float) -> float:
     """x / of, where nothing but round-off is nothing."""
-    return float(rounded(x / of)) if x > 1e-12 * of else 0.0
+    return float(rounded(x / of)) if x > PRECISION * of else 0.0
 
 
 # ---- the picture --------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import KFAC, CoarseSpace, Damped, Dense, Operator, TwoLevel, coarse, show, spectrum
 from ..method.decompositions import cholesky
-from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, Widths, check
-from ..show import FAINT, METHODS, SPACES, CurveView, plain_numbers
+from ..parameters import Device, Examples, Range, Repeats, Rtol, Seed, Steps, Widths, check
+from ..show import FAINT, METHODS, SPACES, CurveView, Tolerance, plain_numbers
 from .common.exercises import exercise
-from .common.result import Curve, Study, over_seeds, seeds, share
+from .common.result import COUNT, SHARES, Curve, Study, over_seeds, seeds, share
 from .common.setting import (
     Damping,
     Data,
@@ -41,6 +41,9 @@ class Result(Study):
     ``"none"`` for those without preconditioner. Size 0 is K-FAC.
     """
 
+    tolerances = SHARES | {"largest": Tolerance(relative=2e-3), "iterations": COUNT}
+
+
     @property
     def headline(self) -> str:
         sizes, quantities = self.parameters["sizes"], ("at_best_length", "captured")
@@ -62,7 +65,7 @@ def run(
     widths: Widths = (12, 12, 12),
     n: Examples = 500,
     steps: Steps = 0,
-    rtol: Tolerance = 1e-6,
+    rtol: Rtol = 1e-6,
     repeats: Repeats = 5,
     seed: Seed = 0,
     device: Device = "cpu",

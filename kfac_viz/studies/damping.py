@@ -13,9 +13,9 @@ from torch import Tensor
 from .. import KFAC, show
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..problems.toys import Problem
-from ..show import FAINT, INK, METHODS, CurveView, Style, plain_numbers
+from ..show import FAINT, INK, METHODS, CurveView, Style, Tolerance, plain_numbers
 from .common.exercises import crossing, exercise
-from .common.result import Curve, Study, by_key, curve, seeds
+from .common.result import PRECISION, SHARES, Curve, Study, by_key, curve, seeds
 from .common.setting import (
     DAMPINGS,
     OVER_DAMPINGS,
@@ -47,6 +47,16 @@ class Result(Study):
     in the last two. Series of a stage alone: ``spectrum`` (x: rank), ``dimension`` Σ d/(d + λ), and ``gradient``,
     ‖g‖/λ.
     """
+
+    tolerances = SHARES | {
+        "decrease": Tolerance(relative=5e-3, absolute=1e-3),
+        "ratio": Tolerance(relative=5e-3, absolute=5e-3),
+        "dimension": Tolerance(relative=2e-3),
+        "gradient": Tolerance(relative=2e-3),
+        "length": Tolerance(relative=2e-3),
+        "spectrum": Tolerance(relative=1e-2, absolute=100 * PRECISION),
+    }
+
 
     size: int  # P
 
@@ -99,7 +109,7 @@ def _measure(start: tuple, trained: tuple) -> dict[tuple[str, str], NDArray]:
     for stage, network in zip(STAGES, (start, trained), strict=True):
         s = setting(*network)
         d = s.F.eigen.d.flip(0).cpu().numpy()
-        found["spectrum", stage] = d = np.where(d < 1e-12 * d[0], 0, d)
+        found["spectrum", stage] = d = np.where(d < PRECISION * d[0], 0, d)
         found["dimension", stage] = (d / (d + COMPARED[:, None])).sum(1)
         found["gradient", stage] = float(s.g.norm()) / COMPARED
         for method in FOLLOWED:
@@ -147,8 +157,8 @@ class Plot(show.Plot):
         grids = (*upper.subgridspec(1, 3), *lower.subgridspec(1, 4))
         axes = [self.figure.add_subplot(place) for place in grids]
         self.spectrum = self.add(CurveView(
-            axes[0], STAGE, result.of("spectrum"), "Spectrum of F, and λ", x="rank", xlim=(0.9, 1.1 * result.size),
-            ylim=(1e-8, 100),
+            axes[0], STAGE, result.of("spectrum"), "Spectrum of F, and λ",
+            x="rank (triangle: less)", xlim=(0.9, 1.1 * result.size), ylim=(1e-8, 100),
         ))  # fmt: skip
         self.level = self.add(axes[0].axhline(1, color=INK, linewidth=0.9, alpha=0.6))
         curves = {  # series, title, ends and scale of the upright axis

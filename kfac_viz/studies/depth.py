@@ -28,12 +28,12 @@ from .. import (
 )
 from ..checkout import ROOT, check_checkout
 from ..method.decompositions import cholesky
-from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Tolerance, check, number
+from ..parameters import Device, Examples, Range, Repeats, Rtol, Seed, Steps, check, number
 from ..problems import toys as problems
-from ..show import FAINT, INK, METHODS, CurveView, MapView, Style, plain_numbers, styled
+from ..show import FAINT, INK, METHODS, CurveView, MapView, Style, Tolerance, plain_numbers, styled
 from .common.exercises import exercise
 from .common.measured import rows_of
-from .common.result import Curve, Study, banded, curve, rounded, seeds, share, stage
+from .common.result import COUNT, SHARES, Curve, Study, banded, curve, rounded, seeds, share, stage
 from .common.setting import Setting, all_shares, iterations, largest_eigenvalue, space
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ NETWORKS = {
     "digits4": "digits 4×4",
 }
 Network = Literal["planted_bn", "planted", "planted_bn_residual", "planted_residual", "digits4"]
-SHARES = Range(1e-5, 1e-1, log=True, steps=61)
+LAMBDAS = Range(1e-5, 1e-1, log=True, steps=61)
 MAPPED = ("none", "kfac", "leading, balanced")  # what the map over λ compares
 
 
@@ -83,6 +83,14 @@ class Result(Study):
         everywhere: the same curves by network, stage and λ: ``(data, steps, damping_share)``.
     """
 
+    tolerances = SHARES | {
+        "largest": Tolerance(relative=2e-3),
+        "layer_overlap": Tolerance(relative=2e-3),
+        "iterations": COUNT,
+        "above": COUNT,
+    }
+
+
     everywhere: Mapping[tuple[str, int, float], Mapping[tuple[str, str], Curve]]
 
     @property
@@ -111,7 +119,7 @@ class Result(Study):
 
 def run(
     *,
-    damping_share: Annotated[float, SHARES] = 1e-3,
+    damping_share: Annotated[float, LAMBDAS] = 1e-3,
     per_layer: Annotated[int, Range(1, 7)] = 4,
     layers: Annotated[tuple[int, ...], Range(2, 33)] = (2, 3, 5, 9, 17, 33),
     width: Annotated[int, Range(6, 16)] = 8,
@@ -119,10 +127,10 @@ def run(
     networks: Annotated[tuple[Network, ...], "compared at the start and after ``steps``."] = (
         "planted_bn", "planted", "planted_bn_residual", "planted_residual",
     ),
-    damping_shares: Annotated[tuple[float, ...], SHARES] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    damping_shares: Annotated[tuple[float, ...], LAMBDAS] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     n: Examples = 500,
     steps: Steps = 100,
-    rtol: Tolerance = 1e-6,
+    rtol: Rtol = 1e-6,
     repeats: Repeats = 5,
     measured: str = "../figures/benchmarks/depth.csv",
     seed: Seed = 0,

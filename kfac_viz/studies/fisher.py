@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .. import Diagonal, Fisher, Identity, Partition, nll, show
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Widths, check, number
 from ..problems.toys import Problem
-from ..show import FAINT, INK, METHODS, CurveView, MatrixView, Style, empty_line, limit_of
+from ..show import FAINT, INK, METHODS, CurveView, MatrixView, Style, Tolerance, empty_line, limit_of
 from .common.exercises import exercise
-from .common.result import Curve, Study, curve, rounded
+from .common.result import PRECISION, SHARE, SHARES, Curve, Study, curve, rounded
 from .common.setting import DAMPINGS, OVER_DAMPINGS, all_shares, at_best_length, chosen, first_network, setting, shares
 
 if TYPE_CHECKING:
@@ -43,6 +43,13 @@ class Result(Study):
     ``error`` over samples, ‖F̂ − F‖ / ‖F‖; ``captured`` and ``at_best_length`` over λ, see :func:`.setting.shares`;
     ``plane``, what its steps capture.
     """
+
+    tolerances = SHARES | {
+        "plane": SHARE,
+        "error": Tolerance(relative=2e-3),
+        "spectrum": Tolerance(relative=1e-2, absolute=10 * PRECISION),
+    }
+
 
     partition: Partition
     matrices: dict[str, Tensor]  # flavour: (P, P)
@@ -118,7 +125,7 @@ def _network(
     s = setting(*network)
 
     def draw(k: int, repeat: int) -> Fisher:
-        generator = torch.Generator(s.g.device).manual_seed(s.seed + 1000 * k + repeat)
+        generator = torch.Generator().manual_seed(s.seed + 1000 * k + repeat)
         return s.problem.capture("mc", samples=k, generator=generator)
 
     norm, largest = float(s.dense.norm()), float(s.F.eigen.d.max())
@@ -140,7 +147,7 @@ def _network(
     λs = DAMPINGS.positions[::2]
     for name, Fs in flavours.items():
         d = np.stack([F.eigen.d.flip(0).cpu().numpy() for F in Fs]) / largest
-        curves["spectrum", name] = curve(1 + np.arange(d.shape[1]), np.where(d < 1e-12, 0, d))
+        curves["spectrum", name] = curve(1 + np.arange(d.shape[1]), np.where(d < PRECISION, 0, d))
         found = np.array([[shares(s.F.damped(λ), s.g, F.damped(λ).solve(s.g)) for λ in λs] for F in Fs])
         curves["captured", name] = curve(λs, found[:, :, 0])
         curves["at_best_length", name] = curve(λs, found[:, :, 1])
@@ -152,7 +159,7 @@ def _plane(
 ) -> Plane:
     """Regression with one weight and one bias; the noise grows with x, so no point makes the model right."""
     problem = small_problem(likelihood, seed, device, weight=weight, bias=bias)
-    g, generator = problem.gradient(), torch.Generator(device).manual_seed(seed)
+    g, generator = problem.gradient(), torch.Generator().manual_seed(seed)
     F = {
         "exact": problem.capture(),
         "mc": problem.capture("mc", samples=samples, generator=generator),
@@ -246,7 +253,7 @@ class Plot(show.Plot):
             scale=("log", "linear"), **OVER_DAMPINGS,
         ))  # fmt: skip
         self.spectrum = self.add(CurveView(
-            bottom[3], FLAVOURS, result.of("spectrum"), "Spectra / λ_max(F)", x="rank",
+            bottom[3], FLAVOURS, result.of("spectrum"), "Spectra / λ_max(F)", x="rank (triangle: less)",
             xlim=(0.9, 1.1 * result.partition.size), ylim=(1e-10, 3),
         ))  # fmt: skip
         self.level = self.add(bottom[3].axhline(1, color=INK, linewidth=0.9, alpha=0.6))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import EKFAC, KFAC, BlockDiagonal, BlockTridiagonal, Fisher, KroneckerFisher, Partition, show
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, Widths, check, number
-from ..show import INK, METHODS, CurveView, MatrixView, PairView, Style, limit_of, plain_numbers
+from ..show import INK, METHODS, CurveView, MatrixView, PairView, Style, Tolerance, limit_of, plain_numbers
 from .common.exercises import crossing, exercise
-from .common.result import Curve, Study, curve, over_seeds, rounded, seeds
+from .common.result import SHARES, Curve, Study, curve, over_seeds, rounded, seeds
 from .common.setting import (
     DAMPINGS,
     OVER_DAMPINGS,
@@ -59,6 +59,14 @@ class Result(Study):
     ``captured`` over λ, series methods, ‖F + λI − M⁻¹‖ / ‖F‖ and what M g captures (:func:`.setting.shares`); ``lost``
     and ``misfit`` for the first seed, series pairs of layers such as 1–2, the entries of the two fields of that name.
     """
+
+    tolerances = SHARES | {
+        "error": Tolerance(relative=2e-3),
+        "piece": Tolerance(relative=2e-3, absolute=1e-5),
+        "lost": Tolerance(absolute=1e-4),
+        "misfit": Tolerance(absolute=1e-3),
+    }
+
 
     partition: Partition
     fisher: Tensor  # (P, P)
@@ -143,7 +151,7 @@ def _pieces(network: tuple, samples: int) -> list[float]:
 
 def _sampled(s: Setting, samples: int) -> Fisher:
     """The same network seen through labels drawn from it."""
-    return s.problem.capture("mc", samples=samples, generator=torch.Generator(s.g.device).manual_seed(s.seed))
+    return s.problem.capture("mc", samples=samples, generator=torch.Generator().manual_seed(s.seed))
 
 
 @lru_cache(maxsize=64)

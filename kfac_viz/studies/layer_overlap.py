@@ -14,9 +14,9 @@ import torch
 from .. import BlockDiagonal, Dense, Partition, show
 from ..method.decompositions import eigvalsh
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
-from ..show import INK, METHODS, CurveView, MapView, Style, plain_numbers
+from ..show import INK, METHODS, CurveView, MapView, Style, Tolerance, plain_numbers
 from .common.exercises import crossing, exercise
-from .common.result import Curve, Study, over_seeds, rounded, seeds
+from .common.result import SHARES, Curve, Study, over_seeds, rounded, seeds
 from .common.setting import DAMPINGS, OVER_DAMPINGS, Data, Setting, chosen, setting, shares
 
 if TYPE_CHECKING:
@@ -38,6 +38,13 @@ class Result(Study):
             ``H_l + H_m``, where λ is small 1 plus the cosine of the angle between what they can do to the outputs.
         layers: L.
     """
+
+    tolerances = SHARES | {
+        "layer_overlap": Tolerance(relative=2e-3),
+        "length": Tolerance(absolute=1e-3),
+        "inverse": Tolerance(absolute=1e-3),
+    }
+
 
     pairs: Mapping[str, NDArray]
     layers: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from .. import KFAC, TwoLevel, show
 from ..method.checks import evaluation
 from ..parameters import Device, Examples, Seed, Widths, check, number
 from ..scores.likelihood import checked_nll
-from ..show import FAINT, INK, METHODS, MUTED
+from ..show import FAINT, INK, METHODS, MUTED, Tolerance
 from .coarse_space import ORDER, Correction, Moments, PerLayer, Space, architecture, directions
 from .common.exercises import exercise
-from .common.result import rounded, share, stage
+from .common.result import SHARE, SHARES, rounded, share, stage
 from .common.setting import Damping, Data, Rule, Setting, chosen, setting, space
 
 if TYPE_CHECKING:
@@ -58,6 +58,13 @@ class Result:
         places: of every direction.
         network: the problem with its Fisher.
     """
+
+    values: ClassVar[tuple[str, ...]] = ("value",)
+    tolerances: ClassVar[Mapping[str, Tolerance]] = SHARES | {
+        "along": SHARE,
+        "astray": SHARE,
+        "gain": Tolerance(relative=5e-3, absolute=2e-3),
+    }
 
     parameters: dict[str, Any]
     partition: Partition

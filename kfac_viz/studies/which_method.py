@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from .. import show
 from ..parameters import number
-from ..show import MapView
+from ..show import MapView, Tolerance
 from . import published, training
 from .common.exercises import exercise
 from .common.measured import seeds_in
@@ -39,6 +39,9 @@ class Result:
         losses: median last losses by situation and method, where there is one.
         budgets: what every method of a situation had: steps, or seconds.
     """
+
+    values: ClassVar[tuple[str, ...]] = ("loss", "over best")
+    tolerances: ClassVar[Mapping[str, Tolerance]] = {}
 
     parameters: dict[str, Any]
     losses: Mapping[str, Mapping[str, float]]

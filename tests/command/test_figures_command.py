@@ -1,5 +1,7 @@
 """``python -m kfac_viz``, driven over tiny notebooks that do not import torch."""
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -29,7 +31,7 @@ time.sleep(pause)
 if x > 5:
     raise RuntimeError("too much")
 (folder / "01_twice.png").write_bytes(b"picture of %g" % (2 * x))
-(folder / "01_twice.json").write_text(json.dumps({"x": x, "words": words}))
+(folder / "01_twice.json").write_text(json.dumps({"x": x, "words": words, "values": ["twice"]}))
 """
 
 
@@ -90,8 +92,16 @@ def visible(folder: Path) -> set[str]:
     return {file.as_posix() for file in files if file.parts[0] != ".made"}
 
 
+def keep(job, out: Path, text: str) -> None:
+    """As if the notebook had written this text into each of its files."""
+    scratch = publish.scratch_in(out)
+    for name in FILES:
+        (scratch / name).write_text(text)
+    job.keep(scratch, out)
+
+
 FILES = {"01_twice.csv", "01_twice.json", "01_twice.png"}
-HIDDEN = {"lock", "01_twice.json", "01_twice.ipynb"}
+HIDDEN = {"lock", "01_twice", "01_twice.ipynb"}
 
 
 def test_makes_what_is_missing_or_changed_and_nothing_else(shelf, monkeypatch, capsys):
@@ -102,7 +112,6 @@ def test_makes_what_is_missing_or_changed_and_nothing_else(shelf, monkeypatch, c
     assert {file.name for file in (out / ".made").iterdir()} == HIDDEN
     record = json.loads((out / "01_twice.json").read_text())
     assert record["x"] == 1.0 and record["words"] == ["a", "b"]
-    assert record["notebook"]["name"] == "01_twice" and len(record["notebook"]["sha256_of_code"]) == 64
     first = {name: (out / name).read_bytes() for name in FILES}
 
     def why(*given):
@@ -125,11 +134,12 @@ def test_makes_what_is_missing_or_changed_and_nothing_else(shelf, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(cli, "version", lambda name: "1.0")
         assert why() == "versions changed"
-    (out / "01_twice.csv").write_text("altered")
+    made = out / ".made" / "01_twice"
+    (made / "01_twice.csv").write_text("altered")
     assert why() == "01_twice.csv changed"
-    (out / "01_twice.png").unlink()
+    (made / "01_twice.png").unlink()
     assert why() == "01_twice.csv, 01_twice.png changed"
-    (out / ".made" / "01_twice.json").write_text('{"half')
+    (made / publish.STAMP).write_text('{"half')
     assert why() == "not made here before"
 
     assert cli.main(["figures"]) == 0  # a fresh clone without pictures gets the same bytes
@@ -386,10 +396,7 @@ def test_killed_while_files_are_moved_the_next_run_finishes(shelf, no_kernel, mo
     out = shelf / "figures"
     (job,) = cli.plan([], [])
     with publish.only_run_in(out):
-        made = out / ".made" / "making-x"
-        made.mkdir()
-        for name in FILES:
-            (made / name).write_text("{}")
+        keep(job, out, "{}")
         moved = []
 
         def replace(source, target):
@@ -400,8 +407,8 @@ def test_killed_while_files_are_moved_the_next_run_finishes(shelf, no_kernel, mo
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "replace", replace)
-            publish.publish(job, made, out)
-    assert len(visible(out)) == 1 and job.why(out)
+            cli.settle(job, out, publish=False)
+    assert len(visible(out)) == 1
     assert cli.main(["figures"]) == 0  # without a kernel
     assert visible(out) == FILES and not job.why(out)
 
@@ -437,7 +444,7 @@ STAMPS = ["{}", "[]", "null", "3", '"x"', '{"inputs": []}', '{"inputs": {}, "fil
 @pytest.mark.parametrize("stamp", STAMPS, ids=lambda text: text[:30])
 def test_a_stamp_of_another_shape_means_not_made_before(shelf, stamp):
     (job,) = cli.plan([], [])
-    file = shelf / "figures" / job.stamp
+    file = shelf / "figures" / job.made / publish.STAMP
     file.parent.mkdir(parents=True)
     file.write_text(stamp)
     assert job.why(shelf / "figures")
@@ -468,7 +475,7 @@ def test_a_loop_of_links(shelf, no_kernel, capsys):
         assert "Files are written into the folder of --out." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["01_twice.png", "01_twice.json", *(f".made/{x}" for x in sorted(HIDDEN))])
+@pytest.mark.parametrize("name", ["01_twice.png", "01_twice.json", ".made/lock", ".made/01_twice.ipynb"])
 def test_an_output_replaced_by_a_folder_is_told_before_a_kernel_starts(shelf, no_kernel, name, capsys):
     (shelf / "figures" / name).mkdir(parents=True)
     assert cli.main(["figures"]) == 2
@@ -505,31 +512,117 @@ def test_a_record_stands_only_beside_its_own_files(shelf, monkeypatch, step):
 
     def make(text):
         with publish.only_run_in(out):
-            made = out / ".made" / f"making-{text}"
-            made.mkdir()
-            for name in FILES:
-                (made / name).write_text(json.dumps({"set": text}))
-            publish.publish(job, made, out)
+            keep(job, out, json.dumps({"headline": text}))
+            cli.settle(job, out, publish=True)
 
     def sets():
-        return [json.loads((out / file).read_text())["set"] for file in FILES if (out / file).exists()]
+        return [json.loads((out / file).read_text())["headline"] for file in FILES if (out / file).exists()]
 
     make("old")
     changes = []
 
     def until(change):
-        def changed(*arguments, **options):
+        def changed(path, *arguments, **options):
+            if str(path).endswith(".part") and change is unlink:  # a temporary file that is cleared away
+                return change(path, *arguments, **options)
             if len(changes) == step:
                 raise KeyboardInterrupt
-            changes.append(change(*arguments, **options))
+            changes.append(change(path, *arguments, **options))
 
         return changed
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    unlink = Path.unlink
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(os, "replace", until(os.replace))
-        patch.setattr(Path, "unlink", until(Path.unlink))
+        patch.setattr(Path, "unlink", until(unlink))
         make("new")
+    assert len(changes) == min(step, 4)  # the record goes, three files come
     assert (out / "01_twice.json").exists() <= (len(sets()) == 3 and len(set(sets())) == 1)
-    assert bool(job.why(out)) == (0 < step)
+    assert not job.why(out)
     with publish.only_run_in(out):  # the next run finishes it
-        assert sets() == ["new"] * 3 and not job.why(out)
+        cli.settle(job, out, publish=True)
+    assert sets() == ["new"] * 3 and not list(out.glob(".*part"))
+
+
+def publish_as(shelf: Path, twice: str) -> Path:
+    """Make the figure, and change the number in the published table."""
+    assert cli.main(["figures"]) == 0
+    table = shelf / "figures" / "01_twice.csv"
+    table.write_text(f"x,twice\n1.0,{twice}\n")
+    return table
+
+
+def test_what_differs_lies_beside_and_is_published_when_asked(shelf, capsys):
+    table, out = publish_as(shelf, "3.0"), shelf / "figures"
+    capsys.readouterr()
+    assert cli.main(["figures"]) == 0  # without a kernel: what was made is kept
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"0 made, 1 up to date, 0 failed: {out}"
+    assert "01_twice  differs: row 1.0, twice: 2.0 for 3.0" in said and "0 of 1 reproduced" in said
+    assert Path(said[-1]) == out / ".made" / "differs"
+    assert {file.name for file in Path(said[-1]).iterdir()} == FILES
+    assert table.read_text() == "x,twice\n1.0,3.0\n"
+    assert cli.main(["figures", "--check"]) == 1
+    capsys.readouterr()
+    assert cli.main(["figures", "--publish"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "0 of 1 reproduced; 1 put in place"
+    assert table.read_text() == "x,twice\n1.0,2.0\n" and not (out / ".made" / "differs").exists()
+    assert cli.main(["figures", "--check"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["01_twice  the same bytes", "1 of 1 reproduced"]
+
+
+def test_what_is_the_same_within_its_tolerance_leaves_the_published_files_alone(shelf, capsys):
+    table = publish_as(shelf, "2.001")
+    assert cli.main(["figures", "--publish", "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "the same within its tolerance: row 1.0, twice: 2.0 for 2.001, 50% of what is allowed" in said
+    assert said.endswith("1 of 1 reproduced\n") and table.read_text() == "x,twice\n1.0,2.001\n"
+
+
+def test_other_parameters_lie_beside_the_published_ones(shelf, capsys):
+    table = publish_as(shelf, "2.0")
+    assert cli.main(["figures", "-p", "x=3"]) == 0
+    assert "differs: row 3.0: a row for no such row; and 1 more" in capsys.readouterr().out
+    assert table.read_text() == "x,twice\n1.0,2.0\n"
+    assert (shelf / "figures/.made/differs/01_twice.csv").read_text() == "x,twice\n3.0,6.0\n"
+    assert cli.main(["figures", "-p", "x=3", "--publish"]) == 0
+    assert "These are not the published parameters" in capsys.readouterr().out
+    assert table.read_text() == "x,twice\n3.0,6.0\n"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_full_disk_or_a_folder_that_cannot_be_written_changes_nothing(shelf, monkeypatch, error, capsys):
+    publish_as(shelf, "3.0")
+    out = shelf / "figures"
+    before = {name: (out / name).read_bytes() for name in FILES}
+    write, written = Path.write_bytes, []
+
+    def refuse(path, data):
+        if path.parent == out:
+            written.append(path)
+            if len(written) == 2:
+                raise OSError(error, os.strerror(error), str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert cli.main(["figures", "--publish"]) == 1
+    said = capsys.readouterr().err
+    assert f"01_twice failed: [Errno {error}] {os.strerror(error)}" in said and str(out) in said
+    assert "what is published is as it was" in said
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+    assert visible(out) == FILES
+
+
+def test_a_notebook_that_fails_half_way_is_not_compared(shelf, monkeypatch, capsys):
+    table = publish_as(shelf, "3.0")
+    write_notebook(shelf / "notebooks" / "02_plain.ipynb", "seed = 0\nout_dir = None",
+                   "import pathlib\npathlib.Path(out_dir, '02_plain.txt').write_text('x')")  # fmt: skip
+    monkeypatch.setattr(cli, "notebooks", lambda: {"01_twice": run_twice, "02_plain": run_plain})
+    assert cli.main(["figures", "01", "02", "-p", "seed=3"]) == 0
+    capsys.readouterr()
+    path = shelf / "notebooks" / "01_twice.ipynb"
+    path.write_text(path.read_text().replace("x > 5", "x > 0"))
+    assert cli.main(["figures", "-p", "seed=3"]) == 1
+    said = capsys.readouterr().out
+    assert "02_plain  the same bytes" in said and "01_twice  " not in said and "1 of 1 reproduced" in said
+    assert table.read_text() == "x,twice\n1.0,3.0\n"

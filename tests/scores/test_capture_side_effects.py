@@ -6,7 +6,18 @@ import warnings
 
 import pytest
 import torch
-from helpers import DEVICES, ZOO, Residual, assert_close, batch_norm, exact_fisher, mlp, normal, targets_for
+from helpers import (
+    DEVICES,
+    LIKELIHOODS,
+    ZOO,
+    Residual,
+    assert_close,
+    batch_norm,
+    exact_fisher,
+    mlp,
+    normal,
+    targets_for,
+)
 from torch import nn
 
 import kfac_viz as kv
@@ -267,6 +278,20 @@ def test_sampling_takes_nothing_from_the_global_generator():
     first = run(*ZOO["tanh"].make(), "mc").dense()
     torch.manual_seed(99)
     assert torch.equal(run(*ZOO["tanh"].make(), "mc").dense(), first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_a_generator_on_the_cpu_draws_the_same_labels_for_every_device(likelihood, device):
+    outputs = normal(6, 4)
+    here, there = (
+        output_vectors(outputs.to(d), likelihood, "mc", samples=3, generator=torch.Generator().manual_seed(5))
+        for d in ("cpu", device)
+    )
+    assert there.device.type == device
+    assert_close(there.cpu(), here, 1e-14)
+    by_default = (output_vectors(outputs.to(d), likelihood, "mc", samples=3).cpu() for d in ("cpu", device))
+    assert_close(*by_default, 1e-14)
 
 
 def test_a_model_that_draws_in_eval_mode_does_not_move_the_callers_generator():

@@ -181,8 +181,7 @@ def test_the_notation_is_linked_from_the_first_cell(stem):
 @pytest.mark.parametrize("stem", [stem for stem in NOTEBOOKS if stem != "00_playground"])
 def test_the_published_figure_stands_in_the_first_cell(stem):
     record = json.loads((FOLDER.parent / "figures" / f"{stem}.json").read_text(encoding="utf-8"))
-    headline = record["alt"].split(". ")[0]
-    assert f"\n![{headline}](../figures/{stem}.png)\n" in read(stem).cells[0].source
+    assert f"\n![{record['headline']}](../figures/{stem}.png)\n" in read(stem).cells[0].source
     assert (FOLDER.parent / "figures" / f"{stem}.png").exists()
 
 

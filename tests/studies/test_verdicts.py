@@ -85,8 +85,8 @@ def test_the_ten_lines_print_what_stands_under_them(capsys):
 def test_the_gallery_has_every_figure_with_its_headline():
     text = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
     for record in (ROOT / "figures").glob("*.json"):
-        alt = json.loads(record.read_text(encoding="utf-8"))["alt"]
-        assert f"## {alt.split('. ')[0]}" in text and f"]({record.stem}.png)" in text
+        told = json.loads(record.read_text(encoding="utf-8"))
+        assert f"\n## {told['headline']}\n\n{told['where']}.\n" in text and f"]({record.stem}.png)" in text
         assert all(f"({record.stem}.{kind})" in text for kind in ("svg", "csv", "json"))
 
 

@@ -6,16 +6,22 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ...parameters import number
-from ...show import Curve
+from ...show import Curve, Tolerance
 
 if TYPE_CHECKING:
     import pandas
     from numpy.typing import ArrayLike, NDArray
+
+
+PRECISION = 1e-12  # of the largest number of its kind: what is smaller is rounding error, and clipped
+SHARE = Tolerance(absolute=1e-3)  # of a decrease whose best is 1
+SHARES = dict.fromkeys(("captured", "at_best_length", "at_layer_lengths"), SHARE)
+COUNT = Tolerance(absolute=1)  # one iteration, or one eigenvalue, more or less
 
 
 def curve(x: ArrayLike, seeds: ArrayLike | Sequence[Sequence[float]]) -> Curve:
@@ -79,7 +85,15 @@ def share(x: float) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A result made of curves: ``curves[quantity, series]``; subclasses add their headline, and what pictures need."""
+    """A result made of curves: ``curves[quantity, series]``; subclasses add their headline, and what pictures need.
+
+    Attributes:
+        values: the columns of the table that are computed; the others say of what.
+        tolerances: by quantity, how far its values may be from the published ones; elsewhere the last digit may differ.
+    """
+
+    values: ClassVar[tuple[str, ...]] = ("median", "low", "high")
+    tolerances: ClassVar[Mapping[str, Tolerance]] = {}
 
     parameters: dict[str, Any]
     curves: Mapping[tuple[str, str], Curve]

@@ -17,10 +17,10 @@ from ...method.two_level import CORRECTIONS
 from ...parameters import Device, Range, Seed, check, number
 from ...problems import equations
 from ...problems.equations import Equation
-from ...show import INK, METHODS, CurveView, MapView, Style, empty_line
+from ...show import INK, METHODS, CurveView, MapView, Style, Tolerance, empty_line
 from ..common.exercises import exercise
 from ..common.measured import TUNING_SEED, Run, grouped, loss_of, measured_rows
-from ..common.result import Curve, Study, curve, rounded
+from ..common.result import PRECISION, Curve, Study, curve, rounded
 from ..common.setting import Shares, all_shares
 from .descent import Method, columns, training
 
@@ -61,6 +61,20 @@ class Result(Study):
         cells: of the map.
         box: the ends of each coordinate.
     """
+
+    # One run with a line search is chaotic: the last bit of a sum decides how often a step is halved. Elsewhere single
+    # losses were 33 times apart; what is measured where the run has come to moves with it.
+    tolerances = {
+        "loss": Tolerance(relative=99),
+        "error": Tolerance(relative=19),
+        "eigenvalues": Tolerance(relative=9),
+        "captured": Tolerance(relative=9, absolute=0.3),
+        "at_best_length": Tolerance(absolute=0.3),
+        "at_layer_lengths": Tolerance(absolute=0.3),
+        "effective dimension": Tolerance(relative=0.2),
+        "layer overlap": Tolerance(relative=0.2),
+    }
+
 
     solution: NDArray
     fields: dict[str, NDArray]
@@ -250,7 +264,7 @@ def _spectra(at: Reached) -> tuple[dict[str, NDArray], float, tuple[int, int, in
     for name, operator in operators.items():
         inner = L.T @ operator.dense() @ L
         d = eigvalsh((inner + inner.T) / 2, "The preconditioned matrix").flip(0).cpu().numpy()
-        spectra[name] = d.clip(1e-12 * d[0])  # below that are rounding errors, zeros of Q A among them
+        spectra[name] = d.clip(PRECISION * d[0])  # the zeros of Q A are below that
     sizes = A.partition.size, len(build(at.kind).inputs), Z.size
     return spectra, float(rounded(damped.effective_dimension())), sizes
 
@@ -362,7 +376,7 @@ class Plot(show.Plot):
         ))  # fmt: skip
         self.eigenvalues = self.add(CurveView(
             self.figure.add_subplot(middle[1]), STYLES, result.of("eigenvalues"), "Eigenvalues, preconditioned",
-            x="rank", xlim=(1, P), ylim=(1e-6, 1e3), scale=both,
+            x="rank (triangle: less)", xlim=(1, P), ylim=(1e-6, 1e3), scale=both,
         ))  # fmt: skip
         CurveView(
             self.figure.add_subplot(middle[2]), STYLES, result.of("seconds"), "Loss over seconds, 64 columns",

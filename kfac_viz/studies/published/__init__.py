@@ -18,7 +18,7 @@ from ...problems.problem import ACTIVATIONS, Problem, multilayer_perceptron
 from ...show import METHODS, SPACES, CurveView, Style, plain_numbers, ratios
 from ..common.exercises import exercise
 from ..common.measured import Run, last_losses, loss_of, measured_runs, over_runs, seeds_in
-from ..common.result import Curve, Study, banded, curve, rounded
+from ..common.result import PRECISION, Curve, Study, banded, curve, rounded
 from .optimizer import FAULTS
 
 REGIMES = ("tanh, growing batch", "ReLU, batches of 1,000")
@@ -99,7 +99,7 @@ def run(
             shares = [[abs(float(row["coarse"])) for row in run] for run in runs if len(run) == len(runs[0])]
             if np.any(shares):
                 steps = [float(row["step"]) for row in runs[0]]
-                curves["coarse", method] = curve(steps, np.maximum(shares, 1e-12))
+                curves["coarse", method] = curve(steps, np.maximum(shares, PRECISION))
     for (regime, method), by_seed in large.items():
         curves[regime, method] = over_runs("seconds", by_seed.values())
     ends = {
@@ -250,8 +250,8 @@ class Plot(show.Plot):
         plain_numbers(loss.ax.yaxis, (0.03, 0.1, 0.3))
         shares = {name: c for name, c in result.of("coarse").items() if name in ("as published", "+ triangle", MENDED)}
         CurveView(
-            self.figure.add_subplot(above[1]), STYLES, shares, "What the coarse part adds to the slope", x="steps",
-            xlim=(0, last), ylim=(1e-10, 10), scale=("linear", "log"),
+            self.figure.add_subplot(above[1]), STYLES, shares, "What the coarse part adds to the slope",
+            x="steps (triangle: less)", xlim=(0, last), ylim=(1e-10, 10), scale=("linear", "log"),
         )  # fmt: skip
         self.legend(loss.lines.values(), 4)
         rows = {method: f"{told}: {result.lower[method][0]}" for method, told in ROWS.items() if method in result.lower}
