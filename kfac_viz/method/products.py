@@ -66,36 +66,32 @@ class Scores:
         small = size <= g.shape[-4] * self.N and lead * size**2 <= _CHUNK
         self._block = self._second_moment() if often and small and not self.single else None
 
-    def left(self, X: Tensor | None = None) -> Tensor:
-        """``E[S X Sᵀ]``, (..., out, out), for a symmetric X (..., features, features); None is the identity."""
+    def left(self, X: Tensor | None = None, *, root: Tensor | None = None) -> Tensor:
+        """``E[S X Sᵀ]``, (..., out, out), for a symmetric X (..., features, features), or ``root rootᵀ``; None is the
+        identity. With a root there is no cancellation, which an inverse suffers from, and all is semi-definite."""
         if self.single:
             a, g = self.a[..., 0, :], self.g[..., 0, :]
-            weights = ((a if X is None else a @ X) * a).sum(-1)
-            return _gram(g * weights[..., None, :, None], g, self.N)
+            weights = _form(a, X, root).sum(-1)
+            return (g * weights[..., None, :, None]).flatten(-3, -2).mT @ g.flatten(-3, -2) / self.N
         if self._block is not None:
+            X = _whole(X, root)
             if X is None:
                 return torch.einsum("...ojpj->...op", self._block)
             return torch.einsum("...ojpk,...jk->...op", self._block, X)
-        total = 0.0
-        for S in self._formed():
-            rows = (S if X is None else S @ X[..., None, :, :]).transpose(-3, -2).flatten(-2)
-            total = total + rows @ S.transpose(-3, -2).flatten(-2).mT
-        return total / self.N
+        return sum(_gram(S.mT, X, root) for S in self._formed()) / self.N
 
-    def right(self, Y: Tensor | None = None) -> Tensor:
-        """``E[Sᵀ Y S]``, (..., features, features), for a symmetric Y (..., out, out); None is the identity."""
+    def right(self, Y: Tensor | None = None, *, root: Tensor | None = None) -> Tensor:
+        """``E[Sᵀ Y S]``, (..., features, features), for Y (..., out, out), or its root, as in :meth:`left`."""
         if self.single:
             a, g = self.a[..., 0, :], self.g[..., 0, :]
-            weights = ((g if Y is None else g @ Y[..., None, :, :]) * g).sum((-3, -1))
+            weights = _form(g, *(Z if Z is None else Z[..., None, :, :] for Z in (Y, root))).sum((-3, -1))
             return (a * weights[..., None]).mT @ a / self.N
         if self._block is not None:
+            Y = _whole(Y, root)
             if Y is None:
                 return torch.einsum("...ojok->...jk", self._block)
             return torch.einsum("...ojpk,...op->...jk", self._block, Y)
-        total = 0.0
-        for S in self._formed():
-            total = total + S.flatten(-3, -2).mT @ (S if Y is None else Y[..., None, :, :] @ S).flatten(-3, -2)
-        return total / self.N
+        return sum(_gram(S, Y, root) for S in self._formed()) / self.N
 
     def _formed(self) -> Iterator[Tensor]:
         """All scores, (..., S·n, out, features) for n examples at a time."""
@@ -112,9 +108,24 @@ class Scores:
         return (sum(S.mT @ S for S in flat) / self.N).unflatten(-1, self.shape).unflatten(-3, self.shape)
 
 
-def _gram(left: Tensor, right: Tensor, N: int) -> Tensor:
-    """``Σ_{s,n} left rightᵀ / N`` for rows (..., S, N, out)."""
-    return left.flatten(-3, -2).mT @ right.flatten(-3, -2) / N
+def _form(x: Tensor, X: Tensor | None, root: Tensor | None) -> Tensor:
+    """Summands of ``xᵀ X x`` for rows x (..., n), (..., n)."""
+    if root is not None:
+        return (x @ root).square()
+    return x.square() if X is None else (x @ X) * x
+
+
+def _gram(S: Tensor, Y: Tensor | None, root: Tensor | None) -> Tensor:
+    """``Σ_r S_rᵀ Y S_r`` for matrices S (..., r, n, m) and Y (..., n, n), (..., m, m)."""
+    if root is not None:
+        half = (root.mT[..., None, :, :] @ S).flatten(-3, -2)
+        return half.mT @ half
+    return S.flatten(-3, -2).mT @ (S if Y is None else Y[..., None, :, :] @ S).flatten(-3, -2)
+
+
+def _whole(X: Tensor | None, root: Tensor | None) -> Tensor | None:
+    """The matrix that is asked for by itself or by its root."""
+    return X if root is None else root @ root.mT
 
 
 def product(rule: str, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,21 +167,20 @@ def square(A: Tensor) -> Tensor:
     return A.square().sum((-2, -1), keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
 
 
-def regularised_inverse(X: Tensor, floor: float) -> Tensor:
-    """``(X + r I)⁻¹ / rank`` with ``r = floor · tr X / n`` and ``rank = tr(X (X + r I)⁻¹)``, for X (..., n, n).
+def regularised_root(X: Tensor, floor: float) -> Tensor:
+    """C with ``C Cᵀ = (X + r I)⁻¹ / rank``, ``r = floor · tr X / n``, ``rank = tr(X (X + r I)⁻¹)``, for X (..., n, n).
 
     What a turn of the flip-flop takes from a running average, to which not every direction has contributed yet. By
-    Cholesky in double precision; the identity over ``tr X`` where round-off leaves none, and ``I / n`` where X is 0.
+    Cholesky in double precision; as if X were its mean eigenvalue where round-off leaves no factor, I if X is 0.
     """
     n, eye = X.shape[-1], torch.eye(X.shape[-1], dtype=torch.float64, device=X.device)
     trace = X.diagonal(0, -2, -1).sum(-1).double()[..., None, None]
-    alive = trace > 0
-    mean = torch.where(alive, trace / n, 1.0)
+    mean = torch.where(trace > 0, trace / n, 1.0)
     L, info = torch.linalg.cholesky_ex(X.double() / mean + floor * eye)
-    found = (info == 0)[..., None, None] & alive
-    inverse = torch.cholesky_inverse(torch.where(found, L, eye))
-    rank = torch.where(found, n - floor * inverse.diagonal(0, -2, -1).sum(-1)[..., None, None], n)
-    return (inverse / (mean * rank)).to(X)
+    found = (info == 0)[..., None, None] & (trace > 0)
+    root = torch.linalg.solve_triangular(torch.where(found, L, eye), eye, upper=False).mT
+    rank = torch.where(found, n - floor * root.square().sum((-2, -1), keepdim=True), n)
+    return (root / (mean * rank).sqrt()).to(X)
 
 
 def _nearest(scores: Scores, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,39 +195,46 @@ def _nearest(scores: Scores, A: Tensor) -> tuple[Tensor, Tensor]:
 
 def _flip_flop(scores: Scores, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The alternation from the identity on, in bases in which Shampoo's factors are the identity of their range."""
-    (B_G, in_G), (B_A, in_A) = whitening(L), whitening(R)
+    (B_G, in_G), (B_A, in_A) = _whitening(L), _whitening(R)
     rank_G, rank_A = (x.sum(-1).clamp_min(1)[..., None, None] for x in (in_G, in_A))
     A, last = unit_trace(R), None
     for _ in range(TURNS):
-        X, _ = _inverse(A, B_A, in_A)
-        G = scores.left(X) / rank_A
-        Y, low_G = _inverse(G, B_G, in_G)
-        A = unit_trace(scores.right(Y) / rank_G)
+        root, _ = _inverse_root(A, B_A, in_A)
+        root, low_G = _inverse_root(scores.left(root=root) / rank_A, B_G, in_G)
+        A = unit_trace(scores.right(root=root) / rank_G)
         seen = B_A.mT @ A @ B_A
         settled = _settled(seen, seen.new_zeros(()) if last is None else last)
         if settled.all():
             break
         last = seen
-    X, low_A = _inverse(A, B_A, in_A)
-    return A, scores.left(X) / rank_A, low_A | low_G | ~settled
+    root, low_A = _inverse_root(A, B_A, in_A)
+    G = scores.left(root=root) / rank_A
+    return _semidefinite(A), _semidefinite(G), low_A | low_G | ~settled
 
 
-def whitening(X: Tensor) -> tuple[Tensor, Tensor]:
-    """B (..., n, n) with ``Bᵀ X B = diag(range)``, and that range: 1 for each eigenvector that X has, 0 for others."""
+def _whitening(X: Tensor) -> tuple[Tensor, Tensor]:
+    """B (..., n, n) with ``Bᵀ X B = diag(range)``, and that range: 1 for each eigenvector of X whose eigenvalue is no
+    round-off, 0 for others."""
     d, U = eigenpairs(X, "A Kronecker factor")
-    within = d > 10 * X.shape[-1] * torch.finfo(X.dtype).eps * d[..., -1:]
+    within = d > torch.finfo(X.dtype).eps ** (2 / 3) * d[..., -1:]
     scale = torch.where(within, torch.where(within, d, 1.0).rsqrt(), 0.0)
     return U * scale[..., None, :], within.to(X.dtype)
 
 
-def _inverse(X: Tensor, B: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
-    """The pseudo-inverse of X on the range of B, and whether an eigenvalue of ``Bᵀ X B`` had to be raised to FLOOR."""
+def _inverse_root(X: Tensor, B: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+    """A root of the pseudo-inverse of X on the range of B, and whether an eigenvalue of ``Bᵀ X B`` had to be raised to
+    FLOOR."""
     seen = B.mT @ X @ B
     outside = (1.0 - within) * seen.diagonal(0, -2, -1).amax(-1, keepdim=True)  # which B removes again
     d, U = eigenpairs((seen + seen.mT) / 2 + outside.diag_embed(), "A Kronecker factor")
     least = FLOOR * d[..., -1:].clamp_min(torch.finfo(d.dtype).tiny)
-    C = B @ U
-    return (C / d.clamp_min(least)[..., None, :]) @ C.mT, (d < least).any(-1)
+    return B @ (U * d.clamp_min(least).rsqrt()[..., None, :]), (d < least).any(-1)
+
+
+def _semidefinite(X: Tensor) -> Tensor:
+    """X without the round-off of its eigenvalues below zero."""
+    d, U = eigenpairs((X + X.mT) / 2, "A Kronecker factor")
+    return (U * d.clamp_min(0)[..., None, :]) @ U.mT
 
 
 def _settled(X: Tensor, last: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.one_hot import OneHot, Rows, cat, dense, padded
 from ..method.partition import Partition
-from ..method.products import Scores, regularised_inverse, square, unit_trace
+from ..method.products import Scores, regularised_root, square, unit_trace
 
 
 @contextmanager
@@ -53,7 +53,7 @@ class RunningFactors:
 
     def __init__(self, decay: float, convention: str, rule: str = "kfac") -> None:
         self.decay, self.convention, self.rule = decay, convention, rule
-        self.inverses: dict[str, tuple[Tensor, Tensor]] = {}  # of A and G, over their ranks; for the rule "kl" alone
+        self.inverses: dict[str, tuple[Tensor, Tensor]] = {}  # roots for A and G, over ranks; for the rule "kl" alone
         self.A: dict[str, Tensor] = {}
         self.G: dict[str, Tensor] = {}
         self.weight: dict[str, float] = {}
@@ -85,18 +85,16 @@ class RunningFactors:
             return {name: (factors.A[l], factors.G[l]) for name, l in where.items()}
         found = {}
         for name, l in where.items():
-            scores, (X, Y) = Scores(F.a[l], F.g[l]), self._between(name)
-            A = scores.right(Y)
-            found[name] = A if self.rule == "shampoo" else unit_trace(A), scores.left(X)
+            scores = Scores(F.a[l], F.g[l])
+            if name in self.inverses:
+                for_G, for_A = self.inverses[name]
+                A, G = scores.right(root=for_A), scores.left(root=for_G)
+            elif self.rule == "nearest" and name in self.A:
+                A, G = scores.right(self.G[name]), scores.left(self.A[name] / square(self.A[name]))
+            else:
+                A, G = scores.right(), scores.left()
+            found[name] = A if self.rule == "shampoo" else unit_trace(A), G
         return found
-
-    def _between(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """X and Y of ``G = E[S X Sᵀ]`` and ``A ∝ E[Sᵀ Y S]``; None is the identity."""
-        if self.rule == "kl":
-            return self.inverses.get(name, (None, None))
-        if self.rule == "nearest" and name in self.A:
-            return self.A[name] / square(self.A[name]), self.G[name]
-        return None, None
 
     def renew_inverses(self) -> None:
         """Invert the running factors for the turns to come, if the rule needs it.
@@ -108,7 +106,7 @@ class RunningFactors:
             for name, weight in self.weight.items():
                 floor = max(1 / weight, torch.finfo(self.G[name].dtype).eps ** 0.5)
                 pair = (self.A[name], self.G[name])
-                self.inverses[name] = tuple(regularised_inverse(X, floor) for X in pair)
+                self.inverses[name] = tuple(regularised_root(X, floor) for X in pair)
 
     def factors(self, partition: Partition) -> KroneckerFactors:
         """The factors as :class:`KFAC` takes them, once a layer was seen; one that was never seen has zeros."""
