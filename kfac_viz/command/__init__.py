@@ -1,1 +1,1 @@
-"""The command line: lists the notebooks and regenerates their figures."""
+"""The command line: lists the notebooks and regenerates and compares their figures."""

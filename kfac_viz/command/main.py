@@ -1,7 +1,8 @@
 """``python -m kfac_viz``: list the notebooks, and regenerate their figures from parameters.
 
 A notebook ``notebooks/NAME.ipynb`` has one cell tagged ``parameters`` that assigns literals, ``out_dir`` among them,
-and writes files whose names begin with NAME into ``out_dir``. How they reach the output folder: :mod:`.show.publish`.
+and writes files whose names begin with NAME into ``out_dir``, a scratch folder. In ``figures/`` they are compared with
+what is published (:mod:`.command.compare`), and put in place where that is missing; elsewhere they are put in place.
 """
 
 import argparse
@@ -67,6 +68,10 @@ class Job(Output):
 
     notebook: Notebook
     values: dict[str, Any]
+
+    def is_published(self, out: Path) -> bool:
+        """Whether its place in ``out`` is that of a published figure, so that there is something to compare with."""
+        return self.folder == "." and out == ROOT / "figures"
 
 
 def inputs(notebook: Notebook, values: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +243,7 @@ def figures(arguments: argparse.Namespace) -> int:
     """Make what is missing or changed, compare it with what is published, and say what was found.
 
     Returns:
-        0 if all went well, 1 if a notebook failed, or with ``--check`` if a figure differs.
+        0 if all went well, 1 if a notebook failed, or with ``--check`` if a figure is not the same.
     """
     if strays := [word for word in arguments.p if "=" not in word[1:]]:  # may look like a part of a notebook's name
         raise ValueError(f"-p needs KEY=VALUE; got {strays[0]!r}. Names of notebooks stand before -p.")
@@ -247,6 +252,8 @@ def figures(arguments: argparse.Namespace) -> int:
     if not str(arguments.out).strip():
         raise ValueError("--out needs the name of a folder; got an empty one.")
     out = Path(os.path.realpath(arguments.out))  # unlike resolve, no error on a loop of links
+    if (arguments.publish or arguments.check) and not any(job.is_published(out) for job in jobs):
+        raise ValueError("--publish and --check are about the published figures, which neither a grid nor --out makes.")
     for job in jobs:
         refuse_folders([*(out / job.folder).glob(f"{job.stem}*"), *(out / name for name in (job.copy, "index.html"))])
     with only_run_in(out):
@@ -254,7 +261,7 @@ def figures(arguments: argparse.Namespace) -> int:
         todo = [job for job in jobs if reasons[job]]
         for job in todo:
             print(f"{job.name}: {reasons[job]}", flush=True)
-        failures, found = [], {}
+        failures, found = {}, {}
         there = _machines(out / f"{job.stem}.json" for job in jobs)
         up_to_date = ((job, "") for job in jobs if job not in todo)
         for job, error in itertools.chain(up_to_date, make(todo, out, arguments.jobs)):
@@ -263,15 +270,17 @@ def figures(arguments: argparse.Namespace) -> int:
                     raise ValueError(error)
                 found[job] = settle(job, out, arguments.publish)
             except ValueError as mistake:
-                failures.append(f"{job.name} failed: {mistake}")
+                failures[job] = f"{job.name} failed: {mistake}"
             except OSError as mistake:
-                failures.append(f"{job.name} failed: {mistake}; what is published is as it was")
+                failures[job] = f"{job.name} failed: {mistake}; what is published is as it was"
         if any(job.folder != "." for job in jobs):
             write_index(out)
         if out == ROOT / "figures":
             write_gallery(out)
-        print(f"{len(todo) - len(failures)} made, {len(jobs) - len(todo)} up to date, {len(failures)} failed: {out}")
-        print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
+        made = sum(job not in failures for job in todo)
+        kept = sum(job not in failures for job in jobs) - made
+        print(f"{made} made, {kept} up to date, {len(failures)} failed: {out}", flush=True)
+        print(*failures.values(), sep="\n", end="\n" * bool(failures), file=sys.stderr)
         compared = {job: finding for job, finding in found.items() if finding}
         missed = report(compared, out, there, arguments.publish) if compared else 0
     return bool(failures) or bool(missed and arguments.check)
@@ -286,7 +295,7 @@ def settle(job: Job, out: Path, publish: bool) -> Finding | None:
         OSError: it could not be put in place, and what was there is as it was.
     """
     made, there = job.files(out), out / job.folder
-    if out == ROOT / "figures" and job.folder == ".":
+    if job.is_published(out):
         finding = compare(made, there)
         if finding.verdict == NEW or (publish and finding.verdict == DIFFERS):
             put(made, there)
@@ -329,7 +338,7 @@ def _machines(records: Iterable[Path]) -> list[str]:
     """The processors, each with its BLAS, that these records name; some have no record, or an old one."""
     found = set()
     for record in records:
-        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             found.add("; ".join(json.loads(record.read_text(encoding="utf-8"))["made_on"].values()))
     return sorted(found)
 

@@ -124,8 +124,11 @@ def lay_beside(outputs: list[Output], out: Path) -> Path:
 def write_gallery(out: Path) -> None:
     """README.md: every figure in ``out`` under its headline, with what it is of and links to its files."""
     text = "# The figures\n\nEach is made by the notebook of its name: `make figures`.\n"
-    records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))}
-    told = {stem: record for stem, record in records.items() if {"headline", "where"} <= record.keys()}
+    told = {}
+    for file in sorted(out.glob("*.json")):
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):  # no such record
+            record = json.loads(file.read_bytes())
+            told[file.stem] = {name: record[name] for name in ("headline", "where")}
     for stem, record in told.items():
         files = ", ".join(f"[{kind.upper()}]({stem}.{kind})" for kind in ("svg", "csv", "json"))
         text += f"\n## {record['headline']}\n\n{record['where']}.\n\n![{record['headline']}]({stem}.png)\n\n"

@@ -188,6 +188,8 @@ def test_a_grid_makes_a_folder_each_and_a_failure_stops_nothing(shelf, tmp_path,
         (["02_thrice"], "02_thrice is none of 01_twice."),
         (["2"], "2 is none of 01_twice."),
         (["--jobs", "0"], "--jobs must be 1 or more"),
+        (["--publish", "--out", "elsewhere"], "--publish and --check are about the published figures"),
+        (["--check", "-p", "x=1,2"], "which neither a grid nor --out makes"),
     ],
 )
 def test_mistakes_are_told_before_a_kernel_starts(shelf, no_kernel, arguments, words, capsys):
@@ -611,6 +613,16 @@ def test_a_full_disk_or_a_folder_that_cannot_be_written_changes_nothing(shelf, m
     assert "what is published is as it was" in said
     assert {name: (out / name).read_bytes() for name in FILES} == before
     assert visible(out) == FILES
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"headline": 3}', "[" * 10**5])
+def test_a_published_record_that_is_none_differs_and_stops_nothing(shelf, text, capsys):
+    publish_as(shelf, "2.0")
+    (shelf / "figures" / "01_twice.json").write_text(text)
+    capsys.readouterr()
+    assert cli.main(["figures"]) == 0
+    said = capsys.readouterr()
+    assert "01_twice  differs: " in said.out and said.err == ""
 
 
 def test_a_notebook_that_fails_half_way_is_not_compared(shelf, monkeypatch, capsys):
