@@ -7,6 +7,7 @@ EXTRAS  := test,class,browser,site,published
 OLDEST  := .venv-oldest/bin/python
 QUICK   := kfac_viz/method kfac_viz/scores tests/method tests/test_one_page.py
 POOL    := 3
+TORCH   :=
 THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
@@ -77,22 +78,58 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-# The stamp holds the checkout's path: an editable install has to be renewed after a move.
-ifneq ($(shell $(PY) -c '' 2>/dev/null && cat .venv/ready 2>/dev/null),$(CURDIR))
+# On Linux TORCH=cpu and TORCH=cuda choose PyTorch's build. Without it the build in .venv stays; a new .venv gets cpu.
+# Elsewhere the package index has one build for each system. Sizes are those of Linux x86-64, of the pinned versions.
+CPU_INDEX  := https://download.pytorch.org/whl/cpu
+CPU_SIZE   := 0.2 GB
+CUDA_SIZE  := 2.8 GB
+OTHER_SIZE := 0.3 GB
+PROBE      := import torch; print("cuda" if torch.version.cuda else "cpu", torch.__version__.split("+")[0])
+
+ifneq ($(filter-out cpu cuda,$(TORCH))$(word 2,$(TORCH)),)
+$(error TORCH is cpu or cuda; got $(TORCH))
+endif
+
+# The stamp holds the checkout's path, as an editable install has to be renewed after a move, and PyTorch's build.
+STAMP := $(shell $(PY) -c '' 2>/dev/null && cat .venv/ready 2>/dev/null)
+ifneq ($(STAMP),$(CURDIR) $(or $(TORCH),$(lastword $(STAMP))))
 .PHONY: .venv/ready
 endif
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(FIND_PYTHON); \
-	echo "Setting up .venv with $$($$python -V); the first time this downloads PyTorch and takes some minutes."; \
 	rm -f $@; \
 	$(PY) -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv || exit 1; \
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' || { \
+	install() { $(PY) -m pip install --disable-pip-version-check -c constraints.txt "$$@"; }; \
+	pin() { sed -n "s/^$$1==//p" constraints.txt; }; \
+	there=$$($(PY) -c '$(PROBE)' 2>/dev/null); build=$(TORCH); build=$${build:-$${there%% *}}; build=$${build:-cpu}; \
+	echo "Setting up .venv with $$($(PY) -V). What is missing is downloaded: $(OTHER_SIZE) of packages beside PyTorch,"; \
+	if [ "$$there" = "$$build $$(pin torch)" ]; then \
+	    echo "and nothing of PyTorch: $$(pin torch), the $$build build, is there."; \
+	elif [ "$$(uname -s)" != Linux ]; then \
+	    echo "and PyTorch, at most $(CPU_SIZE)."; \
+	elif [ "$$build" = cuda ]; then \
+	    echo "and PyTorch's CUDA build with its libraries, $(CUDA_SIZE) (TORCH=cpu: $(CPU_SIZE))."; \
+	    install --no-deps "torch===$$(pin torch)" "torchvision===$$(pin torchvision)" || { \
+	        echo "PyTorch's CUDA build could not be installed from the package index (see above)." >&2; exit 1; }; \
+	else \
+	    echo "and PyTorch's CPU build, $(CPU_SIZE) (TORCH=cuda, for an NVIDIA GPU: $(CUDA_SIZE))."; \
+	    install --no-deps --force-reinstall --retries 1 --extra-index-url $(CPU_INDEX) \
+	        "torch==$$(pin torch)+cpu" torchvision || { \
+	        echo "PyTorch's CPU build could not be installed from $(CPU_INDEX) (see above)." >&2; \
+	        [ -z "$(TORCH)" ] || exit 1; \
+	        echo "The package index's build is taken instead: where that is the CUDA build, $(CUDA_SIZE)." >&2; }; \
+	fi; \
+	install -e '.[$(EXTRAS)]' || { \
 	    echo "The packages could not be installed (see above). They come from the Python package index:" \
 	    "check the network or the proxy, then run make again; it goes on where it stopped." >&2; exit 1; }; \
-	printf '%s\n' "$(CURDIR)" > $@
+	there=$$($(PY) -c '$(PROBE)') || exit 1; \
+	case "$$there" in "$(TORCH)"*) ;; *) \
+	    echo "There is no $(TORCH) build of PyTorch for this system here: .venv has the $${there%% *} build." >&2; exit 1;; \
+	esac; \
+	printf '%s\n' "$(CURDIR)" "$${there%% *}" > $@
 
-# On Python 3.11, the least one. pip takes a PyTorch that is there: a CPU build of that version may be put in first.
+# On Python 3.11, the least one, with the package index's PyTorch; pip takes a build of that version that is there.
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	@python="$${PYTHON:-python3.11}"; \
 	"$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info[:2] != (3, 11))' || { \

@@ -129,7 +129,7 @@ def network_of(network: str, n: int, seed: int, steps: int, device: str = "cpu")
         problem = _drawn(problems.attention(8, n, seed, device=device), seed)
     else:
         digits = problems.digits((), n, seed, device=device)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = nn.Sequential(
                 nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Tanh(),
                 nn.Flatten(), nn.Linear(32, 10),
@@ -143,12 +143,13 @@ def network_of(network: str, n: int, seed: int, steps: int, device: str = "cpu")
 def _drawn(problem: Problem, seed: int) -> Problem:
     """The problem, its weights and biases drawn anew in double precision, uniform in ±1/√inputs. In single precision,
     which modules take, the last bit depends on the processor, and training makes much of it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for module in problem.model.modules():
         own = list(module.parameters(recurse=False))
         inputs = max((p[0].numel() for p in own if p.ndim > 1), default=0)
         for p in own if inputs else ():
-            p.copy_((2 * torch.rand(p.shape, generator=generator, dtype=torch.float64) - 1) / inputs**0.5)
+            uniform = torch.rand(p.shape, generator=generator, dtype=torch.float64, device="cpu")
+            p.copy_((2 * uniform - 1) / inputs**0.5)
     return problem
 
 

@@ -431,9 +431,10 @@ class TestExplore:
         model, x = self.model().double(), torch.randn(20, 3).double()
         y = torch.arange(20) % 2 if likelihood == "categorical" else (torch.randn(20, 2) > 0).double()
         problem = kv.problems.Problem(model, x, y, likelihood)
+        panel = kv.explore(model, x, y, likelihood=likelihood, fisher=fisher, damping=0.1, per_layer=2)
         for coarse in ("spectral", "krylov", "optimal"):
-            panel = kv.explore(model, x, y, likelihood=likelihood, fisher=fisher, coarse=coarse, damping=0.1,
-                               per_layer=2)  # fmt: skip
+            panel.controls["coarse"].value = coarse
+            assert panel.error == "" and panel.result.parameters["coarse"] == coarse
             names = dict(kv=kv, model=model, inputs=x, targets=y)
             exec(panel.command, names)
             assert "g" not in names or torch.allclose(names["g"], problem.gradient(), rtol=1e-10, atol=1e-14)

@@ -262,7 +262,7 @@ def test_an_updated_plot_is_a_fresh_plot(name):
     np.testing.assert_array_equal(pixels(plot), pixels(fresh))
     assert (pixels(plot) != old).any()
     assert plot.figure.get_label() == fresh.figure.get_label()
-    assert not plot.fits(run(**SMALL | {"widths": (5, 4, 3)}, **first))
+    assert not plot.fits(run(**SMALL | {"widths": (5, 4, 3), "repeats": 1}, **first))
 
 
 def pixels(plot):

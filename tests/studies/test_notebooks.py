@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 import kfac_viz as kv
 from kfac_viz import parameters
@@ -86,16 +87,38 @@ def test_parameters_are_those_of_the_experiment(stem):
     assert parameters.check(NOTEBOOKS[stem].run, given) == parameters.check(NOTEBOOKS[stem].run, defaults)
 
 
-@pytest.mark.parametrize("stem", NOTEBOOKS)
-def test_runs_from_top_to_bottom(stem, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def kernel():
+    """A kernel of this environment, not the user's of the same name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+        manager, client = start_new_kernel(startup_timeout=120, kernel_name="python3")
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def execute(kernel, tmp_path):
+    """Executes a notebook in a folder. All take one kernel, whose imports cost most; none finds another's names."""
     import papermill
 
-    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not the user's of the same name
-    executed = papermill.execute_notebook(
-        FOLDER / f"{stem}.ipynb", tmp_path / "executed.ipynb", SMALL[stem] | {"out_dir": str(tmp_path / "out")},
-        kernel_name="python3", progress_bar=False, store_widget_state=False, cwd=FOLDER,
-        start_timeout=120, execution_timeout=300,
-    )  # fmt: skip
+    def execute(stem, folder=FOLDER, **values):
+        client = kernel.blocking_client()  # closed before papermill connects: two would have one identity
+        client.start_channels()
+        client.execute_interactive(f"%reset -f\n%cd -q {folder}", timeout=60)
+        client.stop_channels()
+        return papermill.execute_notebook(
+            FOLDER / f"{stem}.ipynb", tmp_path / "executed.ipynb", SMALL[stem] | values, kernel_name="python3",
+            progress_bar=False, store_widget_state=False, execution_timeout=300, km=kernel,
+        )  # fmt: skip
+
+    return execute
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_runs_from_top_to_bottom(stem, tmp_path, execute):
+    executed = execute(stem, out_dir=str(tmp_path / "out"))
     records = sorted((tmp_path / "out").glob("*.json"))
     assert len(records) == (stem != "00_playground"), "each figure is saved once; the playground writes its page"
     assert all(path.stat().st_size > 100 for path in (tmp_path / "out").iterdir())
@@ -150,27 +173,23 @@ def _is_checked(tree, keyword):
 def test_a_folder_that_papermill_took_for_a_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = kv.studies.fisher.run(widths=(4,), n=40, repeats=1)
+    figure = kv.studies.fisher.Plot.draw(result)
     for name in (2024, 0, False, 1.5):
         with pytest.raises(TypeError, match=f"name of a folder; got {name} of type .* -r out_dir {name} for papermill"):
-            kv.save(kv.studies.fisher.Plot.draw(result), result, "01_fisher", name)
+            kv.save(figure, result, "01_fisher", name)
         with pytest.raises(TypeError, match="name of a folder"):
             kv.pages.save_page(kv.studies.coarse_space.run, "00_playground", name)
     assert not list(tmp_path.iterdir())
-    assert not kv.save(kv.studies.fisher.Plot.draw(result), result, "01_fisher", None).paths
+    assert not kv.save(figure, result, "01_fisher", None).paths
 
 
-def test_a_notebook_that_is_run_by_hand_writes_nothing(tmp_path, monkeypatch):
-    import papermill
-
-    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+def test_a_notebook_that_is_run_by_hand_writes_nothing(tmp_path, execute):
     here = tmp_path / "checkout" / "notebooks"
     here.mkdir(parents=True)
-    executed = papermill.execute_notebook(
-        FOLDER / "00_playground.ipynb", tmp_path / "executed.ipynb", SMALL["00_playground"], kernel_name="python3",
-        progress_bar=False, store_widget_state=False, cwd=here, start_timeout=120, execution_timeout=300,
-    )  # fmt: skip
+    executed = execute("00_playground", folder=here)
     assert list((tmp_path / "checkout").rglob("*")) == [here]
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert not any(output.get("name") == "stderr" for output in outputs)  # the kernel would not repeat it elsewhere
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1  # the panel's
 
 
