@@ -110,15 +110,17 @@ class RunningFactors:
 
     def factors(self, partition: Partition) -> KroneckerFactors:
         """The factors as :class:`KFAC` takes them, once a layer was seen; one that was never seen has zeros."""
-        zeros = next(iter(self.A.values())).new_zeros
+        zeros, diagonal = next(iter(self.A.values())).new_zeros, self.rule == "kfac"  # of an embedding
         A = tuple(
-            self.A[x.name] if x.name in self.A else zeros(*x.axis, *[x.features] * (1 if x.table else 2)) + x.vector
+            self.A[x.name]
+            if x.name in self.A
+            else zeros(*x.axis, *[x.features] * (1 if x.table and diagonal else 2)) + x.vector
             for x in partition.layers
         )
         G = tuple(
             self.G[x.name] if x.name in self.G else zeros(*x.axis, *[x.unit[0]] * 2) for x in partition.layers
         )
-        return KroneckerFactors(partition, A if self.rule == "kfac" else tuple(map(unit_trace, A)), G)
+        return KroneckerFactors(partition, A if diagonal else tuple(map(unit_trace, A)), G)
 
 
 def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

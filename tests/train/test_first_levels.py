@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close, captured, mlp, normal
+from helpers import Model, assert_close, captured, mlp, normal
 from torch import nn
 
 import kfac_viz as kv
@@ -125,6 +125,26 @@ def test_the_optimizer_has_the_products_of_its_batch(rule):
         M = opt.preconditioner.M
     if rule != "kl":  # whose floor is another
         assert_close(M.dense(), kv.KFAC(F, 0.05, "factored", factors=rule).dense(), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Adam's steps", "ignore:Left out of")
+@pytest.mark.parametrize("rule", FACTORS)
+def test_layers_that_were_never_seen_do_not_move(rule):
+    """An embedding and a matrix that no batch has reached yet."""
+    model = Model(
+        lambda s, x: s.head(torch.tanh(s.inner(x))) if s.training else s.head(s.table((x[:, 0] > 0).long())),
+        inner=nn.Linear(4, 3), table=nn.Embedding(2, 3), spare=nn.Linear(3, 3), head=nn.Linear(3, 3),
+    ).double().train()  # fmt: skip
+    opt = kv.TwoLevelKFAC(model, likelihood="categorical", factors=rule, observe_every=1, refresh_every=1)
+    before = weights(model.table), weights(model.spare), weights(model.inner)
+    train(model, opt, 3)
+    after = weights(model.table), weights(model.spare), weights(model.inner)
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, True, False]
+    assert torch.isfinite(opt.preconditioner.M.dense()).all()
+    model.eval()
+    train(model, opt, 3, first=3)
+    assert not torch.equal(weights(model.table), before[0])
+    assert torch.isfinite(weights(model)).all()
 
 
 # ---- levels made of the captured vectors -------------------------------------------------------------
