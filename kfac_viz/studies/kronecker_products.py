@@ -18,7 +18,7 @@ from ..problems import Problem
 from ..show import INK, METHODS, CurveView, MatrixView, Tolerance, limit_of, plain_numbers
 from .common import batches
 from .common.exercises import exercise
-from .common.result import SHARE, SHARES, Study, by_key, curve, over_seeds, seeds, share, stage
+from .common.result import PRECISION, SHARE, SHARES, Study, by_key, curve, over_seeds, seeds, share, stage
 from .common.setting import Setting, all_shares
 
 DAMPINGS = Range(1e-5, 1.0, log=True, steps=51)
@@ -110,9 +110,9 @@ def run(
     places = [(network, n, s, steps, device) for s in seeds(p)]
     found = [_block(place, layer) for place in places]
     first = found[0]
-    ranks = range(1, len(first.matrices["block"]) + 1)
-    curves = over_seeds(ranks, (f.eigenvalues for f in found))
-    middles = [float(part.mean()) for part in np.array_split(np.array(ranks), GROUPS)]
+    size = len(first.matrices["block"])
+    middles = [float(part.mean()) for part in np.array_split(np.arange(1, size + 1), GROUPS)]
+    curves = over_seeds(ranks_of(size), (f.eigenvalues for f in found))
     curves |= over_seeds(middles, (f.too_long(damping) for f in found))
     curves |= over_seeds([steps], (f.errors for f in found))
     curves |= over_seeds(COMPARED, (f.divergences for f in found))
@@ -203,9 +203,15 @@ def _block(place: tuple, number_of: int) -> _Block:
     return _Block(rows, name, shown, eigenvalues, errors, divergences, along)
 
 
+def ranks_of(size: int) -> list[int]:
+    """The ranks at which eigenvalues are shown: a ratio apart, the first and the last included."""
+    return np.unique(np.geomspace(1, size, 24).round().astype(int)).tolist()
+
+
 def _descending(d: Tensor) -> list[float]:
-    """Eigenvalues from the largest on; what is round-off beside it, and would not be the same elsewhere, is 0."""
-    return torch.where(d > 1e-12 * d[-1], d, 0.0).flip(0).tolist()
+    """Eigenvalues at the ranks shown, the largest first; what is round-off beside it is 0."""
+    d = torch.where(d > PRECISION * d[-1], d, 0.0).flip(0).tolist()
+    return [d[rank - 1] for rank in ranks_of(len(d))]
 
 
 def divergence(d: Tensor, k: Tensor, seen: Tensor, damping: float) -> float:
