@@ -167,6 +167,7 @@ NETWORK = dict(widths=(4,), n=30)
 STUDIES = {
     "fisher": (studies.fisher.run, NETWORK | dict(repeats=1)),
     "kfac": (studies.kfac.run, NETWORK | dict(repeats=1, steps=1)),
+    "kronecker products": (studies.kronecker_products.run, dict(n=50, repeats=1, steps=1)),
     "damping": (studies.damping.run, NETWORK | dict(repeats=1, steps=1)),
     "two levels": (studies.two_levels.run, dict(local=8, subdomains=(2, 4), shown=3, clusters=(2, 5), n=50, repeats=1)),
     "coarse sizes": (studies.coarse_space_sizes.run, NETWORK | dict(sizes=(0, 1), repeats=1)),

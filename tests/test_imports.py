@@ -15,10 +15,10 @@ FILES = sorted(path for path in ROOT.rglob("*.py"))
 # Each may import those before it.
 METHOD = (
     "checks", "decompositions", "names", "one_hot", "stacks", "partition", "columns", "sample_space", "operator",
-    "kronecker", "fisher", "kronecker_fisher", "preconditioner", "kfac", "coarse", "two_level", "krylov",
+    "kronecker", "products", "fisher", "kronecker_fisher", "preconditioner", "kfac", "coarse", "two_level", "krylov",
 )  # fmt: skip
 SCORES = ("likelihood", "layers", "functions", "uses", "record", "witness", "capture")
-TRAIN = ("options", "layout", "plain", "statistics", "curvature", "state", "update", "step", "trial",
+TRAIN = ("options", "layout", "plain", "statistics", "curvature", "template", "state", "update", "step", "trial",
          "optimizer")  # fmt: skip
 CORE = tuple(f"{room}.{name}" for room, names in (("method", METHOD), ("scores", SCORES), ("train", TRAIN))
              for name in names)  # fmt: skip

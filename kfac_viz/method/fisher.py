@@ -15,6 +15,7 @@ from .kronecker import CONVENTIONS, KroneckerFactors
 from .one_hot import OneHot, Rows, cross, dense, numbers, padded
 from .operator import Image, Operator, ParameterSpace
 from .partition import Layer, Partition
+from .products import Scores, check_factors, product
 from .sample_space import SampleSpace
 from .stacks import Stacks
 
@@ -57,7 +58,7 @@ class Fisher(Operator):
         self.likelihood, self.flavour = likelihood, flavour
         self.S, self.N = self.g[0].shape[-4:-2]
         self.dtype, self.device = self.g[0].dtype, self.g[0].device
-        self._factors: dict[str, KroneckerFactors] = {}
+        self._factors: dict[tuple[str, str], KroneckerFactors] = {}
 
     def _check_vectors(self) -> None:
         """Refuse inputs and vectors whose shapes or kinds do not fit the layers and each other."""
@@ -284,15 +285,31 @@ class Fisher(Operator):
             rows.append((a.flatten(-3, -2), g.flatten(-4, -2)))
         return rows
 
-    def kronecker(self, convention: str = "expand") -> KroneckerFactors:
-        """The factors of every diagonal block, computed once and shared by all that is built from them."""
-        check_choice("convention", convention, CONVENTIONS)
-        if convention not in self._factors:
-            pairs = [kronecker_factors(a, g, self.swapped[members[0]], convention)
-                     for members, (a, g) in zip(self._stacks.groups, self.stacked, strict=True)]  # fmt: skip
+    def kronecker(self, convention: str = "expand", factors: str = "kfac") -> KroneckerFactors:
+        """The factors of every diagonal block, computed once and shared by all that is built from them.
+
+        Args:
+            convention: of K-FAC's factors for layers with positions; see :meth:`factors`.
+            factors: ``"kfac"``, or the rule of another product: :func:`kfac_viz.method.products.product`.
+
+        Raises:
+            ValueError: a convention other than ``"expand"`` with a rule that takes the scores as they are; an embedding
+                too large for a rule that needs its A as a matrix.
+        """
+        check_factors(factors, convention, self.partition.layers)
+        if (convention, factors) not in self._factors:
+            groups = list(zip(self._stacks.groups, self.stacked, strict=True))
+            if factors == "kfac":
+                pairs = [kronecker_factors(a, g, self.swapped[members[0]], convention) for members, (a, g) in groups]
+                without = ()
+            else:
+                found = [product(factors, Scores(a, g, often=factors != "shampoo")) for _, (a, g) in groups]
+                pairs = [(A, G) for A, G, _ in found]
+                which = self._stacks.scatter([x for _, _, x in found], 0)
+                without = tuple(name for name, x in zip(self.partition.names, which, strict=True) if bool(x.any()))
             A, G = (self._stacks.scatter(side, 2) for side in zip(*pairs, strict=True))
-            self._factors[convention] = KroneckerFactors(self.partition, tuple(A), tuple(G))
-        return self._factors[convention]
+            self._factors[convention, factors] = KroneckerFactors(self.partition, tuple(A), tuple(G), without)
+        return self._factors[convention, factors]
 
     def image(self, Z: CoarseSpace) -> ScoreImage:
         check_type("Z", Z, CoarseSpace)

@@ -36,12 +36,15 @@ class KFAC(Preconditioner):
         damping: λ.
         rule: ``"eigen"`` or ``"factored"``.
         convention: ``"expand"`` or ``"reduce"`` for layers used at several positions (Eschenhagen et al. 2023).
+        factors: which product stands for a block of F: ``"kfac"``, or ``"shampoo"``, ``"nearest"`` or ``"kl"``, see
+            :func:`kfac_viz.method.products.product`. λ enters after it, by either rule.
 
     Attributes:
         fallbacks: factors whose Cholesky failed by round-off, upon which all went through their eigenvectors.
 
     Raises:
-        ValueError: NaN or an indefinite factor, or λ = 0 where a layer is singular, each naming the layer.
+        ValueError: NaN or an indefinite factor, or λ = 0 where a layer is singular, each naming the layer; ``factors``
+            that do not fit (:meth:`Fisher.kronecker`), or that are asked for beside factors that are there already.
     """
 
     fallbacks = 0
@@ -52,10 +55,13 @@ class KFAC(Preconditioner):
         damping: float,
         rule: str = "eigen",
         convention: str = "expand",
+        factors: str = "kfac",
     ) -> None:
         check_type("F", F, Fisher, KroneckerFactors)
         self.rule = check_choice("rule", rule, RULES)
-        self.factors = F if isinstance(F, KroneckerFactors) else F.kronecker(convention)
+        if isinstance(F, KroneckerFactors) and factors != "kfac":
+            raise ValueError(f"factors={factors!r} are made of a Fisher; these Kronecker factors are there already.")
+        self.factors = F if isinstance(F, KroneckerFactors) else F.kronecker(convention, factors)
         self._init(self.factors, damping)
 
     def kronecker(self) -> KroneckerFactors:
@@ -143,12 +149,15 @@ class KFAC(Preconditioner):
 
 
 class EKFAC(KFAC):
-    """K-FAC's eigenbasis with the exact variances along it (George et al. 2018): never farther from F_ll."""
+    """K-FAC's eigenbasis with the exact variances along it (George et al. 2018): never farther from F_ll.
 
-    def __init__(self, F: Fisher, damping: float, convention: str = "expand") -> None:
+    With other ``factors`` the eigenbasis is theirs. SOAP takes that of ``"shampoo"`` (Vyas et al. 2025).
+    """
+
+    def __init__(self, F: Fisher, damping: float, convention: str = "expand", factors: str = "kfac") -> None:
         check_type("F", F, Fisher)
         self._F = F
-        super().__init__(F, damping, "eigen", convention)
+        super().__init__(F, damping, "eigen", convention, factors)
 
     def _moments(self) -> list[Tensor]:
         f = self.factors

@@ -26,11 +26,16 @@ class KroneckerFactors:
 
     An A that is a vector (features,) is a diagonal matrix: that of an embedding. A layer of several groups has a
     stack of both, (groups, …), and its block is that of each group, with zeros between them.
+
+    Attributes:
+        undetermined: layers whose scores have no nearest product in KL, so that its floor or its last turn decided
+            (:data:`.products.FLOOR`, :data:`.products.TURNS`); none under the other rules.
     """
 
     partition: Partition
     A: tuple[Tensor, ...]
     G: tuple[Tensor, ...]
+    undetermined: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_type("partition", self.partition, Partition)

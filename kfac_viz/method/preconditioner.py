@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_damping, check_type
+from .checks import check_damping, check_number, check_type
 from .decompositions import Eigenvalues, inverse, psd_eigens
 from .kronecker import KroneckerFactors
 from .operator import Operator, uncached_copy
@@ -38,14 +38,36 @@ class Preconditioner(Operator):
 
 
 class Identity(Preconditioner):
-    """``M = I``: plain gradient descent, whatever λ is."""
+    """``M = λ^-power I``: plain gradient descent for power 0, whatever λ is.
 
-    def __init__(self, operator: Operator, damping: float = 0.0) -> None:
+    With power 1 it is A⁻¹ where F is 0: the first level beside a coarse space that holds nearly all of F.
+    """
+
+    def __init__(self, operator: Operator, damping: float = 0.0, power: float = 0.0) -> None:
+        check_type("operator", operator, Operator)
+        self.power = check_number("power", power, 0.0, 1.0)
+        self._init(operator, damping)
+
+    def _damp(self, damping: float) -> None:
+        super()._damp(damping)
+        if self.power and not damping > torch.finfo(self.dtype).tiny:
+            raise ValueError(f"The identity over λ needs a damping above 0; got {damping:g}.")
+        self._weight = damping**-self.power if self.power else 1.0
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return v * self._weight
+
+
+class Nothing(Preconditioner):
+    """``M = 0``: no first level. Two levels are then the coarse one alone, ``Q r`` under every correction; what lies
+    outside the coarse space does not move."""
+
+    def __init__(self, operator: Operator, damping: float) -> None:
         check_type("operator", operator, Operator)
         self._init(operator, damping)
 
     def _apply(self, v: Tensor) -> Tensor:
-        return v.clone()
+        return torch.zeros_like(v)
 
 
 class Diagonal(Preconditioner):

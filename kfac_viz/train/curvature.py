@@ -11,10 +11,12 @@ from ..method import coarse as spaces
 from ..method.checks import warn
 from ..method.columns import CoarseSpace
 from ..method.fisher import Fisher
-from ..method.kfac import KFAC
+from ..method.kfac import EKFAC, KFAC
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.operator import Damped, uncached_copy
 from ..method.partition import Partition
+from ..method.preconditioner import BlockDiagonal, Diagonal, Identity, Nothing, Preconditioner
+from ..method.products import check_factors
 from ..method.two_level import TwoLevel
 from ..scores.capture import capture_layers
 from .options import Options
@@ -41,7 +43,7 @@ class RunningCurvature:
 
     def __init__(self, options: Options, partition: Partition) -> None:
         self.options, self.damping = options, float(options.damping)
-        self.factors = RunningFactors(options.decay, options.convention)
+        self.factors = RunningFactors(options.decay, options.convention, options.factors)
         self.window = Window(options.coarse_window, options.coarse_examples, options.decay)
         self.step = 0
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
@@ -49,6 +51,7 @@ class RunningCurvature:
 
     def set_partition(self, partition: Partition) -> None:
         """Take up other layers; factors are kept by name, captured vectors are not, and an observation is due."""
+        check_factors(self.options.factors, self.options.convention, partition.layers)
         self.partition = partition
         self.window.parts = []
         self._T: TwoLevel | None = None
@@ -107,13 +110,14 @@ class RunningCurvature:
             raise ValueError("No curvature yet: call observe(inputs) after loss.backward() and before step().")
         T, options = self._T, self.options
         if self._refresh_due:
-            M = KFAC(self.factors.factors(self.partition), self.damping, options.rule)
+            M = self._first_level()
             if T is None or options.coarse_every is None:
                 self._coarsen(M, gradient)
             else:
                 self._T = uncached_copy(T if T.damping == self.damping else T.with_damping(self.damping), M=M)
             self.counters["refreshes"] += 1
-            self.counters["fallbacks to eigenvalues"] += M.fallbacks
+            self.counters["fallbacks to eigenvalues"] += getattr(M, "fallbacks", 0)
+            self.factors.renew_inverses()
             self._built_at, self._stale = self.step, False
         elif T.damping != self.damping:
             self._T = T.with_damping(self.damping)
@@ -139,45 +143,69 @@ class RunningCurvature:
         """Whether so many steps have gone by, or something more was observed in the step of the last rebuild."""
         return self.step == last or self.step - last >= every
 
-    def _coarsen(self, M: KFAC, gradient: Callable[[], Tensor]) -> None:
+    def _first_level(self) -> Preconditioner:
+        """M as it is now: K-FAC has the averaged factors, all others have the vectors that A has."""
+        if self.options.first_level == "kfac":
+            return KFAC(self.factors.factors(self.partition), self.damping, self.options.rule)
+        return first_level_of(self.options, self.window.fisher(), self.damping)
+
+    def _coarsen(self, M: Preconditioner, gradient: Callable[[], Tensor]) -> None:
         A = self.window.fisher().damped(self.damping)
         Z = self._space(A, M, gradient)
         self._T = self._two_level(A, M, Z, lambda: self.window.kronecker(self.options.convention))
         self._coarse_at, self._coarse_stale = self.step, False
         self.counters["coarse refreshes"] += 1
 
-    def _two_level(self, A: Damped, M: KFAC, Z: CoarseSpace, kronecker: Callable[[], KroneckerFisher]) -> TwoLevel:
+    def _two_level(
+        self, A: Damped, M: Preconditioner, Z: CoarseSpace, kronecker: Callable[[], KroneckerFisher]
+    ) -> TwoLevel:
         """The levels together; where E cannot be made or inverted M alone, told once and counted."""
         try:
             E = kronecker().damped(A.damping) if self.options.coarse_operator == "kronecker" and Z.size else None
             return TwoLevel(A, M, Z, self.options.correction, coarse_operator=E)
         except ValueError as error:
+            if self.options.first_level == "none":  # without a coarse level nothing would move
+                raise
             if not self.counters["fallbacks to one level"]:
                 warn(f"The coarse level is left out until the next refresh: {error}")
             self.counters["fallbacks to one level"] += 1
             return TwoLevel(A, M, spaces.nicolaides(A, 0), self.options.correction)
 
-    def _space(self, A: Damped, M: KFAC, gradient: Callable[[], Tensor]) -> CoarseSpace:
+    def _space(self, A: Damped, M: Preconditioner, gradient: Callable[[], Tensor]) -> CoarseSpace:
         coarse, per_layer, total = self.options.coarse, self.options.per_layer, self.options.total
         if not self.options.columns:
             return spaces.nicolaides(A, 0)
         if coarse == "krylov":
             return spaces.krylov(A, M, gradient(), per_layer)
-        if coarse == "spectral":
-            few = self.options.rule == "factored"  # whose K-FAC needs no eigenvectors
-            of = M.factors.leading(self.options.columns) if few else M
-            return spaces.spectral(of, per_layer) if total is None else spaces.spectral(of, total=total)
-        return getattr(spaces, coarse)(M if coarse == "smooth" else A, per_layer)
+        if coarse not in ("spectral", "smooth"):
+            return getattr(spaces, coarse)(A, per_layer)
+        factors = M.factors if isinstance(M, KFAC) else self.factors.factors(self.partition)
+        if coarse == "smooth":
+            return spaces.smooth(factors, per_layer)
+        few = self.options.rule == "factored"  # whose K-FAC needs no eigenvectors
+        of = factors.leading(self.options.columns) if few else factors
+        return spaces.spectral(of, per_layer) if total is None else spaces.spectral(of, total=total)
 
     def __repr__(self) -> str:
         o = self.options
         columns = f"{o.columns}{' in all' * (o.total is not None)}"
         space = f"{o.coarse}-{columns} {o.correction}" if o.columns else "one level"
+        first = f"rule {o.rule}{f', factors {o.factors}' * (o.factors != 'kfac')}"
+        first = first if o.first_level == "kfac" else f"first level {o.first_level}"
         vectors = f"mc with {o.samples} labels per example" if o.fisher == "mc" else o.fisher
         window = f"{self.window.examples} examples of the last {self.window.batches} observed batches"
         every = (o.observe_every, o.refresh_every, o.coarse_every or o.refresh_every)
         return (
-            f"{self.partition}, {space}, rule {o.rule}, λ = {self.damping:.3g}\n"
+            f"{self.partition}, {first}, {space}, λ = {self.damping:.3g}\n"
             f"  curvature: {vectors}; A and E ({o.coarse_operator}) from at most {window}, decay "
             f"{o.decay:g}; observe, refresh, coarsen every {every} steps"
         )
+
+
+def first_level_of(options: Options, F: Fisher, damping: float) -> Preconditioner:
+    """M of the captured vectors F, for every first level but ``"kfac"``, which has averages."""
+    if options.first_level == "ekfac":
+        return EKFAC(F, damping, options.convention, options.factors)
+    if options.first_level == "identity":
+        return Identity(F, damping, power=1.0)
+    return {"blocks": BlockDiagonal, "diagonal": Diagonal, "none": Nothing}[options.first_level](F, damping)

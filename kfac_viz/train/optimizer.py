@@ -100,7 +100,12 @@ class TwoLevelKFAC(Optimizer):
         decay: weight of a batch against the next newer one in every average, of K-FAC's factors and of the batches in
             A; None is 0.95, and 0, the batch alone, with ``"line_search"``.
         damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
-        rule: ``"factored"`` (two products per layer) or ``"eigen"`` (four).
+        first_level: ``"kfac"``, of averaged factors; or made of the vectors that A holds, at each refresh, ``"ekfac"``,
+            exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; or ``"none"``, the coarse level alone.
+        factors: which Kronecker product K-FAC and EKFAC take for a block: ``"kfac"``, ``"shampoo"``, ``"nearest"`` or
+            ``"kl"`` (:func:`kfac_viz.method.products.product`). Each observation makes one turn of the alternation that
+            leads to the last two, against the running average of the other factor.
+        rule: of K-FAC's damping, ``"factored"`` (two products per layer) or ``"eigen"`` (four).
         coarse, per_layer: coarse space and its columns per layer, at most so many (a small layer gives what it
             has); ``per_layer=0`` is one-level K-FAC.
         total: columns of ``coarse="spectral"`` in all, in place of ``per_layer``: they go where the eigenvalues are.

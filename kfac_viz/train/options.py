@@ -14,10 +14,12 @@ from torch import Tensor
 from ..method.checks import check_choice, check_count, check_damping, check_number, check_seed, check_type
 from ..method.kfac import RULES
 from ..method.kronecker import CONVENTIONS
+from ..method.products import FACTORS, check_factors
 from ..method.two_level import CORRECTIONS
 from ..scores.likelihood import FLAVOURS, LIKELIHOODS
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
+FIRST_LEVELS = ("kfac", "ekfac", "blocks", "diagonal", "identity", "none")
 COARSE_OPERATORS = ("captured", "kronecker")
 USUAL = {  # what goes with each step rule where nothing else is asked for; a heavy ball destroys what a search gains
     "fixed": {"lr": 0.1, "momentum": 0.9, "decay": 0.95},
@@ -29,6 +31,8 @@ STEP_RULES = tuple(USUAL)
 
 _CHOICES = {
     "likelihood": LIKELIHOODS,
+    "first_level": FIRST_LEVELS,
+    "factors": FACTORS,
     "rule": RULES,
     "coarse": SPACES,
     "correction": CORRECTIONS,
@@ -52,6 +56,8 @@ class Options:
 
     likelihood: str
     damping: float = 0.1
+    first_level: str = "kfac"
+    factors: str = "kfac"
     rule: str = "factored"
     coarse: str = "spectral"
     per_layer: int = 0
@@ -76,6 +82,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        self._check_first_level()
         decay = self.usual("decay") if self.decay is None else self.decay
         checked: dict[str, Any] = {
             "damping": check_damping(self.damping),
@@ -94,6 +101,17 @@ class Options:
                 raise ValueError(f"total= spreads the columns of coarse='spectral'; {self.coarse!r} takes per_layer.")
         for name, value in checked.items():  # plain numbers, whatever kind they came as
             object.__setattr__(self, name, value)
+
+    def _check_first_level(self) -> None:
+        """Refuse what says something about another first level than this one."""
+        check_factors(self.factors, self.convention)
+        first = f"first_level={self.first_level!r}"
+        if self.factors != "kfac" and self.first_level not in ("kfac", "ekfac"):
+            raise ValueError(f"factors={self.factors!r} belong to first_level='kfac' or 'ekfac'; {first} has none.")
+        if self.first_level != "kfac" and self.coarse_every is not None:
+            raise ValueError(f"{first} is made of the vectors that A holds, together with it: leave out coarse_every.")
+        if self.first_level == "none" and not self.columns:
+            raise ValueError(f"{first} leaves the coarse level alone, and per_layer=0 has none: nothing would move.")
 
     @classmethod
     def read(cls, given: dict[str, Any]) -> Options:
@@ -122,7 +140,7 @@ class Options:
 
 NAMES = tuple(field.name for field in dataclasses.fields(Options))
 SHAPING = (
-    *("likelihood", "rule", "coarse", "per_layer", "total", "correction"),
+    *("likelihood", "first_level", "factors", "rule", "coarse", "per_layer", "total", "correction"),
     *("coarse_operator", "fisher", "samples", "convention"),
 )
 

@@ -19,7 +19,7 @@ from ..method.kronecker_fisher import KroneckerFisher
 from ..method.one_hot import OneHot, Rows
 from ..method.partition import Layer, Partition
 from ..method.two_level import TwoLevel
-from .curvature import RunningCurvature
+from .curvature import RunningCurvature, first_level_of
 from .layout import Layout
 from .options import SHAPING, Options, check_group
 from .plain import MOMENTS, no_moments
@@ -40,6 +40,7 @@ def saved(c: RunningCurvature) -> dict[str, Any]:
         "diagnostics": dict(c.counters),
         "marks": [c.observed_at, c._built_at, c._coarse_at, c._stale, c._coarse_stale],
         "factors": {name: [A, c.factors.G[name]] for name, A in c.factors.A.items()},
+        "inverses": {name: list(pair) for name, pair in c.factors.inverses.items()},
         "weights": dict(c.factors.weight),
         "newest": sorted(c.factors.newest),
         "window": [{"batch": part.batch, "N": part.N, **_vectors(part.F)} for part in c.window.parts],
@@ -50,8 +51,9 @@ def saved(c: RunningCurvature) -> dict[str, Any]:
 def _saved_levels(T: TwoLevel) -> dict[str, Any]:
     """The preconditioner of the last refresh, as :func:`_level` describes it."""
     columns = list(T.Z.blocks) if isinstance(T.Z, LocalSpace) else [list(pair) for pair in T.Z.factors]
-    levels = {"A": list(T.M.factors.A), "G": list(T.M.factors.G), **_vectors(T.A.operator)}
-    levels |= {"damping": T.damping, "space": T.Z.name, "columns": columns}
+    levels = {"damping": T.damping, "space": T.Z.name, "columns": columns, **_vectors(T.A.operator)}
+    if type(T.M) is KFAC:  # every other first level is made of the vectors
+        levels |= {"A": list(T.M.factors.A), "G": list(T.M.factors.G)}
     if not T.coarsens_A:  # its Kronecker model has weights in a as well; g is the same
         levels["kronecker a"] = _written(T.coarse_operator.operator.F.a)
     return levels
@@ -78,9 +80,9 @@ def _rows(x: Any) -> Any:
 VECTORS = {"a": [_rows], "g": [Array()], "swapped": [int]}
 
 
-def _curvature(partition: Partition, known: dict[str, Layer], factors: Any) -> dict[str, Any]:
-    """Of a running curvature of these layers; ``factors`` may be of former layers too, which have any shape."""
-    names = dict.fromkeys(factors) if isinstance(factors, dict) else {}
+def _curvature(partition: Partition, known: dict[str, Layer], state: dict[str, Any]) -> dict[str, Any]:
+    """Of a running curvature of these layers; its factors may be of former layers too, which have any shape."""
+    names, inverses = (list(x) if isinstance(x := state.get(key), dict) else [] for key in ("factors", "inverses"))
     return {
         "options": Each(lambda x: Maybe(str if isinstance(x, str) else int)),
         "damping": float,
@@ -88,10 +90,11 @@ def _curvature(partition: Partition, known: dict[str, Layer], factors: Any) -> d
         "diagnostics": Each(int),
         "marks": (Maybe(int), Maybe(int), Maybe(int), bool, bool),
         "factors": {name: _pair(known.get(name)) for name in names},
+        "inverses": {name: _pair(known.get(name)) for name in inverses},
         "weights": dict.fromkeys(names, float),
         "newest": [str],
         "window": [{"batch": int, "N": int} | VECTORS],
-        "level": Maybe(lambda level: _level(partition, level)),
+        "level": Maybe(lambda level: _level(partition, level, _first_level(state))),
     }
 
 
@@ -108,15 +111,22 @@ def _pair(layer: Layer | None) -> tuple[Any, Any]:
     return A, Array((*layer.axis, out, out))
 
 
-def _level(partition: Partition, level: Any) -> dict[str, Any]:
+def _first_level(state: dict[str, Any]) -> Any:
+    """That of the optimizer which was saved; once all had K-FAC."""
+    options = state.get("options")
+    return options.get("first_level", "kfac") if isinstance(options, dict) else "kfac"
+
+
+def _level(partition: Partition, level: Any, first_level: Any) -> dict[str, Any]:
     """Of both levels as they were at the last refresh."""
     found = level if isinstance(level, dict) else {}
     if found.get("space") == "krylov":
         columns = tuple(Array((layer.size, None)) for layer in partition.layers)
     else:
         columns = tuple((Array((layer.out, None)), Array((layer.features, None))) for layer in partition.layers)
-    A, G = zip(*map(_pair, partition.layers), strict=True)
-    template = {"A": A, "G": G, "damping": float, "space": str, "columns": columns} | VECTORS
+    template = {"damping": float, "space": str, "columns": columns} | VECTORS
+    if first_level == "kfac":
+        template |= dict(zip("AG", zip(*map(_pair, partition.layers), strict=True), strict=True))
     return template | ({"kronecker a": [_rows]} if "kronecker a" in found else {})
 
 
@@ -139,17 +149,22 @@ def restored(state: Any, options: Options, layers: Sequence[Layer], like: Tensor
         mine = {layer.name: list(layer.shape) for layer in layers}
         raise ValueError(f"The state belongs to layers {wanted}; this optimizer has {mine}.")
     partition = Partition(tuple(known[name] for name in wanted))
-    state = read(state, _curvature(partition, known, state.get("factors")), "curvature", like)
+    state = read(state, _curvature(partition, known, state), "curvature", like)
+
+    was = state["options"].get("factors", "kfac")
+    if was != options.factors and state["factors"]:
+        raise ValueError(f"The state has averages for factors={was!r}; this optimizer has factors={options.factors!r}.")
 
     new = RunningCurvature(options, partition)
     new.damping, new.step = check_damping(state["damping"], like.dtype), state["steps"]
     new.counters |= {name: n for name, n in state["diagnostics"].items() if name in new.counters}
     new.factors.A, new.factors.G = ({name: pair[i] for name, pair in state["factors"].items()} for i in (0, 1))
     new.factors.weight, new.factors.newest = state["weights"], set(state["newest"])
+    new.factors.inverses = {name: tuple(pair) for name, pair in state["inverses"].items()}
     for entry in state["window"]:
         F = _fisher(partition, entry, options, "a")
         new.window.parts.append(Part(entry["batch"], entry["N"], F.with_vectors(F.stacked)))
-    if state["level"] is not None:
+    if state["level"] is not None and _first_level(state) == options.first_level:  # else a refresh is due
         new._T = _restored_levels(new, state["level"])
     new.observed_at, built, coarsened, new._stale, new._coarse_stale = state["marks"]
     new._built_at, new._coarse_at = built or 0, coarsened or 0
@@ -173,20 +188,24 @@ def _of_this_version(state: Any) -> Any:
     uses = {"swapped": [0] * len(state.get("layers") or ())}
     window = [uses | part if isinstance(part, dict) else part for part in state.get("window") or ()]
     level = state.get("level")
-    return {"options": {}} | state | {"window": window, "level": uses | level if isinstance(level, dict) else level}
+    level = uses | level if isinstance(level, dict) else level
+    return {"options": {}, "inverses": {}} | state | {"window": window, "level": level}
 
 
 def _restored_levels(new: RunningCurvature, level: dict[str, Any]) -> TwoLevel:
     """The preconditioner of the last refresh."""
     options, partition = new.options, new.partition
-    M = KFAC(KroneckerFactors(partition, tuple(level["A"]), tuple(level["G"])), level["damping"], options.rule)
-    F = _fisher(partition, level, options, "a")
+    F, damping = _fisher(partition, level, options, "a"), level["damping"]
+    if options.first_level == "kfac":
+        M = KFAC(KroneckerFactors(partition, tuple(level["A"]), tuple(level["G"])), damping, options.rule)
+    else:
+        M = first_level_of(options, F, damping)
     if level["space"] == "krylov":
         Z = LocalSpace(partition, level["columns"], name="krylov")
     else:
         Z = RankOneSpace(partition, [tuple(pair) for pair in level["columns"]], name=level["space"])
     K = _fisher(partition, level, options, "kronecker a" if "kronecker a" in level else "a")
-    return new._two_level(F.damped(level["damping"]), M, Z, lambda: KroneckerFisher(K, options.convention))
+    return new._two_level(F.damped(damping), M, Z, lambda: KroneckerFisher(K, options.convention))
 
 
 def _fisher(partition: Partition, entry: dict[str, Any], options: Options, inputs: str) -> Fisher:

@@ -16,6 +16,7 @@ from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.one_hot import OneHot, Rows, cat, dense, padded
 from ..method.partition import Partition
+from ..method.products import Scores, regularised_root, square, unit_trace
 
 
 @contextmanager
@@ -42,11 +43,17 @@ class RunningFactors:
     """Exponential averages of every layer's factors, each example of a batch that is k batches old weighing
     ``decay**k``: a weighted mean, so that no start-up bias is left to correct.
 
+    K-FAC's and Shampoo's factors are moments of each batch, and are averaged. The two nearest products are found by an
+    alternation: each batch makes one turn of it, both factors at once, against the running average of the other factor;
+    that in KL against its inverse, as it was when :meth:`renew_inverses` was last called. The first turn starts from
+    the identity and gives Shampoo's factors. A is averaged with trace 1, so that the scale is in G alone.
+
     Tensors are replaced, never changed in place: a preconditioner may go on holding those it was built from.
     """
 
-    def __init__(self, decay: float, convention: str) -> None:
-        self.decay, self.convention = decay, convention
+    def __init__(self, decay: float, convention: str, rule: str = "kfac") -> None:
+        self.decay, self.convention, self.rule = decay, convention, rule
+        self.inverses: dict[str, tuple[Tensor, Tensor]] = {}  # roots for A and G, over ranks; for the rule "kl" alone
         self.A: dict[str, Tensor] = {}
         self.G: dict[str, Tensor] = {}
         self.weight: dict[str, float] = {}
@@ -54,16 +61,15 @@ class RunningFactors:
 
     def add(self, F: Fisher, seen: tuple[str, ...], *, same_batch: bool = False) -> None:
         """Take in the layers ``seen`` of F; ``same_batch`` for a further part of the newest batch."""
-        new = F.kronecker(self.convention)
+        new = self._new(F, seen)
         reached = self.newest if same_batch else set()
         before = {name: self.weight.get(name, 0.0) * (1.0 if name in reached else self.decay) for name in seen}
         layers_of_share = defaultdict(list)
         for name, w in before.items():
             layers_of_share[F.N / (w + F.N)].append(name)
         for share, names in layers_of_share.items():
-            where = [F.partition.index(name) for name in names]
-            for mine, theirs in ((self.A, new.A), (self.G, new.G)):
-                fresh = [theirs[l] for l in where]
+            for which, mine in enumerate((self.A, self.G)):
+                fresh = [new[name][which] for name in names]
                 if share < 1:  # one operation for all layers of one share, which mostly are all layers
                     pairs = [_alike(mine[name], X) for name, X in zip(names, fresh, strict=True)]
                     fresh = torch._foreach_lerp(*map(list, zip(*pairs, strict=True)), share)
@@ -71,17 +77,50 @@ class RunningFactors:
         self.weight.update({name: w + F.N for name, w in before.items()})
         self.newest = reached | set(seen)
 
+    def _new(self, F: Fisher, seen: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and G of a batch, for the layers that it has reached."""
+        where = {name: F.partition.index(name) for name in seen}
+        if self.rule == "kfac":
+            factors = F.kronecker(self.convention)
+            return {name: (factors.A[l], factors.G[l]) for name, l in where.items()}
+        found = {}
+        for name, l in where.items():
+            scores = Scores(F.a[l], F.g[l])
+            if name in self.inverses:
+                for_G, for_A = self.inverses[name]
+                A, G = scores.right(root=for_A), scores.left(root=for_G)
+            elif self.rule == "nearest" and name in self.A:
+                A, G = scores.right(self.G[name]), scores.left(self.A[name] / square(self.A[name]))
+            else:
+                A, G = scores.right(), scores.left()
+            found[name] = A if self.rule == "shampoo" else unit_trace(A), G
+        return found
+
+    def renew_inverses(self) -> None:
+        """Invert the running factors for the turns to come, if the rule needs it.
+
+        Eigenvalues are raised by a share of the mean one: that of one example in the average, or the root of the
+        dtype's precision if that is more. An average of few examples says nothing about most directions.
+        """
+        if self.rule == "kl":
+            for name, weight in self.weight.items():
+                floor = max(1 / weight, torch.finfo(self.G[name].dtype).eps ** 0.5)
+                pair = (self.A[name], self.G[name])
+                self.inverses[name] = tuple(regularised_root(X, floor) for X in pair)
+
     def factors(self, partition: Partition) -> KroneckerFactors:
-        """The factors as K-FAC takes them, once a layer was seen; one that was never seen has zeros."""
-        zeros = next(iter(self.A.values())).new_zeros
+        """The factors as :class:`KFAC` takes them, once a layer was seen; one that was never seen has zeros."""
+        zeros, diagonal = next(iter(self.A.values())).new_zeros, self.rule == "kfac"  # of an embedding
         A = tuple(
-            self.A[x.name] if x.name in self.A else zeros(*x.axis, *[x.features] * (1 if x.table else 2)) + x.vector
+            self.A[x.name]
+            if x.name in self.A
+            else zeros(*x.axis, *[x.features] * (1 if x.table and diagonal else 2)) + x.vector
             for x in partition.layers
         )
         G = tuple(
             self.G[x.name] if x.name in self.G else zeros(*x.axis, *[x.unit[0]] * 2) for x in partition.layers
         )
-        return KroneckerFactors(partition, A, G)
+        return KroneckerFactors(partition, A if diagonal else tuple(map(unit_trace, A)), G)
 
 
 def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,3 +130,21 @@ def test_one_product_is_theirs():
     F = kv.capture(model, inputs, likelihood="gaussian")
     v = normal(F.shape[0])
     assert_close((F @ v)[order], scale * (operator @ v[order]))
+
+
+@pytest.mark.parametrize("rule", ["shampoo", "nearest"])
+def test_products_are_those_of_their_blocks(rule):
+    """They have no other product than K-FAC's; this is the definition, on the blocks of their Gauss–Newton matrix."""
+    model, inputs = ZOO["conv"].make()
+    operator, order, scale = theirs(curvlinops.GGNLinearOperator, model, inputs, "categorical")
+    F = kv.capture(model, inputs, likelihood="categorical")
+    matrix = torch.empty(F.shape, dtype=torch.float64)
+    matrix[order[:, None], order] = scale * dense(operator)
+    for layer, s, K in zip(F.partition.layers, F.partition.slices, F.kronecker(factors=rule).blocks(), strict=True):
+        o, i = layer.shape
+        B = matrix[s, s].view(o, i, o, i)
+        L, R = torch.einsum("ojpj->op", B), torch.einsum("ojok->jk", B)
+        if rule == "nearest":
+            U, d, Vh = torch.linalg.svd(B.transpose(1, 2).reshape(o * o, i * i))
+            L, R = d[0] * U[:, 0].view(o, o), Vh[0].view(i, i)
+        assert_close(K, torch.kron(L, R) / (L.trace() if rule == "shampoo" else 1.0), 1e-6)

@@ -312,3 +312,53 @@ def test_levels_survive_pickling_and_copying():
     for twin in (pickle.loads(pickle.dumps(T)), copy.deepcopy(T)):
         assert torch.equal(twin @ g, T @ g) and torch.equal(twin.with_damping(1.0).dense(), T.with_damping(1.0).dense())
         assert torch.equal(kv.spectrum(twin.A, twin), kv.spectrum(A, T))
+
+
+# ---- any first level ---------------------------------------------------------------------------------
+
+FIRST_LEVELS = {
+    "diagonal": kv.Diagonal,
+    "blocks": kv.BlockDiagonal,
+    "ekfac": kv.EKFAC,
+    "shampoo": lambda F, λ: kv.KFAC(F, λ, factors="shampoo"),
+    "nearest, factored": lambda F, λ: kv.KFAC(F, λ, "factored", factors="nearest"),
+    "kl": lambda F, λ: kv.KFAC(F, λ, factors="kl"),
+    "identity": lambda F, λ: kv.Identity(F, λ, power=1.0),
+    "nothing": kv.Nothing,
+}
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("first", FIRST_LEVELS)
+def test_every_first_level_goes_with_the_damping(first, correction):
+    F, A, _, g = setting()
+    Z, build = kv.coarse.spectral(F, 2), FIRST_LEVELS[first]
+    T = kv.TwoLevel(A, build(F, 0.05), Z, correction)
+    for damping, moved in ((0.05, T), (0.3, T.with_damping(0.3))):
+        M = build(F, damping)
+        expected = written_out(F.damped(damping).dense(), M.dense(), Z.dense(), correction)
+        assert_close(moved.dense(), expected, 1e-10)
+        assert_close(moved @ g, expected @ g, 1e-10)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_without_a_first_level_the_coarse_one_is_alone(correction):
+    F, A, _, g = setting()
+    Z = kv.coarse.spectral(F, 2)
+    T = kv.TwoLevel(A, kv.Nothing(F, 0.05), Z, correction)
+    assert_close(T @ g, kv.CoarseCorrection(A, Z) @ g, 1e-12)
+
+
+def test_the_identity_over_the_damping_is_exact_where_the_coarse_space_has_all_of_f():
+    F, A, _, g = setting("one layer")
+    d, U = F.eigen
+    Z = kv.CoarseSpace(F.partition, U[:, d > 1e-12 * d[-1]])
+    assert_close(kv.TwoLevel(A, kv.Identity(F, 0.05, power=1.0), Z) @ g, A.solve(g), 1e-9)
+
+
+def test_the_identity_over_no_damping_is_refused():
+    F = captured("tanh")
+    with pytest.raises(ValueError, match="identity over λ needs a damping above 0"):
+        kv.Identity(F, 0.0, power=1.0)
+    with pytest.raises(ValueError, match="power must lie in"):
+        kv.Identity(F, 0.1, power=2.0)

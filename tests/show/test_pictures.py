@@ -21,6 +21,7 @@ NETWORK = dict(n=40, widths=(5, 4))
 PICTURES = {  # run, plot, parameters, and what a slider changes
     "fisher": (NETWORK | dict(repeats=2), dict(damping=0.1, weight=-1.0, samples=2)),
     "kfac": (NETWORK | dict(repeats=2, steps=3), dict(damping=0.1, steps=5)),
+    "kronecker_products": (dict(n=40, repeats=2, steps=3), dict(damping=0.1, steps=5)),
     "damping": (NETWORK | dict(repeats=2, steps=3), dict(damping=0.1, steps=5)),
     "two_levels": (
         dict(local=8, subdomains=(2, 4), shown=3, clusters=(2, 5), n=60, repeats=2), dict(damping=0.1, sweeps=3),

@@ -22,6 +22,7 @@ SMALL = {  # everything else as published
     "00_playground": NETWORK | dict(per_layer=2),
     "01_fisher": NETWORK | dict(repeats=1),
     "02_kfac": NETWORK | dict(repeats=1),
+    "03_kronecker_products": dict(n=50, steps=2, repeats=1),
     "04_damping": NETWORK | dict(repeats=1, steps=2),
     "05_two_levels": dict(local=8, subdomains=[2, 4], shown=3, clusters=[2, 5], n=60, repeats=1),
     "07_coarse_space": NETWORK | dict(per_layer=2),

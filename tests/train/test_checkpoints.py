@@ -280,10 +280,12 @@ def spoilt(value: Any) -> Iterator[Any]:
         yield from (3.5j, [], torch.ones(3))
 
 
-@pytest.mark.parametrize("coarse, operator", [("krylov", "captured"), ("spectral", "kronecker")])
-def test_a_template_reads_every_saved_value(coarse, operator):
+@pytest.mark.parametrize("options", [
+    {"coarse": "krylov"}, {"coarse_operator": "kronecker"}, {"factors": "kl"}, {"first_level": "diagonal"},
+], ids=str)  # fmt: skip
+def test_a_template_reads_every_saved_value(options):
     model = mixed()
-    opt = kv.TwoLevelKFAC(model, **OPTIONS, coarse=coarse, coarse_operator=operator)
+    opt = kv.TwoLevelKFAC(model, **OPTIONS | options)
     run(model, opt, 2)
     state = opened(opt.state_dict())
     before, found = str(state), list(leaves(state["curvature"]))
