@@ -27,7 +27,8 @@ Entry = dict[str, Any]
 FILE = "options.json"
 OF_A_GROUP = ("lr", "plain_lr", "momentum", "weight_decay", "maximize")
 OF_THE_COARSE_LEVEL = ("coarse", "total", "per_layer", "correction", "coarse_operator", "coarse_every")
-BEFORE: dict[str, Any] = {"factors": "kfac", "first_level": "kfac"}  # options that rows do not know yet, with the value that says what was done before
+# Options that rows do not know yet, with the value that says what was done before.
+BEFORE: dict[str, Any] = {"factors": "kfac", "first_level": "kfac"}
 GONE: dict[str, Any] = {"overshoot": "count"}  # options that are no more, with the value that says what is done now
 BESIDE = {  # what the optimizer does beside its curvature, where a model has it; no option names it
     "batch norm": "statistics of the batch held constant",
