@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import EKFAC, KFAC, BlockDiagonal, Diagonal, KroneckerFactors, Partition, problems, show
+from ..method.decompositions import psd_eigen
 from ..method.products import FACTORS, Scores, product
 from ..parameters import Device, Examples, Range, Repeats, Seed, Steps, check, number
 from ..problems import Problem
@@ -188,11 +189,10 @@ def _block(place: tuple, number_of: int) -> _Block:
     layer, B = F.partition.layers[l], F.block(l, l)
     products = {rule: f.blocks()[l] for rule, f in factors.items()}
     eigenvalues, errors, divergences, along = {}, {}, {}, {}
-    d = torch.linalg.eigvalsh(B).clamp_min(0)
+    d = psd_eigen(B, "The block").d
     eigenvalues["eigenvalue", "block"] = _descending(d)
     for rule, K in products.items():
-        k, U = torch.linalg.eigh(K)
-        k = k.clamp_min(0)
+        k, U = psd_eigen(K, f"The product by rule {rule!r}")
         eigenvalues["eigenvalue", rule] = _descending(k)
         errors["error", rule] = [float((B - K).norm() / B.norm())]
         along[rule] = k, (seen := ((B @ U) * U).sum(0))

@@ -210,13 +210,22 @@ def _restored_levels(new: RunningCurvature, level: dict[str, Any]) -> TwoLevel:
 
 def _fisher(partition: Partition, entry: dict[str, Any], options: Options, inputs: str) -> Fisher:
     """A Fisher from saved inputs and vectors, which it checks against each other and the layers."""
-    layers = partition.layers
-    a = [
-        OneHot(x["index"], x["value"], layer.features) if isinstance(x, dict) else x
-        for x, layer in zip(entry[inputs], layers, strict=False)
-    ]
+    a = [_inputs(x, layer) for x, layer in zip(entry[inputs], partition.layers, strict=False)]
     vectors = {"likelihood": options.likelihood, "flavour": options.fisher, "swapped": entry["swapped"]}
     return Fisher(partition, a, entry["g"], **vectors)
+
+
+def _inputs(x: Any, layer: Layer) -> Rows:
+    """What :func:`_written` wrote of one layer; refuses columns that it does not have."""
+    if not isinstance(x, dict):
+        return x
+    index, value = x["index"], x["value"]
+    fits = index.shape == value.shape
+    if fits and index.numel() and not index.is_meta:
+        fits = 0 <= int(index.min()) and int(index.max()) < layer.features
+    if not fits:
+        raise ValueError(f"The state's one-hot inputs of layer {layer.name!r} are not of {layer.features} columns.")
+    return OneHot(index, value, layer.features)
 
 
 def _warn_of_other_options(was: dict[str, Any], options: Options) -> None:
