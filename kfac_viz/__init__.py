@@ -24,6 +24,7 @@ from .method.partition import Partition
 from .method.preconditioner import BlockDiagonal, Diagonal, Identity, Preconditioner
 from .method.two_level import CoarseCorrection, TwoLevel
 from .scores.capture import capture
+from .scores.hessian import Hessian
 from .scores.layers import partition_of
 from .scores.likelihood import nll
 
@@ -46,9 +47,9 @@ _LAZY = {
 
 __all__ = [
     "BlockDiagonal", "BlockTridiagonal", "CoarseCorrection", "CoarseSpace", "Damped", "Dense", "Diagonal", "EKFAC",
-    "Fisher", "Identity", "KFAC", "KroneckerFactors", "KroneckerFisher", "Operator", "Partition", "Preconditioner",
-    "TwoLevel", "captured_decrease", "capture", "coarse", "condition_number", "exact_direction", "nll", "partition_of",
-    "pcg", "spectrum", *_LAZY,
+    "Fisher", "Hessian", "Identity", "KFAC", "KroneckerFactors", "KroneckerFisher", "Operator", "Partition",
+    "Preconditioner", "TwoLevel", "captured_decrease", "capture", "coarse", "condition_number", "exact_direction",
+    "nll", "partition_of", "pcg", "spectrum", *_LAZY,
 ]  # fmt: skip
 
 

@@ -17,7 +17,8 @@ METHOD = (
     "checks", "decompositions", "names", "one_hot", "stacks", "partition", "columns", "sample_space", "operator",
     "kronecker", "fisher", "kronecker_fisher", "preconditioner", "kfac", "coarse", "two_level", "krylov",
 )  # fmt: skip
-SCORES = ("likelihood", "layers", "functions", "uses", "record", "witness", "capture")
+SCORES = ("likelihood", "layers", "functions", "uses", "record", "witness", "capture", "loss",
+          "hessian")  # fmt: skip
 TRAIN = ("options", "layout", "plain", "statistics", "curvature", "state", "update", "step", "trial",
          "optimizer")  # fmt: skip
 CORE = tuple(f"{room}.{name}" for room, names in (("method", METHOD), ("scores", SCORES), ("train", TRAIN))

@@ -245,7 +245,8 @@ class Dense(Operator):
 
 
 class Damped(Operator):
-    """``A = B + λI``, the matrix of the system, with B positive semi-definite."""
+    """``A = B + λI``, the matrix of the system, with B positive semi-definite. Of an indefinite B, as a Hessian is, the
+    system is solved where λ exceeds the modulus of its smallest eigenvalue, and refused elsewhere."""
 
     def __init__(self, operator: Operator, damping: float) -> None:
         check_type("operator", operator, Operator)
@@ -284,6 +285,8 @@ class Damped(Operator):
         """``Σ d / (d + λ)`` over the eigenvalues d of B: how many directions the data decide, not λ."""
         self._check_above_zero("The effective dimension")
         d = self.operator.exact.eigenvalues
+        if d.min() < 0:
+            raise ValueError(f"{type(self.operator).__name__} is indefinite: no count of directions that data decide.")
         return float((d / (d + self.damping)).sum())
 
     def layer_overlap(self) -> float:

@@ -148,7 +148,7 @@ def observed(
         try:
             run = record(model, inputs, partition)
         except Exception:
-            _check_data(model, partition, inputs)  # NaN may be what it could not run on
+            check_data(model, partition, inputs)  # NaN may be what it could not run on
             raise
         silent = [name for name in run.unused if name in run.silent]
         if silent:
@@ -195,7 +195,7 @@ def observed(
 
 def _tell_what_is_wrong(model: nn.Module, inputs: tuple[Tensor, ...], run: Record, F: Fisher) -> None:
     """Raise the sentence for a Fisher with NaN, inf or an overflow, where it comes in."""
-    _check_data(model, run.partition, inputs)
+    check_data(model, run.partition, inputs)
     names = run.partition.names
     inputs_of = [numbers(a) for a in F.a]
     named_tensors = [(f"The inputs of layer {name!r}", a) for name, a in zip(names, inputs_of, strict=True)]
@@ -212,7 +212,7 @@ def _tell_what_is_wrong(model: nn.Module, inputs: tuple[Tensor, ...], run: Recor
     )
 
 
-def _check_data(model: nn.Module, partition: Partition, inputs: tuple[Tensor, ...]) -> None:
+def check_data(model: nn.Module, partition: Partition, inputs: tuple[Tensor, ...]) -> None:
     """Refuse NaN and inf in weights and inputs, by name."""
     for name, own in zip(partition.names, partition.own_parameters(model), strict=True):
         if not all(finite([p.detach() for p in own])):

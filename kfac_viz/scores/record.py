@@ -309,7 +309,7 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -
         Exception: whatever the model itself raises.
     """
     watch = Watch(model, partition)
-    with torch.enable_grad(), _eager(), watch:
+    with torch.enable_grad(), eager(), watch:
         outputs = model(*inputs)
     check_outputs(outputs)
     if not outputs.requires_grad and not watch.silent:
@@ -327,7 +327,7 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], partition: Partition) -
     )
 
 
-def _eager() -> AbstractContextManager:
+def eager() -> AbstractContextManager:
     """Compiled parts of a model run as they were written: inside of them nothing could be watched."""
     compiled = "torch._dynamo" in sys.modules  # else nothing has been compiled, and loading it takes seconds
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

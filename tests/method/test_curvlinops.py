@@ -67,6 +67,18 @@ def test_empirical_fisher_is_theirs(case):
 
 @pytest.mark.filterwarnings("ignore:Outside the Fisher")
 @pytest.mark.parametrize("likelihood", LOSSES)
+@pytest.mark.parametrize("case", ["tanh", "batch norm, dropout", "conv", "called twice"])
+def test_hessian_is_theirs(case, likelihood):
+    model, inputs = ZOO[case].make()
+    operator, order, scale = theirs(curvlinops.HessianLinearOperator, model, inputs, likelihood)
+    targets = targets_for(model(inputs), likelihood)
+    targets = targets.round() if likelihood == "bernoulli" else targets
+    H = kv.Hessian(model, inputs, targets, likelihood=likelihood).dense()
+    assert_close(H[order][:, order], scale * dense(operator), 1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:Outside the Fisher")
+@pytest.mark.parametrize("likelihood", LOSSES)
 @pytest.mark.parametrize(
     ("case", "convention"), [*((c, "expand") for c in CASES + SHARED), *((c, "reduce") for c in SHARED)]
 )
