@@ -129,10 +129,12 @@ def write_gallery(out: Path) -> None:
         with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):  # no such record
             record = json.loads(file.read_bytes())
             told[file.stem] = {name: record[name] for name in ("headline", "where")}
+    notebooks = sorted(path.stem for path in (out.parent / "notebooks").glob("*.ipynb"))
     for stem, record in told.items():
         files = ", ".join(f"[{kind.upper()}]({stem}.{kind})" for kind in ("svg", "csv", "json"))
         text += f"\n## {record['headline']}\n\n{record['where']}.\n\n![{record['headline']}]({stem}.png)\n\n"
-        text += f"[The notebook](../notebooks/{stem}.ipynb); {files}.\n"
+        notebook = next((name for name in notebooks if f"{stem}_".startswith(f"{name}_")), stem)  # it may have several
+        text += f"[The notebook](../notebooks/{notebook}.ipynb); {files}.\n"
     gallery = out / "README.md"
     if told and not (gallery.is_file() and gallery.read_bytes() == text.encode()):
         put({gallery.name: text.encode()}, out)

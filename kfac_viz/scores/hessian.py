@@ -101,7 +101,11 @@ class Hessian(Operator):
         return self._flat(dict(zip(self._leaves, found, strict=True)))
 
     def dense(self) -> Tensor:
-        """The matrix (P, P), from P products."""
+        """The matrix (P, P), from P products, which are made once."""
+        return self._matrix.clone()
+
+    @cached_property
+    def _matrix(self) -> Tensor:
         matrix = super().dense()
         return (matrix + matrix.mT).div_(2)  # the products round differently on the two sides
 
@@ -125,7 +129,7 @@ class Hessian(Operator):
     @cached_property
     def eigen(self) -> Eigen:
         """Dense eigendecomposition, computed once; eigenvalues of either sign."""
-        return eigh(self.dense(), "The Hessian")
+        return eigh(self._matrix, "The Hessian")
 
     def _probe(self, loss: Loss) -> None:
         """Refuse a gradient that cannot be differentiated, or not truly.

@@ -19,6 +19,7 @@ from . import (
     two_levels,
     which_method,
 )
+from . import hessian as hessian  # the second study of 01
 
 # The notebooks that can be regenerated, each with its study: the signature of ``run`` states the parameters.
 NOTEBOOKS: dict[str, ModuleType] = {

@@ -93,6 +93,20 @@ def test_negative_curvature_is_shown_and_no_system_is_solved_that_has_none():
         H.damped(enough).effective_dimension()
 
 
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_where_the_residual_term_is_zero(likelihood):
+    """In the last layer, in which the outputs are linear; without smooth activations in every layer by itself."""
+    for case in ("tanh", "relu, no bias", "one layer"):
+        model, inputs = ZOO[case].make()
+        targets = targets_for(model(inputs).detach(), likelihood)
+        H = kv.Hessian(model, inputs, targets, likelihood=likelihood)
+        F = kv.capture(model, inputs, likelihood=likelihood)
+        norms = H.partition.norms(H.dense() - F.dense()) / H.dense().norm()
+        assert norms[-1, -1] < 1e-14
+        assert bool((norms.diagonal() < 1e-14).all()) == (case != "tanh")
+        assert case == "one layer" or norms.max() > 0.1
+
+
 def attention():
     problem = kv.problems.attention(6, 5)
     return problem.model, problem.arguments, problem.targets

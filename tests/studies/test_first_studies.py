@@ -19,10 +19,11 @@ from kfac_viz.studies.kfac import PIECES, factored_excess, kronecker_blocks, spl
 SMALL = dict(n=40, widths=(5, 4), repeats=2)
 STUDIES = {
     "fisher": (kv.studies.fisher.run, dict(steps=3), dict(damping=0.1, weight=-1.0, samples=2)),
+    "hessian": (kv.studies.hessian.run, dict(steps=3), dict(damping=0.1, steps=5)),
     "kfac": (kv.studies.kfac.run, dict(steps=3), dict(damping=0.1, steps=5, samples=3)),
     "damping": (kv.studies.damping.run, dict(steps=3), dict(damping=0.1, steps=5)),
 }
-PLOTS = {"fisher": kv.studies.fisher.Plot, "kfac": kv.studies.kfac.Plot, "damping": kv.studies.damping.Plot}
+PLOTS = {name: getattr(kv.studies, name).Plot for name in STUDIES}
 PROBLEMS = {
     "digits": lambda: kv.problems.digits((6, 5), n=60, side=4).trained(20),
     "autoencoder": lambda: kv.problems.autoencoder((4,), n=40, side=4).trained(5),
@@ -172,6 +173,44 @@ def test_logistic_regression_finds_its_minimum():
     assert float(small_problem("bernoulli", 0, weight=weight, bias=bias).gradient().norm()) < 1e-3
 
 
+# ---- the Hessian -----------------------------------------------------------------------------------------
+
+
+def test_curves_of_the_hessian_are_what_they_say():
+    from kfac_viz.studies.hessian import COMPARED, MARGIN, MOMENTS
+
+    result = kv.studies.hessian.run(**SMALL | {"repeats": 1}, steps=10)
+    problem = kv.problems.digits((5, 4), n=40, side=4).trained(10)
+    F, E, g = problem.capture().dense(), problem.capture("empirical").dense(), problem.gradient()
+    now = float(problem.loss().detach())
+    H = kv.Hessian(problem.model, problem.inputs, problem.targets, likelihood=problem.likelihood).dense()
+    d, P = torch.linalg.eigvalsh(H), problem.partition
+    within = torch.block_diag(*(H[s, s] for s in P.slices))
+    blocks, at = torch.linalg.eigvalsh(within), MOMENTS.index(10)
+    apart = (H - F).square().sum() - sum((H - F)[s, s].square().sum() for s in P.slices)
+    expected = {
+        ("distance", "exact"): (H - F).norm() / H.norm(),
+        ("distance", "empirical"): (H - E).norm() / H.norm(),
+        ("negative", "hessian"): -d[d < 0].sum() / d.abs().sum(),
+        ("negative", "blocks"): -blocks[blocks < 0].sum() / blocks.abs().sum(),
+        ("between", "residual"): apart / (H - F).square().sum(),
+    }
+    for key, value in expected.items():
+        assert result.curves[key].y[at] == pytest.approx(float(value), rel=6e-4), key
+    assert float(-d[0]) > COMPARED[0]  # so that the Hessian lacks steps that the Fishers have
+    for name, B in (("exact", F), ("empirical", E), ("hessian", H)):
+        c = result.curves["decrease", name]
+        assert c.x[0] > (MARGIN * float(-d[0]) if name == "hessian" else 0) and c.x[-1] == COMPARED[-1]
+        assert len(c.x) == sum(λ > MARGIN * float(-d[0]) for λ in COMPARED) if name == "hessian" else len(COMPARED)
+        for λ, y in zip(c.x, c.y, strict=True):
+            step = torch.linalg.solve(B + λ * torch.eye(len(B), dtype=B.dtype), g)
+            assert y == pytest.approx(1 - loss_after(problem, step) / now, rel=1e-3, abs=1e-6)
+        assert result.curves["best", name].y[at] == c.y.max()
+        np.testing.assert_allclose(result.matrices[name], B, atol=1e-12)
+    seen = np.concatenate([-result.curves["spectrum", "negative"].y, result.curves["spectrum", "hessian"].y])
+    np.testing.assert_allclose(np.sort(seen[seen != 0]), d[d.abs() > 1e-9], rtol=1e-3)
+
+
 # ---- damping ---------------------------------------------------------------------------------------------
 
 
@@ -229,7 +268,7 @@ def test_networks_that_are_too_large_or_have_no_width_are_refused(name):
     run = STUDIES[name][0]
     with pytest.raises(ValueError, match="at most 2500"):
         run(data="digits8", widths=(64,), n=20)
-    if name != "fisher":
+    if name not in ("fisher", "hessian"):
         with pytest.raises(ValueError, match="at least one"):
             run(data="planted", widths=(), n=20)
 
@@ -271,12 +310,13 @@ def pixels(plot):
     return np.asarray(plot.figure.canvas.buffer_rgba()).copy()
 
 
-@pytest.mark.parametrize("name", ["fisher", "kfac"])
+@pytest.mark.parametrize("name", ["fisher", "hessian", "kfac"])
 def test_every_block_of_every_matrix_tells_its_layers(name):
     run, first, _ = STUDIES[name]
     result = run(**SMALL, **first)
     plot = PLOTS[name](result)
-    views = plot.matrices if name == "fisher" else [plot.F, plot.error]
+    views = {"fisher": lambda: plot.matrices, "hessian": lambda: [*plot.matrices.values()],
+             "kfac": lambda: [plot.F, plot.error]}[name]()  # fmt: skip
     regions = plot.regions(result)
     assert len(regions) == len(views) * len(result.partition) ** 2
     for i, view in enumerate(views):
@@ -295,7 +335,7 @@ def test_curves_take_the_median_and_the_range():
     np.testing.assert_array_equal(c.high, [3, 12350])
 
 
-@pytest.mark.parametrize("name", ["01a", "01b", "02a", "02b", "04a", "04b"])
+@pytest.mark.parametrize("name", ["01a", "01b", "01c", "01d", "02a", "02b", "04a", "04b"])
 def test_exercises_know_right_from_wrong(name):
     truth = kv.exercises.TRUTHS[name].truth()
     assert "right" in kv.exercises.check(name, truth)

@@ -53,6 +53,14 @@ def test_every_number_of_the_two_questions_is_in_the_data_of_the_notebooks_that_
     assert len(said) >= 12 and [number for number in said if not is_there(number, values)] == []
 
 
+def test_every_number_of_the_hessian_is_in_its_data():
+    cells = json.loads((ROOT / "notebooks" / "01_fisher.ipynb").read_text(encoding="utf-8"))["cells"]
+    (text,) = (s for s in ("".join(cell["source"]) for cell in cells) if s.startswith("## Is the Fisher the Hessian?"))
+    values = data([ROOT / "figures" / "01_fisher_hessian.csv"])
+    said = numbers(re.sub(r"\$\$.*?\$\$|!\[[^]]*\]\([^)]*\)", "", text, flags=re.DOTALL))
+    assert len(said) >= 12 and [number for number in said if not is_there(number, values)] == []
+
+
 def test_what_a_seat_costs_is_in_the_file_that_is_named():
     said = re.search(r"A seat takes .*?\(`benchmarks/classroom\.csv`\)", readme(), flags=re.DOTALL)[0]
     values = data([ROOT / "figures" / "benchmarks" / "classroom.csv"])
