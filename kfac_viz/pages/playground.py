@@ -52,7 +52,7 @@ def save_page(run: Callable[..., coarse_space.Result], name: str, out_dir: str |
         "edges": [edge / P for edge in first.partition.offsets],
         "layers": [str(layer) for layer in first.partition.layers],
         "methods": [[METHODS[key].label, METHODS[key].color] for key in ORDER],
-        "lines": [METHODS["kfac"].color, METHODS[correction].color],
+        "lines": [[METHODS[first.first].label, METHODS[first.first].color], ["two-level", METHODS[correction].color]],
         "axis": [FLOOR, CEILING],
         "ranks": [round(float(x), 4) for x in stretched(ranks, P) / stretched(P, P)],
         "fisher": frame(first.fisher, limit_of(first.fisher)),
@@ -99,6 +99,6 @@ def _view(result: coarse_space.Result, correction: str, ranks: np.ndarray) -> di
         "where": result.where,
         "captured": [result.captured[name] for name in ORDER],
         "best": [round(result.at_best_length[name], 3) for name in ORDER],
-        "errors": [round(100 * result.errors[name], 1) for name in ("blocks", "kfac", correction)],
+        "errors": [round(100 * result.errors[name], 1) for name in ("blocks", result.first, correction)],
         "spectra": [[float(f"{x:.3g}") for x in values.numpy()[ranks - 1]] for values in result.spectra.values()],
     }

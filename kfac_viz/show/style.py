@@ -38,7 +38,7 @@ def words_on(rgb: Sequence[float]) -> str:
 
 # Told apart under the common colour vision deficiencies: methods in colours of Okabe and Ito, what corrects them in
 # warm ones, and coarse spaces in the muted ones of Paul Tol. Block Jacobi is one blue, whatever it does in its blocks.
-BLUE = "#0072B2"
+BLUE, NAVY = "#0072B2", "#003F66"  # navy where λ is shared out between K-FAC's factors
 METHODS: dict[str, Style] = {
     "exact": Style("exact natural gradient", "#000000", "*", "-"),
     "gradient": Style("gradient", "#888888", "h", ":"),
@@ -47,7 +47,7 @@ METHODS: dict[str, Style] = {
     "diagonal": Style("diagonal", "#56B4E9", "v", "--"),
     "block-diagonal": Style("exact blocks", BLUE, "s", "--"),
     "kfac": Style("K-FAC", BLUE, "o", "-"),
-    "factored": Style("K-FAC, factored damping", "#004D40", "p", "-."),
+    "factored": Style("K-FAC, factored", NAVY, "p", "-."),
     "sampled": Style("K-FAC, sampled labels", "#882255", "X", "-."),
     "ekfac": Style("EKFAC", "#009E73", "d", "--"),
     "block-tridiagonal": Style("block-tridiagonal", "#CC79A7", "P", "-"),

@@ -33,6 +33,7 @@ from ..show import (
 from .common.exercises import exercise
 from .common.result import PRECISION, SHARE, SHARES, rounded, share, stage
 from .common.setting import (
+    KFAC_BY_RULE,
     Damping,
     Data,
     Flavour,
@@ -63,7 +64,8 @@ class Captured:
 
     Attributes:
         problem: its name.
-        shares: of every direction, with K-FAC under "kfac" and two levels under the correction's name.
+        shares: of every direction, with K-FAC by its rule of damping, "kfac" (eigen) and "factored", and two levels
+            under the correction's name.
         T, gradient: the two-level preconditioner of the picture, and the gradient (P,) that it is applied to.
     """
 
@@ -104,11 +106,16 @@ class Captured:
     @property
     def headline(self) -> str:
         p, kinds = self.parameters, (self.at_best_length, self.captured)
-        one, two = ([share(found[name]) for found in kinds] for name in ("kfac", p["correction"]))
+        one, factored, two = ([share(found[name]) for found in kinds] for name in ("kfac", "factored", p["correction"]))
         if not self.size:
-            return f"Without coarse space: K-FAC captures {one[0]} at its best length (unscaled {one[1]})"
-        space = f"{p['per_layer']} {SPACES[p['coarse']].label}, {p['correction']}"
-        return f"{space}, capture {two[0]} at best length (unscaled {two[1]}); K-FAC {one[0]} ({one[1]})"
+            return f"No columns: K-FAC captures {one[0]} (unscaled {one[1]}), factored {factored[0]} ({factored[1]})"
+        return (f"{p['per_layer']} {SPACES[p['coarse']].label} capture {two[0]} (unscaled {two[1]}); K-FAC {one[0]} "
+                f"({one[1]}), factored {factored[0]} ({factored[1]})")  # fmt: skip
+
+    @property
+    def first(self) -> str:
+        """The first level of T: K-FAC's name under the rule of damping that was chosen."""
+        return KFAC_BY_RULE[self.parameters["rule"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +126,7 @@ class Result(Captured):
         fisher: the exact Fisher F; ``blocks``: what K-FAC keeps of it, ``G ⊗ A`` in each layer.
         missed: ``A⁻¹ − M``, with ``A = F + λI`` and M = K-FAC; ``added``: ``T − M``, with T the two-level method; and
             ``left``, ``A⁻¹ − T``, what is missing still.
-        errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ ("kfac") and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
+        errors: ‖F − blocks‖ / ‖F‖ ("blocks"), ‖A⁻¹ − M‖ / ‖A⁻¹‖ (``first``) and ‖A⁻¹ − T‖ / ‖A⁻¹ − M‖ (the
             correction's name), in the Frobenius norm.
         network: the problem with its Fisher.
         levels: what the coarse space alone decides.
@@ -136,9 +143,9 @@ class Result(Captured):
 
     @cached_property
     def spectra(self) -> dict[str, Tensor]:
-        """Ascending eigenvalues (P,) of M A ("kfac") and T A (the correction's name)."""
+        """Ascending eigenvalues (P,) of M A (``first``) and T A (the correction's name)."""
         one = _spectrum(self.network, self.parameters["rule"], self.parameters["damping"])
-        return {"kfac": one, self.T.correction: self.levels.spectrum(self.network, self.T)}
+        return {self.first: one, self.T.correction: self.levels.spectrum(self.network, self.T)}
 
     @cached_property
     def norms(self) -> dict[str, list[list[float]]]:
@@ -151,7 +158,9 @@ class Result(Captured):
         of = f"{self.problem}, {architecture(self.partition)}"
         if "steps" in p:  # a network of the reader's own has none
             of += f", {stage(p['steps'])}"
-        return f"{of}, λ = {number(p['damping'])}, coarse dimension {self.size}"
+        levels = p["correction"] + " on factored K-FAC" * (p["rule"] == "factored")
+        of += f", λ = {number(p['damping'])}, coarse dimension {self.size}, {levels}"
+        return f"{of}; at the best length (unscaled)"
 
     def table(self) -> pandas.DataFrame:
         """Tidy: ``quantity``, ``item`` (a method or matrix), ``position`` (rank or pair of layers), ``value``."""
@@ -239,7 +248,9 @@ def compute(network: Setting, p: dict[str, Any]) -> Result:
         added=added.cpu(),
         left=left.cpu(),
         errors={
-            "blocks": _of_network(network)[2], "kfac": one.error, correction: _share(left.norm(), one.missed.norm()),
+            "blocks": _of_network(network)[2],
+            KFAC_BY_RULE[p["rule"]]: one.error,
+            correction: _share(left.norm(), one.missed.norm()),
         },
         network=network,
         levels=levels,
@@ -317,7 +328,8 @@ def shares_of(network: Setting, T: TwoLevel, A: Damped) -> dict[str, Shares]:
 
 def directions(F: Fisher, T: TwoLevel, g: Tensor) -> dict[str, Tensor]:
     """The directions that are compared, but for the exact one."""
-    found = {"gradient": g, "diagonal": Diagonal(F, T.damping) @ g, "kfac": T.M @ g}
+    found = {"gradient": g, "diagonal": Diagonal(F, T.damping) @ g}
+    found |= {name: KFAC(F, T.damping, rule) @ g for rule, name in KFAC_BY_RULE.items()}
     return found | {name: T.with_correction(name) @ g for name in CORRECTIONS}
 
 
@@ -373,7 +385,7 @@ MATRICES = {  # name, left end in inches, title
     "left": ("A⁻¹ − T", 8.26, "Still missing: $A^{-1} - T$"),
 }
 SIDE = 1.65  # inches, of a matrix
-ORDER = ("gradient", "diagonal", "kfac", *CORRECTIONS, "exact")
+ORDER = ("gradient", "diagonal", *KFAC_BY_RULE.values(), *CORRECTIONS, "exact")
 
 
 class Plot(show.Plot):
@@ -428,7 +440,7 @@ class Plot(show.Plot):
                 self.views[name].update(getattr(result, name), limit)
         self.notes["fisher"].set_text(f"{p['fisher']}, {result.partition.size} × {result.partition.size}")
         self.notes["blocks"].set_text(f"error {percent(errors['blocks'])} of ‖F‖")
-        self.notes["missed"].set_text(f"{percent(errors['kfac'])} of ‖A⁻¹‖")
+        self.notes["missed"].set_text(f"{percent(errors[result.first])} of ‖A⁻¹‖")
         self.notes["added"].set_text(p["correction"])
         self.notes["left"].set_text(f"{percent(errors[p['correction']])} of what it missed")
         self.steps.update(result.at_best_length, result.at_layer_lengths, result.captured)
@@ -453,7 +465,8 @@ class Plot(show.Plot):
         )  # fmt: skip
         return (
             f"{super().words(result)} K-FAC's blocks miss {percent(errors['blocks'])} of F, its inverse "
-            f"{percent(errors['kfac'])} of A⁻¹, and the correction leaves {percent(errors[p['correction']])} of that. "
+            f"{percent(errors[result.first])} of A⁻¹, and the correction leaves {percent(errors[p['correction']])} of "
+            f"that. "
             f"Eigenvalues from {number(one[0])} to {number(one[-1])} with K-FAC, from {number(other[0])} to "
             f"{number(other[-1])} with the correction. Captured at the best length, with one length per layer, and "
             f"unscaled: {told}."

@@ -15,6 +15,7 @@ from ..show import FAINT, METHODS, SPACES, CurveView, Tolerance, plain_numbers
 from .common.exercises import exercise
 from .common.result import COUNT, SHARES, Curve, Study, over_seeds, seeds, share
 from .common.setting import (
+    KFAC_BY_RULE,
     Damping,
     Data,
     Flavour,
@@ -38,7 +39,8 @@ class Result(Study):
 
     Quantities: the shares ``captured``, ``at_best_length`` and ``at_layer_lengths`` of :func:`.setting.shares`; the
     ``largest`` eigenvalue of T A; ``iterations`` of conjugate gradients with orthogonal residuals, there also
-    ``"none"`` for those without preconditioner. Size 0 is K-FAC.
+    ``"none"`` for those without preconditioner. Size 0 is K-FAC under the rule of damping that was chosen; beside it
+    stands K-FAC alone under both rules, ``"kfac"`` and ``"factored"``.
     """
 
     tolerances = SHARES | {"largest": Tolerance(relative=2e-3), "iterations": COUNT}
@@ -46,12 +48,15 @@ class Result(Study):
     @property
     def headline(self) -> str:
         sizes, quantities = self.parameters["sizes"], ("at_best_length", "captured")
-        at, zero = (min(range(len(sizes)), key=lambda i: abs(sizes[i] - size)) for size in (4, 0))
-        leading, kfac = ([share(self.of(quantity)["spectral, balanced"].y[i]) for quantity in quantities]
-                         for i in (at, zero))  # fmt: skip
-        alone = "K-FAC" if sizes[zero] == 0 else f"{sizes[zero]} of them"
-        return (f"Best length: {sizes[at]} balanced eigenvectors per layer capture {leading[0]}, {alone} {kfac[0]} "
-                f"(unscaled {leading[1]} and {kfac[1]})")
+        at = min(range(len(sizes)), key=lambda i: abs(sizes[i] - 4))
+        two, one, factored = ([share(self.of(quantity)[series].y[at]) for quantity in quantities]
+                              for series in ("spectral, balanced", *KFAC_BY_RULE.values()))  # fmt: skip
+        return (f"{sizes[at]} balanced eigenvectors capture {two[0]} (unscaled {two[1]}), K-FAC {one[0]} "
+                f"({one[1]}), factored {factored[0]} ({factored[1]})")  # fmt: skip
+
+    @property
+    def where(self) -> str:
+        return f"{super().where}; at the best length (unscaled)"
 
 
 def run(
@@ -92,11 +97,17 @@ def _rows(
     rows = defaultdict(list, {("iterations", "none"): [iterations(system, g, None, rtol)] * len(sizes)})
     directions = {}
 
-    @cache  # without columns every space and correction is K-FAC
+    @cache  # without columns every space and correction is K-FAC, under the rule that was chosen
     def measured(T: Operator) -> tuple[Tensor, float, int]:
         method = Dense(T.dense(), F.partition)
         return method @ g, largest_eigenvalue(method.dense(), L), iterations(system, g, method, rtol)
 
+    alone = {name: M if one == rule else KFAC(F, damping, one) for one, name in KFAC_BY_RULE.items()}
+    for name, T in alone.items():
+        rows |= {(kind, name): [] for kind in Shares._fields}
+        direction, largest, count = measured(T)
+        directions |= {(name, size): direction for size in range(len(sizes))}
+        rows["largest", name], rows["iterations", name] = [largest] * len(sizes), [count] * len(sizes)
     for name in coarse.SPACES:
         for size, Z in enumerate(nested(name, A, M, s, sizes)):
             T = TwoLevel(A, M, Z)
@@ -123,7 +134,8 @@ def nested(name: str, A: Damped, M: KFAC, s: Setting, sizes: tuple[int, ...]) ->
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-SERIES = {"none": METHODS["none"], **SPACES}
+ALONE = ("none", *KFAC_BY_RULE.values())  # which have no columns
+SERIES = {name: METHODS[name] for name in ALONE} | SPACES
 QUANTITIES = {  # title, ends of the axis and numbers on it
     "at_best_length": ("best length", (0.4, 1.03), (0.4, 0.6, 0.8, 1)),
     "captured": ("unscaled", (-3, 1.08), (1, 0.5, 0, -1, -3)),
@@ -165,7 +177,8 @@ class Plot(show.Plot):
 
 def shown(result: Result, row: str, quantity: str) -> dict[str, Curve]:
     """The curves of one axes, by the name of the space."""
-    return {name.removesuffix(f", {row}"): c for name, c in result.of(quantity).items() if name.endswith((row, "none"))}
+    curves = result.of(quantity).items()
+    return {name.removesuffix(f", {row}"): c for name, c in curves if name in ALONE or name.endswith(row)}
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

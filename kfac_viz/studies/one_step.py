@@ -20,7 +20,7 @@ from ..show import FAINT, INK, METHODS, MUTED, Tolerance
 from .coarse_space import ORDER, Correction, Moments, PerLayer, Space, architecture, directions
 from .common.exercises import exercise
 from .common.result import SHARE, SHARES, rounded, share, stage
-from .common.setting import Damping, Data, Rule, Setting, chosen, setting, space
+from .common.setting import KFAC_BY_RULE, Damping, Data, Rule, Setting, chosen, setting, space
 
 if TYPE_CHECKING:
     import pandas
@@ -80,9 +80,10 @@ class Result:
 
     @property
     def headline(self) -> str:
-        one, two = self.places["kfac"], self.places[self.parameters["correction"]]
-        return (f"K-FAC goes {number(one.along, 2)} of the way and {number(one.astray, 2)} astray, two levels "
-                f"{number(two.along, 2)} and {number(two.astray, 2)}")  # fmt: skip
+        one, factored, two = (self.places[name] for name in (*KFAC_BY_RULE.values(), self.parameters["correction"]))
+        return (f"K-FAC goes {number(one.along, 2)} of the way and {number(one.astray, 2)} astray, factored "
+                f"{number(factored.along, 2)} and {number(factored.astray, 2)}, two levels {number(two.along, 2)} and "
+                f"{number(two.astray, 2)}")  # fmt: skip
 
     @property
     def where(self) -> str:
@@ -216,7 +217,7 @@ class Plot(show.Plot):
             self.rays[name] = self.add(model.plot([], [], color=style.color, linewidth=1.2, linestyle=style.line)[0])
             self.dots[name] = self.add(model.plot([], [], **marked, linestyle="none", label=style.label)[0])
             self.dots[name].set_clip_on(False)
-            if name in ("kfac", "exact"):
+            if name in (*KFAC_BY_RULE.values(), "exact"):
                 self.real[name] = self.add_late(real.plot([], [], **marked, markevery=[1])[0])
         for ax in (model, real):
             ax.axhline(0, color=INK, linewidth=0.6)
@@ -238,6 +239,7 @@ class Plot(show.Plot):
         self.image.set_data(result.gain)
         for name, line in self.real.items():
             line.set_data([0, result.places[name].along], [0, result.places[name].astray])
+            line.set_visible(name in (KFAC_BY_RULE[result.parameters["rule"]], "exact"))  # what the plane is made of
 
     def words(self, result: Result) -> str:
         told = ", ".join(f"{METHODS[name].label} {number(p.along, 2)} along and {number(p.astray, 2)} astray (captured "

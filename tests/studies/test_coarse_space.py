@@ -26,11 +26,18 @@ def test_result_agrees_with_the_objects(rule, correction, coarse, per_layer):
     scale = float(inverse.abs().max())
     assert float((result.missed - (inverse - M.dense())).abs().max()) < 1e-10 * scale
     assert float((result.added - (T.dense() - M.dense())).abs().max()) < 1e-10 * scale
-    torch.testing.assert_close(result.spectra["kfac"], kv.spectrum(A, M), rtol=6e-4, atol=0)
+    assert list(result.spectra) == [{"eigen": "kfac", "factored": "factored"}[rule], correction]
+    torch.testing.assert_close(result.spectra[result.first], kv.spectrum(A, M), rtol=6e-4, atol=0)
     torch.testing.assert_close(result.spectra[correction], kv.spectrum(A, T), rtol=6e-4, atol=0)
     for name in ("additive", "a-def1", "a-def2", "balanced"):
         decrease = kv.captured_decrease(A, s.g, T.with_correction(name) @ s.g)
         assert result.captured[name] == pytest.approx(decrease, rel=6e-4)
+    for name, one in (("kfac", "eigen"), ("factored", "factored")):  # both, whichever the columns correct
+        decrease = kv.captured_decrease(A, s.g, kv.KFAC(s.F, damping, one) @ s.g)
+        assert result.captured[name] == pytest.approx(decrease, rel=6e-4)
+    assert f"K-FAC {result.at_best_length['kfac']:.2f}" in result.headline or not per_layer
+    assert f"factored {result.at_best_length['factored']:.2f}" in result.headline
+    assert ("factored" in result.where) == (rule == "factored")
     assert result.captured["exact"] == 1
     assert all(result.at_best_length[name] >= value - 1e-3 for name, value in result.captured.items())
     for name in ("fisher", "missed", "added"):

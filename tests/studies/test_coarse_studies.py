@@ -122,8 +122,21 @@ def test_every_space_is_nested_and_the_optimal_one_lowest():
         assert (np.diff(values) <= 0).all(), name
         assert (values >= 1).all() and (largest["optimal, balanced"] <= values * (1 + 1e-3)).all(), name
     assert largest["optimal, balanced"][-1] < largest["optimal, balanced"][0]
-    first = {c.y[0] for c in result.of("captured").values()}
+    first = {c.y[0] for name, c in result.of("captured").items() if name != "factored"}
     assert len(first) == 1  # size 0 is K-FAC, whatever the space and the correction
+
+
+@pytest.mark.parametrize("rule", ["eigen", "factored"])
+def test_kfac_alone_stands_beside_the_columns_with_either_rule(rule):
+    result = kv.studies.coarse_space_sizes.run(sizes=(0, 2), widths=(5, 4), n=60, steps=3, seed=1, repeats=1, rule=rule)
+    one = network()
+    A, g = one.F.damped(1e-2), one.g
+    for name, each in (("kfac", "eigen"), ("factored", "factored")):
+        M = kv.KFAC(one.F, 1e-2, each)
+        expected = {"captured": kv.captured_decrease(A, g, M @ g), "largest": float(kv.spectrum(A, M)[-1])}
+        for quantity, value in expected.items():
+            np.testing.assert_allclose(result.of(quantity)[name].y, value, rtol=1e-3)
+        assert (result.of("captured")["spectral, balanced"].y[0] == result.of("captured")[name].y[0]) == (each == rule)
 
 
 def test_sizes_can_be_set_in_the_panel():
@@ -144,6 +157,8 @@ def test_sizes_measure_what_the_first_figure_does(name):
         for quantity in ("captured", "at_best_length", "at_layer_lengths"):
             found = many.of(quantity)[f"{name}, {correction}"].y[1]
             assert found == pytest.approx(getattr(one, quantity)[correction], rel=1e-3)
+    for alone in ("kfac", "factored"):
+        assert many.of("captured")[alone].y[0] == pytest.approx(one.captured[alone], rel=1e-3)
     assert many.of("largest")[f"{name}, additive"].y[1] == pytest.approx(float(one.spectra["additive"][-1]), rel=1e-3)
 
 

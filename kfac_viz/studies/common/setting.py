@@ -26,6 +26,7 @@ Flavour = Annotated[
     "which Fisher; mc and empirical are drawn as they are, and A is built from them.",
 ]
 Rule = Annotated[Literal["eigen", "factored"], "how K-FAC is damped."]
+KFAC_BY_RULE = {"eigen": "kfac", "factored": "factored"}  # its names among METHODS: each is shown beside two levels
 Damping = Annotated[float, Range(1e-6, 10, log=True, steps=71), "λ of A = F + λI, and of all that is made of it."]
 DAMPINGS = Range(1e-4, 1e2, log=True, steps=61)  # the slider of the first studies, and where their curves lie
 OVER_DAMPINGS = {"x": "damping λ", "xlim": (DAMPINGS.low, DAMPINGS.high)}
