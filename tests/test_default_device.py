@@ -166,6 +166,7 @@ def test_explore(fisher):
 NETWORK = dict(widths=(4,), n=30)
 STUDIES = {
     "fisher": (studies.fisher.run, NETWORK | dict(repeats=1)),
+    "hessian": (studies.hessian.run, NETWORK | dict(repeats=1, steps=1)),
     "kfac": (studies.kfac.run, NETWORK | dict(repeats=1, steps=1)),
     "damping": (studies.damping.run, NETWORK | dict(repeats=1, steps=1)),
     "two levels": (studies.two_levels.run, dict(local=8, subdomains=(2, 4), shown=3, clusters=(2, 5), n=50, repeats=1)),
