@@ -166,6 +166,7 @@ def test_explore(fisher):
 NETWORK = dict(widths=(4,), n=30)
 STUDIES = {
     "fisher": (studies.fisher.run, NETWORK | dict(repeats=1)),
+    "hessian": (studies.hessian.run, NETWORK | dict(repeats=1, steps=1)),
     "kfac": (studies.kfac.run, NETWORK | dict(repeats=1, steps=1)),
     "kronecker products": (studies.kronecker_products.run, dict(n=50, repeats=1, steps=1)),
     "damping": (studies.damping.run, NETWORK | dict(repeats=1, steps=1)),

@@ -71,6 +71,7 @@ def arguments(t: Try) -> None:
         "join": (p.join, [p.split(g)]),
         "nll": (kv.nll, [x, y, "gaussian"]),
         "capture": (lambda m, x, l: kv.capture(m, x, likelihood=l), [model, x, "gaussian"]),
+        "Hessian": (lambda m, x, y, l: kv.Hessian(m, x, y, likelihood=l), [model, x, model(x).detach(), "gaussian"]),
         "TwoLevelKFAC": (lambda m, p: kv.TwoLevelKFAC(m, p, likelihood="gaussian"), [model, list(model.parameters())]),
     }  # fmt: skip
     t.benign = False

@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from helpers import LIKELIHOODS, ZOO, Model, _rows, assert_close, blocks, exact_fisher, loss, normal, targets_for
+from helpers import (
+    DEVICES,
+    LIKELIHOODS,
+    ZOO,
+    Model,
+    _rows,
+    assert_close,
+    blocks,
+    exact_fisher,
+    loss,
+    normal,
+    targets_for,
+)
 from torch import nn
 from torch.func import functional_call, grad, hessian
 
@@ -125,9 +137,11 @@ def tied():
     return model, (torch.tensor([[0, 1], [4, 2]]),), torch.tensor([[1, 1], [3, 0]])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("build", [attention, encoder, tied])
-def test_attention_packed_and_tied_weights_against_differences_of_the_gradient(build):
+def test_attention_packed_and_tied_weights_against_differences_of_the_gradient(build, device):
     model, inputs, targets = build()
+    model, inputs, targets = model.to(device), tuple(x.to(device) for x in inputs), targets.to(device)
     H = kv.Hessian(model, inputs, targets, likelihood="categorical")
     assert H.partition == kv.capture(model, inputs, likelihood="categorical").partition
 
@@ -137,7 +151,7 @@ def test_attention_packed_and_tied_weights_against_differences_of_the_gradient(b
         return moved.gradient()
 
     for seed in range(3):
-        v = normal(H.shape[0], seed=seed)
+        v = normal(H.shape[0], seed=seed).to(device)
         difference = (gradient(1e-5 * v) - gradient(-1e-5 * v)) / 2e-5
         assert_close(H @ v, difference, 1e-7)
 

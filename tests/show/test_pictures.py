@@ -20,6 +20,7 @@ from kfac_viz.studies.common.result import curve
 NETWORK = dict(n=40, widths=(5, 4))
 PICTURES = {  # run, plot, parameters, and what a slider changes
     "fisher": (NETWORK | dict(repeats=2), dict(damping=0.1, weight=-1.0, samples=2)),
+    "hessian": (NETWORK | dict(repeats=2), dict(damping=0.1, steps=50)),
     "kfac": (NETWORK | dict(repeats=2, steps=3), dict(damping=0.1, steps=5)),
     "kronecker_products": (dict(n=40, repeats=2, steps=3), dict(damping=0.1, steps=5)),
     "damping": (NETWORK | dict(repeats=2, steps=3), dict(damping=0.1, steps=5)),
