@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import Dense, Hessian, Operator, Partition, show
+from ..method.decompositions import eigvalsh
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
 from ..show import INK, CurveView, MatrixView, Style, Tolerance, limit_of, plain_numbers
 from .common.exercises import exercise
@@ -117,7 +118,7 @@ def _over_training(network: tuple) -> dict[tuple[str, str], list[float]]:
         (partition, matrices), here = _matrices(at), _at(at)
         exact, empirical, H, R = (matrices[name].dense() for name in (*MATRICES, "residual"))
         shares = R.square() / R.square().sum()
-        blocks = torch.cat([torch.linalg.eigvalsh(H[s, s]) for s in partition.slices])
+        blocks = torch.cat([eigvalsh(H[s, s], "A block of the Hessian") for s in partition.slices])
         rows.append({
             ("distance", "exact"): float(R.norm() / H.norm()),
             ("distance", "empirical"): float((empirical - H).norm() / H.norm()),
