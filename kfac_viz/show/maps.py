@@ -87,10 +87,10 @@ class MapView:
 
 
 def ratios(ax: Axes, points: Sequence[tuple[str, str, float]], title: str, largest: float) -> MapView:
-    """A map of ratios from 1 / largest to largest: blue below 1, red above."""
+    """A map of ratios from 1 / largest to largest: blue below 1, red above; a cell is empty where a ratio is NaN."""
     return MapView(
         ax, points, title, limits=(1 / largest, largest), colour=np.log10, palette="RdBu_r",
-        form=lambda x: number(x, 2), tilt=30,
+        form=lambda x: number(x, 2) if x == x else "", tilt=30,
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ PICTURES = {  # run, plot, parameters, and what a slider changes
     ),
     "layer_overlap": (NETWORK | dict(repeats=2, steps=3), dict(damping=0.1, steps=5)),
     "pde": (dict(widths=(6, 5), points=24, steps=5, at_step=4, per_layer=2), dict(damping=1e-3, at_step=2)),
+    "solving": ({}, dict(damping=0.1)),
     "training": ({}, {}),
     "published": ({}, {}),
     "which_method": ({}, {}),

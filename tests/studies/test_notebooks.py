@@ -30,6 +30,7 @@ SMALL = {  # everything else as published
     "08_coarse_space_sizes": NETWORK | dict(sizes=[0, 1, 2], repeats=1),
     "09_layer_overlap": dict(widths=[4, 4], n=40, steps=2, repeats=1),
     "10_depth": dict(layers=[2, 3], width=6, n=60, steps=2, repeats=1, networks=["planted"], measured=""),
+    "11_solving": {},
     "12_training": {},
     "13_published": {},
     "14_speed": {},

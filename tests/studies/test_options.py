@@ -16,6 +16,7 @@ from kfac_viz.train.options import USUAL
 TABLES = (
     "training.csv", "training_batches.csv", "defaults.csv", "published_toy.csv", "published_autoencoder.csv",
     "pde_runs.csv", "pde_map.csv", "depth.csv", "speed_cpu.csv", "speed_cuda.csv", "growth_cpu.csv", "growth_cuda.csv",
+    "ladder_runs.csv", "ladder_shares.csv", "ladder_before.csv",
 )  # fmt: skip
 WITHOUT = {  # of the cost of single operations, and small ones that tests make again
     "exact_cpu.csv", "exact_cuda.csv", "fisher_cpu.csv", "products_cpu.csv", "classroom.csv", "training_small.csv",
@@ -23,6 +24,7 @@ WITHOUT = {  # of the cost of single operations, and small ones that tests make 
 }  # fmt: skip
 FIGURES = {  # and the tables that they are drawn from
     "10_depth": ("depth.csv",),
+    "11_solving": ("ladder_runs.csv", "ladder_shares.csv", "ladder_before.csv"),
     "12_training": ("training.csv", "training_batches.csv"),
     "13_published": ("published_toy.csv", "published_autoencoder.csv"),
     "14_speed": ("speed_cpu.csv", "growth_cpu.csv"),

@@ -40,8 +40,8 @@ def resolved(optimizer: str, given: Mapping[str, Any], beside: Collection[str] =
     """Every option that has an effect in such a run, with today's defaults.
 
     Args:
-        optimizer: ``"TwoLevelKFAC"``, ``"Published"``, ``"Method"`` (of the differential equations), ``"step"`` (linear
-            algebra alone), or one of PyTorch's, of which the options that were given are all that is known.
+        optimizer: ``"TwoLevelKFAC"``, ``"Published"``, ``"Method"`` (of the differential equations), ``"ladder"``,
+            ``"step"`` (linear algebra alone), or one of PyTorch's, of which all that is known are the options given.
         given: by name.
         beside: of :data:`BESIDE`.
 
@@ -58,6 +58,9 @@ def resolved(optimizer: str, given: Mapping[str, Any], beside: Collection[str] =
     levels = {"rule": _defaults(KFAC)["rule"]}
     if optimizer == "Method":
         return Method(**given)._asdict() | levels | {"lengths tried": len(LENGTHS_TRIED)}
+    if optimizer == "ladder":
+        step = Options(likelihood="categorical", step_rule=given["step_rule"])
+        return dict(given) | {"momentum": step.usual("momentum"), "correction": _defaults(TwoLevel)["correction"]}
     if optimizer == "step":
         return levels | {"correction": _defaults(TwoLevel)["correction"], "lr": _defaults(Problem.trained)["lr"]}
     return dict(given)
