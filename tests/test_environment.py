@@ -141,8 +141,10 @@ class Checkout:
         calls = self.folder / "calls"
         calls.unlink(missing_ok=True)
         paths = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "PYTHON": str(self.folder / "bin" / "python")}
+        around = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of a make that runs these tests
+        outside = {name: value for name, value in os.environ.items() if name not in around}
         done = subprocess.run(["make", ".venv/ready", *words], cwd=self.folder, capture_output=True, text=True,
-                              env=os.environ | paths)  # fmt: skip
+                              env=outside | paths)  # fmt: skip
         said = " ".join((done.stdout + done.stderr).split())
         return done.returncode, said, calls.read_text().splitlines() if calls.exists() else []
 
