@@ -47,7 +47,7 @@ def test_capture_and_what_is_made_of_it(fisher, likelihood):
     def make() -> list[Tensor]:
         F = kv.capture(copy.deepcopy(model), X, likelihood=likelihood, fisher=fisher, **options)
         v, A = X.new_ones(F.partition.size), F.damped(0.1)
-        eigenvalues = A.operator.exact.eigenvalues
+        eigenvalues = A.operator.solver.eigenvalues
         M = [kv.KFAC(F, 0.1, rule) for rule in ("eigen", "factored")]
         M += [kv.EKFAC(F, 0.1), kv.BlockTridiagonal(F, 0.1), kv.BlockDiagonal(F, 0.1), kv.Diagonal(F, 0.1)]
         K = kv.KroneckerFisher(F)

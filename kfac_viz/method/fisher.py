@@ -161,7 +161,7 @@ class Fisher(Operator):
         return self._stacks.add_products_(v, pairs, alpha)
 
     @cached_property
-    def exact(self) -> ParameterSpace | SampleSpace:
+    def solver(self) -> ParameterSpace | SampleSpace:
         """The smaller of the two: both cost the cube of their size."""
         return SampleSpace(self) if self.S * self.N < self.partition.size else ParameterSpace(self)
 

@@ -206,7 +206,7 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
     if in_v is None:
         return 0.0
     g, u = _ldexp(g, -in_g), _ldexp(v, -in_v)  # of size 1: the share is the same at any scale of g
-    exact = A.operator.exact if isinstance(A, Damped) else None
+    exact = A.operator.solver if isinstance(A, Damped) else None
     if isinstance(exact, ParameterSpace) and exact.size <= MOST_SCORES:  # both forms through eigenvectors, for every λ
         d, U = A.operator.eigen
         inverses = inverse(d, A.damping, "The matrix").double()
@@ -232,7 +232,7 @@ def exact_direction(A: Operator, g: Tensor, rtol: float = 1e-10) -> Tensor:
     check_symmetric(A, "exact_direction")
     if not isinstance(A, Damped):
         return torch.cholesky_solve(g[:, None], cholesky(A.dense(), "The matrix"))[:, 0]
-    if not (isinstance(A.operator, Fisher) and A.operator.exact.size > MOST_SCORES):
+    if not (isinstance(A.operator, Fisher) and A.operator.solver.size > MOST_SCORES):
         return A.solve(g)
     M = KFAC(A.operator, A.damping)
     found = pcg(A, g, TwoLevel(A, M, spectral(M, 16)), rtol=rtol, max_iterations=1000)

@@ -118,19 +118,19 @@ class Operator(ABC):
         return psd_eigen((matrix + matrix.T) / 2, f"The matrix of {type(self).__name__}")
 
     @cached_property
-    def exact(self) -> ParameterSpace:
+    def solver(self) -> ParameterSpace:
         """How exact solutions with this matrix are found: in the space of parameters, or for a Fisher of fewer scores
         than parameters in that of the scores. Its repr says which, and how accurate the last one was."""
         return ParameterSpace(self)
 
     def norms(self) -> Tensor:
         """``‖B_lm‖``, the Frobenius norm of the block of each pair of layers, (L, L)."""
-        return self._in_range(self.exact.norms(), "The norm of a block")
+        return self._in_range(self.solver.norms(), "The norm of a block")
 
     def leading(self, k: int) -> Eigen:
         """The k largest eigenvalues, descending, and their eigenvectors (P, k); fewer where others are zero."""
         check_count("k", k, least=0)
-        return self.exact.leading(k)
+        return self.solver.leading(k)
 
     def galerkin(self, Z: CoarseSpace) -> Tensor:
         """``Zᵀ B Z``, this operator as the coarse space sees it, (k, k)."""
@@ -277,14 +277,14 @@ class Damped(Operator):
         return Eigen(d + self.damping, U)
 
     def solve(self, r: Tensor) -> Tensor:
-        """``A⁻¹ r``, in the space of ``self.operator.exact``; r is (P,) or (P, k)."""
+        """``A⁻¹ r``, in the space of ``self.operator.solver``; r is (P,) or (P, k)."""
         self.check(r)
-        return self._in_range(self.operator.exact.solve(r, self.damping), "The solution")
+        return self._in_range(self.operator.solver.solve(r, self.damping), "The solution")
 
     def effective_dimension(self) -> float:
         """``Σ d / (d + λ)`` over the eigenvalues d of B: how many directions the data decide, not λ."""
         self._check_above_zero("The effective dimension")
-        d = self.operator.exact.eigenvalues
+        d = self.operator.solver.eigenvalues
         if d.min() < 0:
             raise ValueError(f"{type(self.operator).__name__} is indefinite: no count of directions that data decide.")
         return float((d / (d + self.damping)).sum())
@@ -296,7 +296,7 @@ class Damped(Operator):
         layers take the same step, their sum is that many times too long: why block methods overshoot.
         """
         self._check_above_zero("The overlap of layers")
-        return self.operator.exact.layer_overlap(self.damping)
+        return self.operator.solver.layer_overlap(self.damping)
 
     def _check_above_zero(self, what: str) -> None:
         if not self.damping > 0:
@@ -356,10 +356,10 @@ def check_same_space(first: Operator, other: Operator | CoarseSpace) -> None:
 
 
 def uncached_copy(obj: T, **changes: object) -> T:
-    """A shallow copy with some attributes changed and without the cached ``eigen`` and ``exact``, which belong to the
+    """A shallow copy with some attributes changed and without the cached ``eigen`` and ``solver``, which belong to the
     old λ. All other factorisations are shared."""
     twin = copy.copy(obj)
-    for name in ("eigen", "exact"):
+    for name in ("eigen", "solver"):
         vars(twin).pop(name, None)
     vars(twin).update(changes)
     return twin

@@ -76,7 +76,7 @@ def _norms(network: Setting) -> dict[str, NDArray]:
 
 @lru_cache(maxsize=4)
 def _eigenvalues(network: Setting) -> NDArray:
-    d = network.F.exact.eigenvalues.flip(0).cpu().numpy()
+    d = network.F.solver.eigenvalues.flip(0).cpu().numpy()
     return rounded(d[d > 1e-12 * d[0]])
 
 
@@ -112,14 +112,14 @@ def compute(network: Setting, p: dict[str, Any]) -> Result:
         eigenvalues=eigenvalues,
         dimension=float(rounded(A.effective_dimension())),
         layer_overlap=float(rounded(A.layer_overlap())),
-        how=repr(F.exact),
+        how=repr(F.solver),
     )
 
 
 def few_enough_scores(setting: Setting) -> Setting:
     """The setting as it is; ValueError where neither parameters nor scores are few enough to be decomposed."""
     F = setting.F
-    if F.exact.size > MOST_SCORES:
+    if F.solver.size > MOST_SCORES:
         raise ValueError(
             f"The network has {F.partition.size} parameters and the batch {F.N} examples with {F.S} vectors each; "
             f"exact solutions need at most {MOST_SCORES} of either. Take fewer examples, or fisher='mc'."

@@ -94,7 +94,7 @@ def _measure(*networks: tuple) -> dict[tuple[str, str], list[float]]:
             both, overlap = shares(A, s.g, v), A.layer_overlap()
             numbers = {
                 "layer_overlap": overlap,
-                "inverse": 1 / Dense(A.dense(), A.partition).exact.layer_overlap(0.0),
+                "inverse": 1 / Dense(A.dense(), A.partition).solver.layer_overlap(0.0),
                 "length": float(s.g @ v) / float(v @ (A @ v)),
                 "captured": both.captured,
                 "at_best_length": both.at_best_length,

@@ -282,7 +282,7 @@ def test_eigenvectors_are_shared_by_every_damping(monkeypatch):
         monkeypatch.setattr(torch.linalg, name, None)
     for A, space in ((many, "parameter space"), (few, "sample space")):
         other, r = A.with_damping(0.1), normal(A.shape[0])
-        assert repr(A.operator.exact).startswith(space)
+        assert repr(A.operator.solver).startswith(space)
         assert_close(other @ other.solve(r), r, 1e-11)
     other = many.with_damping(0.1)
     assert_close((other.eigen.U * other.eigen.d) @ other.eigen.U.T, other.dense(), 1e-13)

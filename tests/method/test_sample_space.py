@@ -90,7 +90,7 @@ def test_a_pulled_vector_is_solved_to_the_last_digits(F):
         space = SampleSpace(F)
         found = space.solve_pulled(s, small)
         left = float((g - F @ found - small * found).norm() / g.norm())
-        floor = 1e-15 * float(F.exact.eigenvalues[-1] * found.norm() / g.norm())  # of round-off in F @ found
+        floor = 1e-15 * float(F.solver.eigenvalues[-1] * found.norm() / g.norm())  # of round-off in F @ found
         assert left <= 10 * floor + 1e-14 and space.residual == pytest.approx(left, rel=0.5)
 
 
@@ -101,7 +101,7 @@ def test_a_solution_solves(power, examples, layers):
     A = problem.capture("mc").damped(10.0**power)
     g = problem.gradient()
     x = A.solve(g)
-    floor = 1e-15 * float(A.operator.exact.eigenvalues[-1] * x.norm())  # of round-off in A @ x
+    floor = 1e-15 * float(A.operator.solver.eigenvalues[-1] * x.norm())  # of round-off in A @ x
     assert float((A @ x - g).norm()) <= 20 * floor + 1e-14 * float(g.norm())
     assert kv.captured_decrease(A, g, x) == pytest.approx(1.0, abs=1e-8)
     dimension, most = A.effective_dimension(), min(examples, A.partition.size)
@@ -111,11 +111,12 @@ def test_a_solution_solves(power, examples, layers):
 
 def test_the_fisher_takes_the_smaller_space_and_says_which():
     wide, narrow = kv.problems.digits((12, 12), 6, side=4), kv.problems.digits((3,), 60, side=4)
-    assert isinstance(wide.capture("mc").exact, SampleSpace) and "sample space, 6 × 6" in repr(wide.capture("mc").exact)
+    solver = wide.capture("mc").solver
+    assert isinstance(solver, SampleSpace) and "sample space, 6 × 6" in repr(solver)
     F = narrow.capture()
-    assert isinstance(F.exact, ParameterSpace) and f"{F.partition.size} × {F.partition.size}" in repr(F.exact)
+    assert isinstance(F.solver, ParameterSpace) and f"{F.partition.size} × {F.partition.size}" in repr(F.solver)
     dense = kv.Dense(F.dense(), F.partition)
-    assert isinstance(dense.exact, ParameterSpace)
+    assert isinstance(dense.solver, ParameterSpace)
     torch.testing.assert_close(dense.norms(), F.norms())
     assert dense.damped(λ).layer_overlap() == pytest.approx(F.damped(λ).layer_overlap())
 
@@ -136,7 +137,7 @@ def test_layers_that_see_the_same_take_the_same_step():
     F = captured("tanh")
     a, g = normal(5, 1, 4), normal(1, 5, 1, 2)
     same = type(F)(partition, [a, a], [g, 3 * g])
-    tiny = float(same.exact.eigenvalues[-1]) * 1e-9
+    tiny = float(same.solver.eigenvalues[-1]) * 1e-9
     assert same.damped(tiny).layer_overlap() == pytest.approx(2.0, rel=1e-5)
     other = type(F)(partition, [a, a], [torch.cat([g[:, :2], 0 * g[:, 2:]], 1), torch.cat([0 * g[:, :2], g[:, 2:]], 1)])
     assert other.damped(tiny).layer_overlap() == pytest.approx(1.0, rel=1e-5)

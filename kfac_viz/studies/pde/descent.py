@@ -69,8 +69,8 @@ def columns(name: str, A: Damped, M: KFAC, g: Tensor, per_layer: int, seed: int)
 def exact_step(F: Fisher, residuals: Tensor, damping: float) -> Tensor:
     """``(F + λI)⁻¹ g`` for ``g = Jᵀ r / N``: in the space of the points, or where there are more of them than
     parameters by a Cholesky factor of the matrix, which is cheaper for one λ than its eigenvectors."""
-    if isinstance(F.exact, SampleSpace):
-        return F.exact.solve_pulled(residuals[None], damping)
+    if isinstance(F.solver, SampleSpace):
+        return F.solver.solve_pulled(residuals[None], damping)
     return exact_direction(Dense(F.damped(damping).dense(), F.partition), F.pull(residuals[None]) / F.N)
 
 
