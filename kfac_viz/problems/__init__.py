@@ -2,9 +2,9 @@
 
 from .equations import Equation, Jet, burgers, equation, heat, poisson
 from .problem import ACTIVATIONS, Problem
-from .toys import attention, autoencoder, deep_linear, digits, planted
+from .toys import attention, autoencoder, convolutional, deep_linear, digits, planted
 
 __all__ = [
-    "ACTIVATIONS", "Equation", "Jet", "Problem", "attention", "autoencoder", "burgers", "deep_linear", "digits",
-    "equation", "heat", "planted", "poisson",
+    "ACTIVATIONS", "Equation", "Jet", "Problem", "attention", "autoencoder", "burgers", "convolutional", "deep_linear",
+    "digits", "equation", "heat", "planted", "poisson",
 ]  # fmt: skip

@@ -99,6 +99,32 @@ def attention(
     )
 
 
+def convolutional(
+    channels: tuple[int, int] = (8, 16),
+    n: int = 500,
+    seed: int = 0,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """The digits as images, seen by two convolutions of 3×3 with stride 2 and a Linear layer.
+
+    Args:
+        channels: that each convolution makes.
+        n, seed: as for :func:`digits`.
+    """
+    data, (first, second) = digits((), n, seed), channels
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(check_seed(seed))
+        model = nn.Sequential(
+            nn.Conv2d(1, first, 3, stride=2, padding=1), nn.Tanh(),
+            nn.Conv2d(first, second, 3, stride=2, padding=1), nn.Tanh(),
+            nn.Flatten(), nn.Linear(4 * second, 10),
+        ).to(torch.float64)  # fmt: skip
+    images = data.inputs.view(-1, 1, 8, 8)
+    return Problem(model, images, data.targets, "categorical", "digits 8×8, convolutions").to(device, dtype)
+
+
 def planted(
     depth: int = 4,
     width: int = 10,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import EKFAC, KFAC, BlockDiagonal, Diagonal, KroneckerFactors, Partition, problems, show
 from ..method.decompositions import psd_eigen
@@ -129,14 +129,7 @@ def network_of(network: str, n: int, seed: int, steps: int, device: str = "cpu")
     elif network == "transformer":
         problem = _drawn(problems.attention(8, n, seed, device=device), seed)
     else:
-        digits = problems.digits((), n, seed, device=device)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            model = nn.Sequential(
-                nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Tanh(),
-                nn.Flatten(), nn.Linear(32, 10),
-            ).to(device, torch.float64)  # fmt: skip
-        problem = replace(digits, model=model, inputs=digits.inputs.view(-1, 1, 8, 8), name="convolution")
-        problem = _drawn(problem, seed)
+        problem = _drawn(problems.convolutional((4, 8), n, seed, device=device), seed)
     return Setting(problem.trained(steps), "exact", seed)
 
 

@@ -17,12 +17,10 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from machine import Table, arguments, clock, describe, write
-from torch import nn
 
 import kfac_viz as kv
 from kfac_viz.studies.common.options import entry, remember
@@ -33,22 +31,12 @@ EVERY = {"mini": 30, "full": 5}
 N = 1500
 
 
-def convolutional(seed: int) -> kv.problems.Problem:
-    digits = kv.problems.digits((), N, seed, dtype=torch.float32)
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.Tanh(),
-        nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
-    return replace(digits, model=model, inputs=digits.inputs.view(-1, 1, 8, 8), name="convolutional", layers=None)
-
-
 PROBLEMS: dict[str, Callable[[int], kv.problems.Problem]] = {
     "classifier": lambda seed: kv.problems.digits((40, 40, 40), N, seed, dtype=torch.float32),
     "autoencoder": lambda seed: kv.problems.autoencoder((40, 20, 8, 20, 40), N, seed, dtype=torch.float32),
     "deep classifier": lambda seed: kv.problems.digits((16,) * 12, N, seed, dtype=torch.float32),
     "attention": lambda seed: kv.problems.attention(8, N, seed, dtype=torch.float32),
-    "convolutional": convolutional,
+    "convolutional": lambda seed: kv.problems.convolutional((8, 16), N, seed, dtype=torch.float32),
 }
 RATES = {"SGD": (0.03, 0.1, 0.3), "Adam": (1e-3, 3e-3, 1e-2, 3e-2), "K-FAC": (0.1, 0.3, 1.0)}
 DAMPINGS = (0.01, 0.03, 0.1, 0.3)

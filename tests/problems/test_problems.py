@@ -211,6 +211,7 @@ def test_bad_input_is_named(call, words):
 PERTURBED = PROBLEMS | {
     "autoencoder 8×8": lambda **o: kv.problems.autoencoder(n=60, **o),
     "attention": lambda **o: kv.problems.attention(4, n=60, **o),
+    "convolutional": lambda **o: kv.problems.convolutional((2, 3), n=60, **o),
     "poisson": lambda **o: kv.problems.poisson(widths=(4,), points=60, **o),
     "burgers": lambda **o: kv.problems.burgers(widths=(4,), points=60, **o),
 }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...problems import attention, autoencoder, digits
+from ...problems import attention, autoencoder, convolutional, digits
 from ...problems.problem import Problem, multilayer_perceptron
 
 EXAMPLES = 300  # to train on, and as many to test; half as many texts, which have 28 vectors each
@@ -29,18 +29,6 @@ def _split(problem: Problem) -> Task:
     """The first examples to train on, the others to test."""
     parts = (slice(None, EXAMPLES), slice(EXAMPLES, None))
     return Task(*(replace(problem, inputs=problem.inputs[part], targets=problem.targets[part]) for part in parts))
-
-
-def _convolutional(seed: int) -> Problem:
-    """Two convolutions of the digits and a linear layer, as many parameters as the others have."""
-    data = digits((), 2 * EXAMPLES, seed)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Tanh(),
-            nn.Flatten(), nn.Linear(32, 10),
-        ).double()  # fmt: skip
-    return replace(data, model=model, inputs=data.inputs.view(-1, 1, 8, 8), name="digits 8×8, convolutions")
 
 
 class Letters(nn.Module):
@@ -90,7 +78,7 @@ CHOSEN_ON: dict[str, Callable[[int], Task]] = {
     "autoencoder": lambda seed: _split(autoencoder((16, 8, 16), 2 * EXAMPLES, seed, side=4)),
     "deep classifier": lambda seed: _split(digits((8,) * 10, 2 * EXAMPLES, seed, side=4)),
     "attention": lambda seed: _split(attention(8, 2 * EXAMPLES, seed, side=4)),
-    "convolutional": lambda seed: _split(_convolutional(seed)),
+    "convolutional": lambda seed: _split(convolutional((6, 8), 2 * EXAMPLES, seed)),
 }
 JUDGED_ON: dict[str, Callable[[int], Task]] = {
     "next letter": _next_letter,
