@@ -26,11 +26,9 @@ from .options import Options, check_group, shows_options
 from .plain import MOMENTS
 from .step import Step
 from .trial import Trial, loss_alone
-from .update import QuadraticModel, adapted_damping, update
+from .update import QuadraticModel, judged_damping, update
 
 LENGTHS_TRIED = tuple(0.5**i for i in range(31))  # of a step by line search, before it is given up
-ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
-REJECTION = 4.0  # factor on λ after a step that went up
 
 
 def _full_precision(method: Callable) -> Callable:
@@ -384,9 +382,7 @@ class TwoLevelKFAC(Optimizer):
         if not change <= 0:  # which NaN is not, either
             trial.reject()
             self.curvature.counters["rejected"] += 1
-            self.damping = max(REJECTION * self.damping, 1e-8)
-        elif self.curvature.step % ADAPT_EVERY == 0:
-            self.damping = adapted_damping(self.damping, ratio, ADAPT_EVERY)
+        self.damping = judged_damping(self.damping, change, ratio, self.curvature.step)
 
     def _search(self, trial: Trial, take: Callable[[float], None]) -> None:
         """Halve the step until the loss goes down; leave everything as it is where it never does."""

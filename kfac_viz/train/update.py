@@ -10,6 +10,9 @@ from torch import Tensor
 from ..method.fisher import Fisher
 from .options import Options
 
+ADAPT_EVERY = 5  # steps between two looks at the reduction ratio (Martens and Grosse 2015, section 6.5)
+REJECTION = 4.0  # factor on λ after a step that went up
+
 
 @dataclass(frozen=True)
 class QuadraticModel:
@@ -112,6 +115,18 @@ def best_coefficients(slopes: Tensor, curvatures: Tensor) -> Tensor:
         along = torch.where(values > 1e-10 * values.max(), along / values, 0.0)
         c = torch.stack([along[0] + along[1], along[0] - along[1]])
     return (c * scale + 0 * B.sum()).to(slopes)  # NaN where the model overflows: no length is right then
+
+
+def judged_damping(damping: float, change: float, ratio: float, step: int) -> float:
+    """λ after a step, counted from 0, that changed the loss by ``change``, ``ratio`` of what the model predicted: four
+    times as large where the loss went up, which NaN counts as, and otherwise adapted at every fifth step.
+
+    >>> judged_damping(0.1, 0.2, -1.0, 3), judged_damping(0.1, -0.2, 0.9, 3)
+    (0.4, 0.1)
+    """
+    if not change <= 0:
+        return max(REJECTION * damping, 1e-8)
+    return damping if step % ADAPT_EVERY else adapted_damping(damping, ratio, ADAPT_EVERY)
 
 
 def adapted_damping(damping: float, ratio: float, steps: int, omega: float = 19 / 20) -> float:

@@ -17,9 +17,8 @@ from ...method.kfac import EKFAC, KFAC
 from ...method.preconditioner import BlockDiagonal, Diagonal, Preconditioner
 from ...method.two_level import TwoLevel
 from ...problems.problem import Problem
-from ...train.optimizer import ADAPT_EVERY, REJECTION
 from ...train.options import Options
-from ...train.update import QuadraticModel, adapted_damping, update
+from ...train.update import QuadraticModel, judged_damping, update
 
 Direction = Callable[[Fisher, float, Tensor], Tensor]  # from F, λ and g (P,) to v (P,), which is subtracted
 
@@ -145,9 +144,9 @@ def train(
             change = float(batch.loss().detach()) - before
             if not change <= 0:  # which NaN is not, either
                 batch.partition.add_(problem.model, -found.step)
-                last, damping = torch.zeros_like(last), max(REJECTION * damping, 1e-8)
-            elif (step - 1) % ADAPT_EVERY == 0:
-                damping = adapted_damping(damping, change / float(found.facts["predicted"]), ADAPT_EVERY)
+                last = torch.zeros_like(last)
+            predicted = float(found.facts["predicted"])
+            damping = judged_damping(damping, change, change / predicted if predicted else 0.0, step - 1)
         seconds += time.process_time() - start
         if step % every == 0 or step == steps:
             loss = float(problem.loss().detach())
