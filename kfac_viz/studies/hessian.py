@@ -122,15 +122,15 @@ def _over_training(network: tuple) -> dict[tuple[str, str], list[float]]:
         rows.append({
             ("distance", "exact"): float(R.norm() / H.norm()),
             ("distance", "empirical"): float((empirical - H).norm() / H.norm()),
-            ("negative", "hessian"): _negative_share(matrices["hessian"].eigen.d),
-            ("negative", "blocks"): _negative_share(blocks),
+            ("negative", "hessian"): negative_share(matrices["hessian"].eigen.d),
+            ("negative", "blocks"): negative_share(blocks),
             ("between", "residual"): 1 - float(sum(shares[s, s].sum() for s in partition.slices)),
             **{("best", name): float(np.nanmax(here["decrease", name])) for name in MATRICES},
         })  # fmt: skip
     return by_key(rows)
 
 
-def _negative_share(d: Tensor) -> float:
+def negative_share(d: Tensor) -> float:
     """``Σ|d| over d < 0, as a share of Σ|d|``."""
     return float(-d.clamp_max(0).sum() / d.abs().sum())
 

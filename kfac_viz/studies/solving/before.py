@@ -9,6 +9,8 @@ from ...method.preconditioner import BlockDiagonal
 from ...problems.problem import Problem
 from ...scores.hessian import Hessian
 from ..common.setting import all_shares, at_best_length
+from ..damping import loss_after
+from ..hessian import negative_share
 
 NAMES = {
     "K-FAC captures": "share that K-FAC captures at its best length",
@@ -34,17 +36,14 @@ def known_before(problem: Problem, damping: float = 0.01) -> dict[str, float]:
     exact = A.solve(g)
     directions = {"kfac": KFAC(F, damping, "eigen") @ g, "blocks": BlockDiagonal(F, damping) @ g}
     captured = all_shares(A, g, directions, exact)
-    twin = problem.twin()
     step = at_best_length(A, g, exact)
     predicted = float(g @ step - step @ (A @ step) / 2)
-    before = float(twin.loss().detach())
-    twin.partition.add_(twin.model, -step)
+    change = loss_after(problem, step) - float(problem.loss().detach())
     H = Hessian(problem.model, problem.arguments, problem.targets, likelihood=problem.likelihood)
-    d = H.eigen.d
     return {
         "K-FAC captures": captured["kfac"].at_best_length,
         "blocks capture": captured["blocks"].at_best_length,
         "layer overlap": A.layer_overlap(),
-        "reduction ratio": (before - float(twin.loss().detach())) / predicted,
-        "negative curvature": float(d.clamp_max(0).sum().abs() / d.abs().sum()),
+        "reduction ratio": -change / predicted,
+        "negative curvature": negative_share(H.eigen.d),
     }
