@@ -11,7 +11,7 @@ import numpy as np
 
 from ... import show
 from ...parameters import check, number
-from ...show import FAINT, Style, ratios
+from ...show import FAINT, METHODS, Style, ratios
 from ..common.exercises import exercise
 from ..common.measured import Run, last_losses, measured_rows, measured_runs
 from ..common.options import told
@@ -27,14 +27,7 @@ SEEDS = 5  # of a run that is complete
 BASE = "kfac"  # the rung that all others are divided by
 TRUSTED = 0.5  # true over predicted change from which the quadratic model counts as right; chosen on the five networks
 CLEAR = 0.5  # rank correlation from which the order of the rungs is called the same, or the reverse
-LABELS = {
-    "gradient": "gradient", "diagonal": "diagonal", "diagonal, 4": "diagonal, 4 columns",
-    "diagonal, 16": "diagonal, 16 columns", "nearest": "nearest product", "kfac": "K-FAC",
-    "factored": "K-FAC, factored damping", "kl": "KL product", "shampoo": "Shampoo's product",
-    "kfac, 4": "K-FAC, 4 columns", "kfac, 16": "K-FAC, 16 columns", "ekfac": "EKFAC", "blocks": "exact blocks",
-    "blocks, 4": "blocks, 4 columns", "blocks, 16": "blocks, 16 columns", "exact step": "exact step",
-}  # fmt: skip
-TOLD = {"attention": "transformer", "deep classifier": "deep", "convolutional": "convolutions"}
+STYLED = {"blocks": "block-diagonal", "exact step": "exact"}  # rungs that have another name among METHODS
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +158,12 @@ COLOURS: dict[str, Style] = {
 LARGEST = 1000.0  # of the ratios that the maps tell apart
 
 
+def label(rung: str) -> str:
+    """A rung as all figures call it, and the columns per layer that it has."""
+    name, _, columns = rung.partition(", ")
+    return METHODS[STYLED.get(name, name)].label + (f", {columns} columns" if columns else "")
+
+
 class Plot(show.Plot):
     """Training and test loss over those of K-FAC above; below what a step captures beside what training ends at."""
 
@@ -177,7 +176,7 @@ class Plot(show.Plot):
         rungs = [rung for rung in RUNGS if any((network, rung) in result.losses for network in result.networks)]
         for place, of, kind in zip(maps, ("losses", "tests"), ("Training", "Test"), strict=True):
             found = [
-                (LABELS[rung], TOLD.get(network, network), result.ratio(network, rung, of=of))
+                (label(rung), COLOURS[network].label, result.ratio(network, rung, of=of))
                 for rung in rungs for network in result.networks
             ]  # fmt: skip
             largest = LARGEST if of == "losses" else 10
