@@ -193,7 +193,7 @@ def _data(
     elif kinds == {str} and made.startswith(PICTURE) and old.startswith(PICTURE):
         pixels = (base64.b64decode(address.partition(",")[2]) for address in (made, old))
         yield _regions(*pixels, place, tolerance if tolerance.absolute > 1 else LEVELS)
-    elif kinds == {str}:  # a sentence, whose numbers stand beside it
+    elif kinds == {str}:  # a sentence; its numbers are compared among the data
         yield _words(DIGITS.sub("", made), DIGITS.sub("", old), place)
     elif kinds <= {int, float}:
         yield Difference(tolerance.used(made, old), place, made, old)

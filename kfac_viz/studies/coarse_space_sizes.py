@@ -39,8 +39,8 @@ class Result(Study):
 
     Quantities: the shares ``captured``, ``at_best_length`` and ``at_layer_lengths`` of :func:`.setting.shares`; the
     ``largest`` eigenvalue of T A; ``iterations`` of conjugate gradients with orthogonal residuals, there also
-    ``"none"`` for those without preconditioner. Size 0 is K-FAC under the rule of damping that was chosen; beside it
-    stands K-FAC alone under both rules, ``"kfac"`` and ``"factored"``.
+    ``"none"`` for those without preconditioner. Size 0 is K-FAC under the rule of damping that was chosen;
+    ``"kfac"`` and ``"factored"`` are K-FAC alone under each rule.
     """
 
     tolerances = SHARES | {"largest": Tolerance(relative=2e-3), "iterations": COUNT}

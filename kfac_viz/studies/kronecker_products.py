@@ -202,7 +202,7 @@ def ranks_of(size: int) -> list[int]:
 
 
 def _descending(d: Tensor) -> list[float]:
-    """Eigenvalues at the ranks shown, the largest first; what is round-off beside it is 0."""
+    """Eigenvalues at the ranks shown, the largest first; those below its rounding error are 0."""
     d = torch.where(d > PRECISION * d[-1], d, 0.0).flip(0).tolist()
     return [d[rank - 1] for rank in ranks_of(len(d))]
 

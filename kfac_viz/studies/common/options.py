@@ -30,7 +30,7 @@ OF_THE_COARSE_LEVEL = ("coarse", "total", "per_layer", "correction", "coarse_ope
 # Options that rows do not know yet, with the value that says what was done before.
 BEFORE: dict[str, Any] = {"factors": "kfac", "first_level": "kfac"}
 GONE: dict[str, Any] = {"overshoot": "count"}  # options that are no more, with the value that says what is done now
-BESIDE = {  # what the optimizer does beside its curvature, where a model has it; no option names it
+BESIDE = {  # how the optimizer treats these parts of a model; no option says it
     "batch norm": "statistics of the batch held constant",
     "plain steps": "Adam's rule",  # of parameters without curvature
 }
