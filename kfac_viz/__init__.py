@@ -42,6 +42,7 @@ _LAZY = {
     "panel": "show.panel:panel",
     "problems": "problems",
     "save": "show.save:save",
+    "share": "train.distributed:share",
     "studies": "studies",
 }
 

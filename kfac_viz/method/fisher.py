@@ -21,6 +21,10 @@ from .stacks import Stacks
 
 _CHUNK = 2**24  # numbers in a temporary: 128 MiB of float64
 
+Factors = tuple[Tensor, Tensor]
+Uses = tuple[Factors | None, Factors | None]
+"""(A, G) of a weight as it is, and of its transpose; None where it is not so used."""
+
 
 class Fisher(Operator):
     """``F = (1/N) Σ_{s,n} score scoreᵀ``, with the score ``Σ_t g[s,n,t] a[n,t]ᵀ`` in each layer.
@@ -371,13 +375,26 @@ def kronecker_factors(a: Rows, g: Tensor, swapped: int, convention: str) -> tupl
     sum ``G₁ ⊗ A₁ + G₂ ⊗ A₂`` is replaced by the nearest Kronecker product in the Frobenius norm (Van Loan and
     Pitsianis 1993). What the two uses share is left out, as K-FAC leaves out what two layers share.
     """
+    return one_product(factors_by_use(a, g, swapped, convention))
+
+
+def factors_by_use(a: Rows, g: Tensor, swapped: int, convention: str) -> Uses:
+    """K-FAC's A and G of the weight as it is, and of its transpose: means over the examples of a batch."""
     T = a.shape[-2] - swapped
     if swapped:  # there the inputs of the transpose stand in g, the same for all vectors
-        A, G = kronecker_factors(g[..., 0, :, T:, :], a[..., T:, :], 0, convention)
-        if not T:
-            return G, A
-        return nearest_product(kronecker_factors(a[..., 0, :, :T, :], g[..., :T, :], 0, convention), (G, A))
-    N = g.shape[-3]
+        G, A = _factors(g[..., 0, :, T:, :], a[..., T:, :], convention)
+        return _factors(a[..., 0, :, :T, :], g[..., :T, :], convention) if T else None, (A, G)
+    return _factors(a, g, convention), None
+
+
+def one_product(uses: Uses) -> tuple[Tensor, Tensor]:
+    """The factors of the one use there is, or of the product nearest to the sum of both."""
+    one, other = uses
+    return (one or other) if one is None or other is None else nearest_product(one, other)
+
+
+def _factors(a: Rows, g: Tensor, convention: str) -> tuple[Tensor, Tensor]:
+    N, T = g.shape[-3], a.shape[-2]
     if isinstance(a, OneHot):
         g = g.flatten(-4, -2)
         return a.squares() / (N * T), g.mT @ g / N

@@ -12,9 +12,16 @@ WRAPPERS = ("module", *_HELD)  # what wrappers put into the names of parameters;
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The plain model inside ``torch.compile``, ``nn.DataParallel`` and the like; any other model as it is."""
+    *_, plain = wrapper_chain(model)
+    return plain
+
+
+def wrapper_chain(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, what it wraps, what that wraps, and so on; the plain model is the last."""
+    yield model
     while (name := _held(model)) is not None:
         model = model._modules[name]
-    return model
+        yield model
 
 
 def _held(module: nn.Module) -> str | None:

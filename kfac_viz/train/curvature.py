@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from ..method.preconditioner import BlockDiagonal, Diagonal, Identity, Nothing, 
 from ..method.products import check_factors
 from ..method.two_level import TwoLevel
 from ..scores.capture import capture_layers
+from .distributed import ALONE, Alone
 from .options import Options
+from .shards import Shards
 from .statistics import RunningFactors, Window, untouched
 
 COUNTERS = (
@@ -35,14 +37,15 @@ class RunningCurvature:
     Attributes:
         options: the choices of the optimizer, which owns the parameters and takes the steps.
         damping: λ as it is now.
+        ranks: the processes that have a part of every batch each; what is remembered is the same on all.
         partition: the layers that have curvature.
         step: steps that the optimizer has taken.
         observed_at: the step of the last observation, or None.
         counters: of what has happened so far.
     """
 
-    def __init__(self, options: Options, partition: Partition) -> None:
-        self.options, self.damping = options, float(options.damping)
+    def __init__(self, options: Options, partition: Partition, ranks: Alone = ALONE) -> None:
+        self.options, self.damping, self.ranks = options, float(options.damping), ranks
         self.factors = RunningFactors(options.decay, options.convention, options.factors)
         self.window = Window(options.coarse_window, options.coarse_examples, options.decay)
         self.step = 0
@@ -78,10 +81,11 @@ class RunningCurvature:
         """The Fisher of a batch as the options ask for it, and the layers that took part; nothing is changed yet.
 
         ``partition`` may be another one than before, if layers were frozen or unfrozen. Labels are drawn on the device
-        of the inputs, since drawing them on the CPU would wait for a GPU in every observation.
+        of the inputs, since drawing them on the CPU would wait for a GPU in every observation. Each rank draws its own.
         """
         options, generator = self.options, torch.Generator(inputs[0].device)
-        generator.manual_seed((1_000_003 * options.seed + self.counters["observations"]) % 2**63)
+        own = 1_000_003 * options.seed + self.counters["observations"] + (self.ranks.rank << 40)
+        generator.manual_seed(own % 2**63)
         with untouched(model, inputs[0].device):
             return capture_layers(
                 model,
@@ -95,12 +99,14 @@ class RunningCurvature:
                 partial=True,
             )
 
-    def add_batch(self, F: Fisher, seen: tuple[str, ...]) -> None:
-        """Take a captured batch into the averages; a further part of it in the same step joins it."""
+    def add_batch(self, F: Fisher, seen: tuple[str, ...], sizes: Sequence[int] = ()) -> None:
+        """Take a captured batch into the averages; a further part of it in the same step joins it. ``sizes`` says how
+        many examples each of several ranks has captured."""
         if F.partition != self.partition:
             self.set_partition(F.partition)
-        self.factors.add(F, seen, same_batch=self.just_observed)
-        self.window.add(F, same_batch=self.just_observed)
+        shards = Shards(self.ranks, F, seen, sizes) if len(sizes) > 1 else None
+        self.factors.add(F, seen, same_batch=self.just_observed, shards=shards)
+        self.window.add(F, same_batch=self.just_observed, shards=shards)
         self.observed_at, self._stale, self._coarse_stale = self.step, True, True
         self.counters["observations"] += 1
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from ..scores.capture import check_inputs
 from ..scores.layers import computed, inside, layers_of, partition_of
 from . import state as states
 from .curvature import RunningCurvature
+from .distributed import Outcome, check_replicas, ranks_of, share
 from .layout import Layout
 from .options import Options, check_group, shows_options
 from .plain import MOMENTS
@@ -163,12 +163,9 @@ class TwoLevelKFAC(Optimizer):
                 f"The second argument holds parameters or their groups; got {params!r}. Every other option is given "
                 "by name, as in lr=0.1."
             ) from None
-        shared = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
-        if any(dist.get_world_size(m.process_group) > 1 for m in shared):
-            raise ValueError(
-                "Curvature is not averaged between processes, so that the replicas would drift apart; train in one."
-            )
-        self.options = Options.read(options)
+        self.options, self.ranks = Options.read(options), ranks_of(model)
+        if self.options.capturable and self.ranks.size > 1:
+            raise ValueError("capturable=True decides nothing on the host, where several ranks agree: leave it out.")
         self.model = unwrapped(model)
         self._only = layers if layers is None else _layer_names(layers, self.model)
         defaults = {
@@ -188,8 +185,10 @@ class TwoLevelKFAC(Optimizer):
         self._facts: dict[str, float | Tensor] = {}  # the last values of the step rule
         self._skipped: Tensor | None = None  # steps with NaN or inf that a capturable optimizer left out
         super().__init__(given, defaults)
-        self.curvature = RunningCurvature(self.options, self._layers())
+        self.curvature = RunningCurvature(self.options, self._layers(), self.ranks)
         self._rebuild_layout()
+        layers = {f"layer {layer.name!r}": layer.shape for layer in self.partition.layers}
+        self.ranks.agree("TwoLevelKFAC()", lambda: Outcome(None, vars(self.options) | self._choices | layers))
 
     @classmethod
     def as_published_2020(
@@ -219,20 +218,33 @@ class TwoLevelKFAC(Optimizer):
         if not self.curvature.due:
             return
         self._tell_of_skipped()
+        before = self.partition.names
+        (F, seen, partition), sizes = self.ranks.agree("observe()", lambda: self._captured(inputs, targets))
+        sizes = [int(n) for n, in sizes]
+        if len(set(sizes)) > 1 and not share.asked:
+            self._tell(
+                "share",
+                f"Ranks have {sizes} examples, and DistributedDataParallel takes the plain mean of their gradients: "
+                "multiply the loss of each by kv.share(n).",
+            )
+        self._follow()  # while the layers that the curvature has now all count as eligible
+        self._left_out |= set(partition.names) - set(F.partition.names)
+        self.curvature.add_batch(F, seen, sizes)
+        if self.partition.names != before:  # a layer was frozen or unfrozen since, or is used in no known way
+            self._rebuild_layout()
+
+    def _captured(self, inputs: tuple[Tensor, ...], targets: Tensor | None) -> Outcome:
+        """The Fisher of a batch with the layers that took part, and the partition that was asked for."""
         if (self.options.fisher == "empirical") != (targets is not None):
             raise ValueError("fisher='empirical' needs the true labels as targets=…, and no other kind takes them.")
         now = parameters_of(self.model)
         if not all(now.get(piece.parameter) is p for piece, p in self._layout.pieces):
             raise ValueError("The model's layers have changed since the optimizer was built; build a new optimizer.")
         check_inputs(self.model, self.partition, inputs)
-        before = self.partition.names
         partition = self.partition if tuple(self._eligible()) == self.partition.layers else self._layers()
         F, seen = self.curvature.capture(self.model, inputs, targets, partition)
-        self._follow()  # while the layers that the curvature has now all count as eligible
-        self._left_out |= set(partition.names) - set(F.partition.names)
-        self.curvature.add_batch(F, seen)
-        if self.partition.names != before:  # a layer was frozen or unfrozen since, or is used in no known way
-            self._rebuild_layout()
+        same = {"the layers with curvature": F.partition.names, "the vectors of an example": F.S, "dtype": F.dtype}
+        return Outcome((F, seen, partition), same, (F.N,))
 
     @property
     @_full_precision
@@ -250,7 +262,7 @@ class TwoLevelKFAC(Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """Counters and the last values of the step rule, as plain numbers: a copy, read when asked for."""
         facts = {name: float(x) for name, x in self._facts.items()}
-        return self.curvature.counters | facts
+        return self.curvature.counters | facts | self.ranks.traffic
 
     @property
     def damping(self) -> float:
@@ -312,7 +324,7 @@ class TwoLevelKFAC(Optimizer):
 
     def _judged_step(self, closure: Callable[[], Tensor] | None, loss: Tensor | None) -> None:
         """The step itself; if there is a closure, which has just returned ``loss``, it judges the step."""
-        step = self._gradient()
+        step = self._agreed_gradient() if self.ranks.size > 1 and self.curvature.due else self._gradient()
         if self.curvature.renewal_due:  # which a bad gradient must not set off
             step.check_gradient()
         searching = self.options.step_rule == "line_search"
@@ -345,15 +357,38 @@ class TwoLevelKFAC(Optimizer):
         if closure is None:
             take()
         elif searching:
-            self._search(Trial(step, loss_alone(closure), loss), take)
+            self._search(Trial(step, loss_alone(closure), loss, self.ranks), take)
         else:
-            trial = Trial(step, closure, loss)
+            trial = Trial(step, closure, loss, self.ranks)
             take()
             self._judge(trial)
 
     def _gradient(self) -> Step:
         """The gradients as they are now, from which a step is made."""
         return Step(self._layout, self.param_groups, self.state, self.options)
+
+    def _agreed_gradient(self) -> Step:
+        """The gradients, once it is clear that all ranks have the same, and take the same step from the same place."""
+
+        def found() -> Outcome:
+            step = self._gradient()
+            norms = (torch.stack(torch._foreach_norm(list(x), dtype=torch.float64)).norm()
+                     for x in (step.grads.values(), step.grads))  # fmt: skip
+            same = {"steps so far": self.curvature.step, "the last observation": self.curvature.observed_at}
+            same |= {"damping": self.damping, "parameters with a gradient": len(step.grads)} | self._choices
+            return Outcome(step, same, [float(x) for x in norms])
+
+        step, norms = self.ranks.agree("step()", found)
+        check_replicas(norms, torch.finfo(self._layout.like.dtype).eps ** 0.5)
+        return step
+
+    @property
+    def _choices(self) -> dict[str, Any]:
+        """The options of the groups, which may be edited at any time."""
+        choices = {}
+        for i, group in enumerate(self.param_groups):
+            choices |= {f"{key} of group {i}": x for key, x in group.items() if key not in ("params", "curvature")}
+        return choices
 
     def _tell_of_skipped(self) -> None:
         """Tell of steps that were skipped on the device since the last observation."""
@@ -559,7 +594,9 @@ class TwoLevelKFAC(Optimizer):
 
     def _restored(self, saved: Any) -> RunningCurvature:
         """Saved curvature where the model is now; it may be of layers that were frozen since."""
-        return states.restored(saved, self.options, self._eligible(frozen=True), self._layout.like)
+        curvature = states.restored(saved, self.options, self._eligible(frozen=True), self._layout.like)
+        curvature.ranks = self.ranks
+        return curvature
 
     def _follow(self) -> None:
         """Move the curvature after the model to another device or dtype."""
@@ -569,7 +606,7 @@ class TwoLevelKFAC(Optimizer):
             self.curvature = self._restored(states.saved(self.curvature))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "options", "curvature", "_told", "_only", "_left_out", "_facts", "_skipped")
+        own = ("model", "options", "ranks", "curvature", "_told", "_only", "_left_out", "_facts", "_skipped")
         return super().__getstate__() | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..method.checks import same_random_state
-from ..method.fisher import Fisher
+from ..method.fisher import Fisher, factors_by_use, one_product
 from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.one_hot import OneHot, Rows, cat, dense, padded
 from ..method.partition import Partition
 from ..method.products import Scores, regularised_root, square, unit_trace
+from .shards import Shards
 
 
 @contextmanager
@@ -59,14 +60,20 @@ class RunningFactors:
         self.weight: dict[str, float] = {}
         self.newest: set[str] = set()  # layers that the newest batch has reached
 
-    def add(self, F: Fisher, seen: tuple[str, ...], *, same_batch: bool = False) -> None:
-        """Take in the layers ``seen`` of F; ``same_batch`` for a further part of the newest batch."""
-        new = self._new(F, seen)
+    def add(
+        self, F: Fisher, seen: tuple[str, ...], *, same_batch: bool = False, shards: Shards | None = None
+    ) -> None:
+        """Take in the layers ``seen`` of F; ``same_batch`` for a further part of the newest batch. With ``shards`` F is
+        this rank's part, and every rank takes in the averages over all parts."""
+        if shards is None:
+            new, N = self._new(F, seen), dict.fromkeys(seen, F.N)
+        else:
+            new, N = self._shared(F, seen, shards)
         reached = self.newest if same_batch else set()
-        before = {name: self.weight.get(name, 0.0) * (1.0 if name in reached else self.decay) for name in seen}
+        before = {name: self.weight.get(name, 0.0) * (1.0 if name in reached else self.decay) for name in N}
         layers_of_share = defaultdict(list)
         for name, w in before.items():
-            layers_of_share[F.N / (w + F.N)].append(name)
+            layers_of_share[N[name] / (w + N[name])].append(name)
         for share, names in layers_of_share.items():
             for which, mine in enumerate((self.A, self.G)):
                 fresh = [new[name][which] for name in names]
@@ -74,8 +81,8 @@ class RunningFactors:
                     pairs = [_alike(mine[name], X) for name, X in zip(names, fresh, strict=True)]
                     fresh = torch._foreach_lerp(*map(list, zip(*pairs, strict=True)), share)
                 mine.update(zip(names, fresh, strict=True))
-        self.weight.update({name: w + F.N for name, w in before.items()})
-        self.newest = reached | set(seen)
+        self.weight.update({name: w + N[name] for name, w in before.items()})
+        self.newest = reached | set(N)
 
     def _new(self, F: Fisher, seen: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
         """A and G of a batch, for the layers that it has reached."""
@@ -83,18 +90,34 @@ class RunningFactors:
         if self.rule == "kfac":
             factors = F.kronecker(self.convention)
             return {name: (factors.A[l], factors.G[l]) for name, l in where.items()}
-        found = {}
-        for name, l in where.items():
-            scores = Scores(F.a[l], F.g[l])
-            if name in self.inverses:
-                for_G, for_A = self.inverses[name]
-                A, G = scores.right(root=for_A), scores.left(root=for_G)
-            elif self.rule == "nearest" and name in self.A:
-                A, G = scores.right(self.G[name]), scores.left(self.A[name] / square(self.A[name]))
-            else:
-                A, G = scores.right(), scores.left()
-            found[name] = A if self.rule == "shampoo" else unit_trace(A), G
-        return found
+        return {name: self._scaled(*self._turn(F, name, l)) for name, l in where.items()}
+
+    def _turn(self, F: Fisher, name: str, l: int) -> tuple[Tensor, Tensor]:
+        """A and G of one turn of the alternation: means over the examples of F."""
+        scores = Scores(F.a[l], F.g[l])
+        if name in self.inverses:
+            for_G, for_A = self.inverses[name]
+            return scores.right(root=for_A), scores.left(root=for_G)
+        if self.rule == "nearest" and name in self.A:
+            return scores.right(self.G[name]), scores.left(self.A[name] / square(self.A[name]))
+        return scores.right(), scores.left()
+
+    def _scaled(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        """With the scale in G alone, where it is not in both."""
+        return A if self.rule == "shampoo" else unit_trace(A), G
+
+    def _shared(
+        self, F: Fisher, seen: tuple[str, ...], shards: Shards
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, int]]:
+        """A and G of the batch of all ranks, and its examples, for the layers that any rank has reached."""
+        where = {name: F.partition.index(name) for name in seen}
+        if self.rule == "kfac":
+            own = {n: factors_by_use(F.a[l], F.g[l], F.swapped[l], self.convention) for n, l in where.items()}
+            means, N = shards.averaged(own, by_use=True)
+            return {name: one_product(uses) for name, uses in means.items()}, N
+        own = {name: (self._turn(F, name, l), None) for name, l in where.items()}
+        means, N = shards.averaged(own, by_use=False)
+        return {name: self._scaled(*one_product(uses)) for name, uses in means.items()}, N
 
     def renew_inverses(self) -> None:
         """Invert the running factors for the turns to come, if the rule needs it.
@@ -150,20 +173,29 @@ class Window:
         self.batches, self.examples, self.decay = min(batches, examples), examples, decay
         self.parts: list[Part] = []  # newest last
 
-    def add(self, F: Fisher, *, same_batch: bool = False) -> None:
-        """Take in F; ``same_batch`` for a further part of the newest batch."""
+    def add(self, F: Fisher, *, same_batch: bool = False, shards: Shards | None = None) -> None:
+        """Take in F; ``same_batch`` for a further part of the newest batch. With ``shards`` F is this rank's part, and
+        every rank takes in the parts of all as one."""
         if self.parts and self.parts[-1].F.S != F.S:
             self.parts = []  # another number of vectors per example cannot be stacked
         newest = (self.parts[-1].batch if self.parts else 0) + (not same_batch)
-        parts = [*self.parts, Part(newest, F.N, F.with_vectors(F.stacked))]
-        self.parts = [part for part in parts if part.batch > newest - self.batches]
-        sizes = Counter()
+        self.parts = [part for part in self.parts if part.batch > newest - self.batches]
+        sizes = Counter({newest: F.N if shards is None else shards.N})
         for part in self.parts:
             sizes[part.batch] += part.N
+
+        def room(N: int, batch: int) -> int:
+            return max(1, self.examples * N // (len(sizes) * sizes[batch]))
+
+        if shards is None:
+            self.parts.append(Part(newest, F.N, F.with_vectors(F.stacked)))
+        else:
+            for N, pieces in shards.gathered(room(shards.N, newest)):
+                self.parts.append(Part(newest, N, _joined(pieces, [1.0] * len(pieces))))
         for part in self.parts:
-            room = max(1, self.examples * part.N // (len(sizes) * sizes[part.batch]))
-            if part.F.N > room:
-                chosen = torch.arange(room, device=F.device) * part.F.N // room
+            kept = room(part.N, part.batch)
+            if part.F.N > kept:
+                chosen = torch.arange(kept, device=F.device) * part.F.N // kept
                 few = [(a.index_select(-3, chosen), g.index_select(-3, chosen)) for a, g in part.F.stacked]
                 part.F = part.F.with_vectors(few)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import ALONE, Alone
 from .step import Step
 
 
@@ -20,6 +21,7 @@ class Trial:
         step: the step that is about to be taken.
         closure: recomputes the loss.
         loss: what it returned before the step.
+        ranks: the processes with a part of the batch each, by the mean of whose losses the step is judged.
 
     Attributes:
         before: the value and the state of every parameter that the step moves.
@@ -29,8 +31,9 @@ class Trial:
         TypeError: a loss that is not one number.
     """
 
-    def __init__(self, step: Step, closure: Callable[[], Tensor], loss: Any) -> None:
-        self.step, self.closure, self.loss = step, closure, _number(loss)
+    def __init__(self, step: Step, closure: Callable[[], Tensor], loss: Any, ranks: Alone = ALONE) -> None:
+        self.step, self.closure, self.ranks = step, closure, ranks
+        self.loss = ranks.mean(lambda: _number(loss))
         own = {p: step.state.get(p, {}) for p in step.grads}
         self.before = {p: (p.clone(), {name: x.clone() for name, x in state.items()}) for p, state in own.items()}
         self.plain = [p for p in self.before if p not in step.layout.covered]
@@ -39,7 +42,7 @@ class Trial:
         """How much the loss has gone up since, weight decay included; if the closure fails, no step was taken."""
         try:
             with torch.enable_grad():
-                after = _number(self.closure())
+                after = self.ranks.mean(lambda: _number(self.closure()))
         except BaseException:
             self.restore()
             raise
