@@ -618,8 +618,9 @@ class TwoLevelKFAC(Optimizer):
             ", ".join(f"{key}={_shown(value)}" for key, value in group.items() if key not in ("params", "curvature"))
             for group in self.param_groups
         )
+        ranks = f"  {self.ranks.size} ranks, replicated\n" if self.ranks.size > 1 else ""
         return (
-            f"TwoLevelKFAC({self.curvature}\n"
+            f"TwoLevelKFAC({self.curvature}\n{ranks}"
             f"  step: {self.options.step_rule}; {groups}\n"
             f"  so far: {', '.join(f'{key} {value:.4g}' for key, value in self.diagnostics.items() if value)})"
         )
