@@ -74,11 +74,23 @@ class TwoLevelKFAC(Optimizer):
     the weighted Fisher of the last observed batches, as it was at the last coarse refresh; both share λ. After a
     single observation of a batch that fits in ``coarse_examples`` they are that batch's own.
 
+    With several ranks the step is the one that a single process takes on the joined batch, rank after rank: the same
+    bits on all, and labels drawn by each. Factors are summed over ranks, and the vectors of A are gathered, so that all
+    that follows is the same computation everywhere. ``DistributedDataParallel`` takes the plain mean of the ranks'
+    gradients, and so is the loss that a closure's step is judged by: where batches differ in size, each rank multiplies
+    its loss by :func:`kfac_viz.share`. The ranks compare what has to agree when the optimizer is built, at every
+    observation and at the step after it; an error on one is raised on all. A rank that ends, or is silent for the time
+    limit of its process group, ends the others with its name some ten seconds later; where they wait for it in
+    ``backward``, in PyTorch's words. R ranks send, and ``diagnostics`` counts for this one,
+
+    - 64 bytes, gathered, at each of these meetings and at every loss that judges a step;
+    - for every observed batch what :class:`kfac_viz.train.shards.Shards` says.
+
     Args:
         model: its trainable layers get curvature, norms, embeddings and attention included; parameters that are used
             otherwise than in sums of products follow Adam's rule, and a warning names them once. Compiled models
-            and wrappers such as ``nn.DataParallel`` are seen through, and layers have the names of the plain model;
-            a model distributed over several processes is refused.
+            and wrappers such as ``nn.DataParallel`` are seen through, and layers have the names of the plain model.
+            Of a model in ``DistributedDataParallel`` every rank observes its own batch; see below.
         params: parameters or groups with their own ``lr``, ``plain_lr``, ``momentum``, ``weight_decay``, ``maximize``;
             all trainable ones by default. A layer is preconditioned if all of its parameters are given.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.

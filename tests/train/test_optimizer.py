@@ -913,7 +913,7 @@ def test_autocast_and_grad_scaler(device):
     assert opt.preconditioner.dtype == torch.float32
 
 
-def test_a_distributed_model_trains_in_one_process_and_is_refused_in_several(tmp_path, monkeypatch):
+def test_a_distributed_model_of_one_process_trains_like_the_plain_one(tmp_path):
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     try:
@@ -922,12 +922,7 @@ def test_a_distributed_model_trains_in_one_process_and_is_refused_in_several(tmp
         train(TwoLevelKFAC(wrapped, **FIXED), wrapped, 3)
         train(TwoLevelKFAC(twin, **FIXED), twin, 3)
         assert torch.equal(weights(model), weights(twin))
-        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-        for hidden in (wrapped, torch.compile(wrapped, backend="eager"), nn.Sequential(wrapped)):
-            with pytest.raises(ValueError, match="replicas would drift apart"):
-                TwoLevelKFAC(hidden, **FIXED)
     finally:
-        monkeypatch.undo()
         dist.destroy_process_group()
 
 
