@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import time
 import traceback
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def together(worker: Callable[..., Any], size: int, meeting: Any, *args: Any, se
     deadline, found = time.monotonic() + seconds, []
     for pipe, _ in pipes:
         try:
-            found.append(pipe.recv() if pipe.poll(max(0.0, deadline - time.monotonic())) else None)
+            found.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(max(0.0, deadline - time.monotonic())) else None)
         except EOFError:
             found.append(None)
     for process in processes:
@@ -48,8 +49,8 @@ def _run(worker: Callable[..., Any], rank: int, size: int, meeting: str, end: An
     limit = timedelta(seconds=LIMIT if worker.__name__.startswith("ends") else 120)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=limit)
     try:
-        end.send(worker(rank, *args))
+        end.send_bytes(pickle.dumps(worker(rank, *args)))  # tensors by value, not in shared memory
     except Exception:
-        end.send(traceback.format_exc())
+        end.send_bytes(pickle.dumps(traceback.format_exc()))
     if dist.is_initialized() and not worker.__name__.startswith("ends"):
         dist.destroy_process_group()

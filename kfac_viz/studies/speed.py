@@ -78,6 +78,67 @@ def _curve(x: list[float], rows: list[Row], time: str) -> Curve:
     return Curve(np.array(x), *(rounded([float(row[key]) for row in rows]) for key in (time, "low_ms", "high_ms")))
 
 
+# ---- many processes -----------------------------------------------------------------------------------
+
+RANKS, WIDTHS = (8, 64, 1024), (1024, 4096, 16384)
+SENT = ("the gradient", "factors", "vectors of A", "headers")
+REPEATED = ("a gradient of 64 examples", "inverting all factors", "M v")
+OTHERWISE = ("balanced", "a-def1", "a-def2", "additive", "local: pieces of v", "local: columns of Z")
+
+
+def counted_across_ranks(width: int, ranks: int) -> dict[str, float]:
+    """Counted, not measured: what one of R ranks receives for a step of 8 square layers of this width, in MB of
+    float32, and its multiplications, in 10⁹, with the optimizer's default schedule, 4 columns per layer and one vector
+    for each of 512 examples in A.
+
+    A sum over ranks moves 2 (R − 1)/R times its size through each (a ring). ``SENT`` is what the optimizer sends,
+    beside the gradient that every data-parallel method sums. ``OTHERWISE`` is what would travel if A stayed where its
+    vectors are, so that A Z c is a sum over ranks, and if each layer had one owner (DP-KFAC, Zhang et al. 2022).
+    """
+    L, w, n, columns, observe, refresh = 8, 4e-6, 512, 4, 5, 10
+    o, i = width, width + 1
+    P, k, ring = L * o * i, L * columns, 2 * (ranks - 1) / ranks
+    sent = (
+        ring * w * P,
+        ring * w * L * (i * (i + 1) + o * (o + 1)) / 2 / observe,
+        w * ranks * -(-n // ranks) * L * (i + o) / observe,
+        1e-6 * (2 * 64 + 32 * L) * ranks / observe,
+    )
+    repeated = (3 * 64 * P / 1e9, L * (o**3 + i**3) / 2 / refresh / 1e9, L * (o * o * i + o * i * i) / 1e9)
+    owners = (ranks - 1) / ranks
+    summed = (ring * w * (P + k), ring * w * P, ring * w * k, 0.0)
+    local = (owners * w * P, owners * w * k * (o + i) / refresh)
+    names = (*SENT, *REPEATED, *OTHERWISE)
+    return dict(zip(names, (*sent, *repeated, *summed, *local), strict=True))
+
+
+def across_ranks() -> str:
+    """The tables ``ranks_counted.csv`` and ``ranks_cpu.csv`` as text: on paper for many ranks, measured for few."""
+    counted = grouped(measured_rows("ranks_counted.csv"), "width", "ranks")
+    lines = ["COUNTED, not measured, for one rank and one step of 8 layers"]
+    for title, names in (
+        ("MB that travel", SENT),
+        ("10⁹ multiplications that every rank makes", REPEATED),
+        ("MB that would travel otherwise", OTHERWISE),
+    ):
+        lines += ["", title, _line("width", "ranks", *names)]
+        for key, rows in counted.items():
+            values = {row["quantity"]: float(row["value"]) for row in rows}
+            lines.append(_line(*key, *(f"{values[name]:.3g}" for name in names)))
+    few = measured_rows("ranks_cpu.csv")
+    by_ranks = grouped(few, "ranks")
+    where = "{depth} layers of width {width}, {batch} examples a rank; {machine}, PyTorch {torch}".format(**few[0])
+    lines += ["", f"MEASURED, for one rank and one step: {where}", "", _line("ranks", *(r for (r,) in by_ranks))]
+    for name in dict.fromkeys(row["quantity"] for row in few):
+        values = [{row["quantity"]: row["per_step"] for row in rows}.get(name, "0") for rows in by_ranks.values()]
+        lines.append(_line(name + ", s" * (name in ("forward, backward", "observe", "step")), *values))
+    return "\n".join(lines)
+
+
+def _line(*entries: str) -> str:
+    return "  ".join(f"{x:>{max(10, 20 * (not j))}}" for j, x in enumerate(entries))
+
+
 # ---- the picture --------------------------------------------------------------------------------------
 
 STYLES: dict[str, Style] = {

@@ -20,7 +20,7 @@ TABLES = (
 )  # fmt: skip
 WITHOUT = {  # of the cost of single operations, and small ones that tests make again
     "exact_cpu.csv", "exact_cuda.csv", "fisher_cpu.csv", "products_cpu.csv", "classroom.csv", "training_small.csv",
-    "published_small.csv", "pde_small.csv",
+    "published_small.csv", "pde_small.csv", "ranks_counted.csv", "ranks_cpu.csv",
 }  # fmt: skip
 FIGURES = {  # and the tables that they are drawn from
     "10_depth": ("depth.csv",),
