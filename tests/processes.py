@@ -16,8 +16,10 @@ import torch.distributed as dist
 LIMIT = 8  # seconds of the process group; a loaded machine may need more only to start
 
 
-def together(worker: Callable[..., Any], size: int, meeting: Any, *args: Any, seconds: float = 300) -> list[Any]:
-    """What ``worker(rank, *args)`` returns in each of so many processes, joined by gloo; its error as text.
+def together(
+    worker: Callable[..., Any], size: int, meeting: Any, *args: Any, seconds: float = 300, backend: str = "gloo"
+) -> list[Any]:
+    """What ``worker(rank, *args)`` returns in each of so many processes, joined by a backend; its error as text.
 
     They are forked from a server that has imported the package once. None where a process has ended without a word, or
     was ended after so many ``seconds``.
@@ -26,7 +28,7 @@ def together(worker: Callable[..., Any], size: int, meeting: Any, *args: Any, se
     context.set_forkserver_preload(["torch", "kfac_viz.train.optimizer", "kfac_viz.problems"])
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        context.Process(target=_run, args=(worker, rank, size, f"file://{meeting}", end, args), daemon=True)
+        context.Process(target=_run, args=(worker, rank, size, backend, f"file://{meeting}", end, args), daemon=True)
         for rank, (_, end) in enumerate(pipes)
     ]
     for process, (_, end) in zip(processes, pipes, strict=True):
@@ -44,10 +46,12 @@ def together(worker: Callable[..., Any], size: int, meeting: Any, *args: Any, se
     return found
 
 
-def _run(worker: Callable[..., Any], rank: int, size: int, meeting: str, end: Any, args: tuple[Any, ...]) -> None:
+def _run(
+    worker: Callable[..., Any], rank: int, size: int, backend: str, meeting: str, end: Any, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=LIMIT if worker.__name__.startswith("ends") else 120)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=limit)
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=limit)
     try:
         end.send_bytes(pickle.dumps(worker(rank, *args)))  # tensors by value, not in shared memory
     except Exception:

@@ -76,7 +76,7 @@ class Ranks(Alone):
         self.traffic = {f"{what} {how}": 0 for how in ("summed", "gathered") for what in ("messages", "bytes")}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy belongs to the same group; another process takes its own default group."""
+        """A copy belongs to the default group of its process, and is alone where there is none."""
         if self.group != dist.group.WORLD:
             raise TypeError("An optimizer over a part of the processes cannot be pickled; save its state_dict().")
         return _of_the_world, (self.device,)
@@ -230,8 +230,8 @@ def _store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def _of_the_world(device: torch.device) -> Ranks:
-    return Ranks(dist.group.WORLD, device)
+def _of_the_world(device: torch.device) -> Alone:
+    return Ranks(dist.group.WORLD, device) if dist.is_initialized() else ALONE
 
 
 def _digest(same: Mapping[str, Any]) -> float:

@@ -162,7 +162,8 @@ def trained(model: nn.Module, case: Case, cut: list[int], *, batches: list[int],
             capture_by_rank(opt, cut)
         plain, found = model.module if group else model, []
         for step in range(STEPS):
-            x, y = case.inputs(step), case.targets(step)
+            x = case.inputs(step)
+            y = case.targets(step).to(x.device)
 
             def closure(x=x, y=y, backward=True):
                 opt.zero_grad()
@@ -244,6 +245,23 @@ def test_every_case_is_the_step_of_one_process_on_the_joined_batch(tmp_path):
     assert all(name.endswith(f"{size} ranks") for name, (*_, size) in found.items())
 
 
+def on_gpus(rank: int) -> float:
+    """The error of three steps of two ranks on a GPU each, against one process on the CPU."""
+    torch.cuda.set_device(rank)
+    case, model = Case({"step_rule": "quadratic"}), mlp()
+    there = Case(case.options, inputs=lambda step: vectors(step).cuda())
+    twin = copy.deepcopy(model)
+    wrapped = DDP(model.cuda(), device_ids=[rank])
+    mine, _ = trained(wrapped, there, CUTS[2], batches=[rank], group=dist.group.WORLD)
+    one, _ = trained(twin, case, CUTS[2], batches=[0, 1])
+    return float((mine[-1].cpu() - one[-1]).norm() / one[-1].norm())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl needs a GPU for each of two ranks")
+def test_two_gpus_take_the_steps_of_one_processor(tmp_path):
+    assert all(error < 1e-10 for error in together(on_gpus, 2, tmp_path / "meeting", backend="nccl"))
+
+
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +308,8 @@ def faults(rank: int) -> dict[str, Any]:
     kv.nll(model(x), y, "categorical").backward()
     told["nothing has moved"] = bool(torch.equal(flat(model), before))
     told["goes on"] = refused(opt.step)
+    twin = copy.deepcopy(opt)
+    told["a copy"] = twin.ranks.size, twin.ranks.rank == rank
     with torch.no_grad():
         model.module[0].bias += rank == 2
     opt.zero_grad()
@@ -376,7 +396,7 @@ def test_what_is_wrong_on_one_rank_is_told_on_all_and_changes_nothing(tmp_path):
     for name, part in expected.items():
         assert part in first[name], (name, first[name])
     assert first["nothing has changed"] and first["nothing has moved"] and first["restored"]
-    assert first["goes on"] == ""
+    assert first["goes on"] == "" and first["a copy"] == (3, True)
     assert first["shares"] == pytest.approx(3)
     alone, uneven = first["warnings"]
     assert "one of several" in alone and "kv.share(n)" in uneven
@@ -472,16 +492,10 @@ def test_what_two_ranks_save_one_and_three_resume_and_what_travels_is_counted(tm
 # ---- the line of README ----------------------------------------------------------------------------------------------
 
 
-def test_the_line_of_readme_trains_on_two_ranks_as_on_one():
-    """Sampled labels differ between the runs; the losses are near each other all the same."""
+def test_the_line_of_readme_trains():
     readme = (Path(kv.__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^torchrun .*$", readme, re.MULTILINE)
-    losses = []
-    for ranks in (2, 1):
-        command = line.replace("--nproc-per-node 2", f"--nproc-per-node {ranks} --rdzv-backend c10d --rdzv-endpoint :0")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)[1:]]
-        said = subprocess.run(torchrun, capture_output=True, text=True, timeout=500, check=True).stdout
-        loss, count = re.match(r"loss (\S+) after 30 steps on (\d) ranks", said).groups()
-        assert int(count) == ranks and ("messages gathered" in said) == (ranks > 1)
-        losses.append(float(loss))
-    assert losses[0] == pytest.approx(losses[1], rel=0.2) and losses[1] < 1.2
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(line)[1:]]  # a free port
+    said = subprocess.run(torchrun, capture_output=True, text=True, timeout=500, check=True).stdout
+    assert float(re.match(r"loss (\S+) after 30 steps on 2 ranks", said).group(1)) < 1.2  # 2.3 to begin with
+    assert "messages gathered" in said
