@@ -121,22 +121,25 @@ def across_ranks() -> str:
         ("10⁹ multiplications that every rank makes", REPEATED),
         ("MB that would travel otherwise", OTHERWISE),
     ):
-        lines += ["", title, _line("width", "ranks", *names)]
+        columns = [max(12, len(name)) for name in ("width", "ranks", *names)]
+        lines += ["", title, _line(columns, "width", "ranks", *names)]
         for key, rows in counted.items():
             values = {row["quantity"]: float(row["value"]) for row in rows}
-            lines.append(_line(*key, *(f"{values[name]:.3g}" for name in names)))
+            lines.append(_line(columns, *key, *(f"{values[name]:.4g}" for name in names)))
     few = measured_rows("ranks_cpu.csv")
     by_ranks = grouped(few, "ranks")
     where = "{depth} layers of width {width}, {batch} examples a rank; {machine}, PyTorch {torch}".format(**few[0])
-    lines += ["", f"MEASURED, for one rank and one step: {where}", "", _line("ranks", *(r for (r,) in by_ranks))]
+    columns = [20, *[12] * len(by_ranks)]
+    lines += ["", f"MEASURED, for one rank and one step: {where}", "", _line(columns, "ranks", *(r for (r,) in by_ranks))]
     for name in dict.fromkeys(row["quantity"] for row in few):
         values = [{row["quantity"]: row["per_step"] for row in rows}.get(name, "0") for rows in by_ranks.values()]
-        lines.append(_line(name + ", s" * (name in ("forward, backward", "observe", "step")), *values))
+        lines.append(_line(columns, name + ", s" * (name in ("forward, backward", "observe", "step")), *values))
     return "\n".join(lines)
 
 
-def _line(*entries: str) -> str:
-    return "  ".join(f"{x:>{max(10, 20 * (not j))}}" for j, x in enumerate(entries))
+def _line(columns: list[int], *entries: str) -> str:
+    """Entries of a row, each at the right of a column of so many characters."""
+    return "  ".join(f"{x:>{n}}" for n, x in zip(columns, entries, strict=True))
 
 
 # ---- the picture --------------------------------------------------------------------------------------
