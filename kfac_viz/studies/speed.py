@@ -130,7 +130,8 @@ def across_ranks() -> str:
     by_ranks = grouped(few, "ranks")
     where = "{depth} layers of width {width}, {batch} examples a rank; {machine}, PyTorch {torch}".format(**few[0])
     columns = [20, *[12] * len(by_ranks)]
-    lines += ["", f"MEASURED, for one rank and one step: {where}", "", _line(columns, "ranks", *(r for (r,) in by_ranks))]
+    lines += ["", f"MEASURED, for one rank and one step: {where}", ""]
+    lines.append(_line(columns, "ranks", *(ranks for (ranks,) in by_ranks)))
     for name in dict.fromkeys(row["quantity"] for row in few):
         values = [{row["quantity"]: row["per_step"] for row in rows}.get(name, "0") for rows in by_ranks.values()]
         lines.append(_line(columns, name + ", s" * (name in ("forward, backward", "observe", "step")), *values))
