@@ -88,9 +88,9 @@ class RunningFactors:
             scores = Scores(F.a[l], F.g[l])
             if name in self.inverses:
                 for_G, for_A = self.inverses[name]
-                A, G = scores.right(root=for_A), scores.left(root=for_G)
+                A, G = scores.right(root=for_A, upper=True), scores.left(root=for_G, upper=True)
             elif self.rule == "nearest" and name in self.A:
-                A, G = scores.right(self.G[name]), scores.left(self.A[name] / square(self.A[name]))
+                A, G = scores.right(self.G[name]), scores.left(self.A[name]) / square(self.A[name])
             else:
                 A, G = scores.right(), scores.left()
             found[name] = A if self.rule == "shampoo" else unit_trace(A), G
