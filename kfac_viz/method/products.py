@@ -20,6 +20,7 @@ from .partition import Layer
 FACTORS = ("kfac", "shampoo", "nearest", "kl")
 VOCABULARY = 1024  # columns of an embedding up to which A is written down; K-FAC keeps its diagonal and has no limit
 FLOOR = 1e-6  # of the largest eigenvalue of a KL factor, seen against Shampoo's: what it is raised to below that
+FLOOR_OF_AVERAGE = 1.0  # the same in a running average of N examples: so many of them, 1/N of the mean eigenvalue
 TURNS = 500  # of an alternation, before it is left as it is
 
 _CHUNK = 2**24  # numbers in a temporary: 128 MiB of float64
@@ -187,8 +188,9 @@ def square(A: Tensor) -> Tensor:
     return A.square().sum((-2, -1), keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
 
 
-def regularised_root(X: Tensor, floor: float) -> Tensor:
-    """C with ``C Cᵀ = (X + r I)⁻¹ / rank``, ``r = floor · tr X / n``, ``rank = tr(X (X + r I)⁻¹)``, for X (..., n, n).
+def regularised_root(X: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """C with ``C Cᵀ = (X + r I)⁻¹ / rank``, ``r = floor · tr X / n``, ``rank = tr(X (X + r I)⁻¹)``, for X (..., n, n),
+    an upper triangle; and ``n − rank`` (...), the number of directions in which r decides.
 
     What a turn of the flip-flop takes from a running average, to which not every direction has contributed yet. By
     Cholesky in double precision; as if X were its mean eigenvalue where round-off leaves no factor, I if X is 0.
@@ -200,7 +202,7 @@ def regularised_root(X: Tensor, floor: float) -> Tensor:
     found = (info == 0)[..., None, None] & (trace > 0)
     root = torch.linalg.solve_triangular(torch.where(found, L, eye), eye, upper=False).mT
     rank = torch.where(found, n - floor * root.square().sum((-2, -1), keepdim=True), n)
-    return (root / (mean * rank).sqrt()).to(X)
+    return (root / (mean * rank).sqrt()).to(X), (n - rank)[..., 0, 0]
 
 
 def _nearest(scores: Scores, A: Tensor) -> tuple[Tensor, Tensor]:

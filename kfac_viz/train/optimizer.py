@@ -102,7 +102,8 @@ class TwoLevelKFAC(Optimizer):
             exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; or ``"none"``, the coarse level alone.
         factors: which Kronecker product K-FAC and EKFAC take for a block: ``"kfac"``, ``"shampoo"``, ``"nearest"`` or
             ``"kl"`` (:func:`kfac_viz.method.products.product`). Each observation makes one turn of the alternation that
-            leads to the last two, against the running average of the other factor.
+            leads to the last two, against the running average of the other factor. Where too few scores determine the
+            product nearest in KL, a floor does, and ``diagnostics`` counts directions (layers with EKFAC).
         rule: of K-FAC's damping, ``"factored"`` (two products per layer) or ``"eigen"`` (four).
         coarse, per_layer: coarse space and its columns per layer, at most so many (a small layer gives what it
             has); ``per_layer=0`` is one-level K-FAC.
