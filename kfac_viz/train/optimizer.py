@@ -249,7 +249,7 @@ class TwoLevelKFAC(Optimizer):
 
     @property
     def diagnostics(self) -> dict[str, float]:
-        """Counters and the last values of the step rule, as plain numbers: a copy, read when asked for."""
+        """A copy of the counters and of the last values of the step rule, as plain numbers, read when asked for."""
         facts = {name: float(x) for name, x in self._facts.items()}
         return self.curvature.counters | facts
 
