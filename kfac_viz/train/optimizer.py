@@ -24,11 +24,10 @@ from .curvature import RunningCurvature
 from .layout import Layout
 from .options import Options, check_group, shows_options
 from .plain import MOMENTS
+from .search import LENGTHS_TRIED, line_search
 from .step import Step
 from .trial import Trial, loss_alone
 from .update import QuadraticModel, judged_damping, update
-
-LENGTHS_TRIED = tuple(0.5**i for i in range(31))  # of a step by line search, before it is given up
 
 
 def _full_precision(method: Callable) -> Callable:
@@ -89,7 +88,7 @@ class TwoLevelKFAC(Optimizer):
             functions that are not sums of products, weights that are computed from others, and layers that are not in
             ``layers`` or not given in full. PyTorch's schedulers move ``lr`` alone; edit ``plain_lr`` in the groups.
             Adam's step is no part of the direction whose length the step rules choose, it is added to it:
-            ``"line_search"`` halves both together, and with ``momentum=0``, its default, both go downhill;
+            ``"line_search"`` scales both together, and with ``momentum=0``, its default, both go downhill;
             ``"quadratic"`` with a closure predicts its change by its slope, and looks at a step that went up once
             more without it. A step that is undone or refused undoes the moments too. The moments are kept at least
             in float32. A parameter that gains or loses curvature starts without momentum and moments.
@@ -120,10 +119,12 @@ class TwoLevelKFAC(Optimizer):
             vanishes because the model is sure of itself, λ still bounds the step. The bound holds before momentum,
             which lengthens the step up to ``1/(1 − momentum)`` times and the form up to the square of that.
             ``"quadratic"`` takes step length and momentum from the captured model (Martens and Grosse 2015,
-            section 7). ``"line_search"`` halves the step until the loss is lower than before. It is for full batches,
-            whose loss is one function, such as least squares to be solved to the end (a differential equation), and not
-            for mini-batches, where the next one undoes what this one gained. Every step needs a closure then. The first
-            decrease ended lower than the least of twelve halvings (figures/benchmarks/pde_runs.csv).
+            section 7). ``"line_search"`` takes the length that ``search`` finds. It is for full batches, and large ones
+            whose losses are nearly one function (a differential equation at many points), and not for mini-batches,
+            where the next one undoes what this one gained. Every step needs a closure then.
+        search: of the line search: ``"parabola"`` brackets a minimum and takes the lowest points of two parabolas,
+            about five evaluations; ``"first"`` halves the step until the loss is lower than before; ``"least"`` takes
+            the best of 31 halvings (:func:`kfac_viz.train.search.line_search`).
         convention: ``"expand"`` or ``"reduce"`` for layers with positions (Eschenhagen et al. 2023).
         layers: names of the layers to precondition; all of them by default.
         seed: of the sampled labels, which have their own generator.
@@ -385,25 +386,31 @@ class TwoLevelKFAC(Optimizer):
         self.damping = judged_damping(self.damping, change, ratio, self.curvature.step)
 
     def _search(self, trial: Trial, take: Callable[[float], None]) -> None:
-        """Halve the step until the loss goes down; leave everything as it is where it never does."""
+        """Take the length that the option ``search`` finds; leave everything as it is where there is none."""
         if not math.isfinite(trial.loss):
             raise ValueError(f"The closure returned {trial.loss}: there is no lower loss to look for.")
 
-        def goes_down(length: float) -> bool:
-            """Take so much of the step, and take it back unless the loss goes down."""
-            take(length)
-            self.curvature.counters["evaluations"] += 1
-            down = trial.change() < 0
-            if not down:
-                trial.restore()
-            return down
+        def change(length: float) -> float:
+            """The loss's along so much of the step, which is taken back; inf where more than all of it overflows."""
+            try:
+                take(length)
+            except ValueError:
+                if length <= 1:
+                    raise
+                return math.inf
+            change = trial.change()
+            trial.restore()
+            return change
 
         gradients = {p: (p.grad, p.grad.clone()) for p in trial.before}  # the closure may write into them
         try:
-            length = next(filter(goes_down, LENGTHS_TRIED), 0.0)
+            length, evaluations = line_search(change, 0.0, self.options.search)
         finally:
             for p, (grad, value) in gradients.items():
                 p.grad = grad.copy_(value)
+        self.curvature.counters["evaluations"] += evaluations
+        if length:
+            take(length)
         self._facts["step length"] = length
         if not length:
             self.curvature.counters["stuck"] += 1

@@ -17,6 +17,7 @@ from ..method.kronecker import CONVENTIONS
 from ..method.products import FACTORS, check_factors
 from ..method.two_level import CORRECTIONS
 from ..scores.likelihood import FLAVOURS, LIKELIHOODS
+from .search import SEARCHES
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
 FIRST_LEVELS = ("kfac", "ekfac", "blocks", "diagonal", "identity", "none")
@@ -40,6 +41,7 @@ _CHOICES = {
     "fisher": FLAVOURS,
     "convention": CONVENTIONS,
     "step_rule": STEP_RULES,
+    "search": SEARCHES,
 }
 _LEAST = {"per_layer": 0} | dict.fromkeys(
     ("samples", "observe_every", "refresh_every", "coarse_every", "coarse_examples", "coarse_window"), 1
@@ -76,6 +78,7 @@ class Options:
     seed: int = 0
     step_rule: str = "kl_clip"
     kl_clip: float = 5e-4
+    search: str = "parabola"
     decoupled: bool = False
     capturable: bool = False
 

@@ -32,10 +32,13 @@ def parameters(problem):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        (Method("kfac"), {"per_layer": 0}),
-        (Method("both", per_layer=3), {"per_layer": 3}),
-        (Method("both", "smooth", 2, "a-def1"), {"coarse": "smooth", "per_layer": 2, "correction": "a-def1"}),
-        (Method("both", "spectral in all", 3), {"total": 9}),
+        (Method("kfac", length="first"), {"per_layer": 0, "search": "first"}),
+        (Method("both", per_layer=3, length="parabola"), {"per_layer": 3}),
+        (
+            Method("both", "smooth", 2, "a-def1", length="least"),
+            {"coarse": "smooth", "per_layer": 2, "correction": "a-def1", "search": "least"},
+        ),
+        (Method("both", "spectral in all", 3, length="parabola"), {"total": 9}),
     ],
 )
 def test_it_takes_the_steps_of_the_study(method, options):
@@ -45,7 +48,7 @@ def test_it_takes_the_steps_of_the_study(method, options):
     for _ in range(5):
         evaluations = next(steps)
         step(other, opt)
-    torch.testing.assert_close(parameters(other), parameters(one), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(parameters(other), parameters(one), rtol=1e-5, atol=1e-7)
     assert opt.diagnostics["evaluations"] == evaluations and opt.diagnostics["stuck"] == 0
 
 
@@ -54,8 +57,7 @@ def test_the_loss_goes_down_in_every_step():
     opt = kv.TwoLevelKFAC(problem.model, damping=1e-7, per_layer=4, **FULL)
     losses = [float(step(problem, opt).detach()) for _ in range(12)]
     assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
-    assert 0 < opt.diagnostics["step length"] <= 1 and math.log2(opt.diagnostics["step length"]).is_integer()
-    assert opt.diagnostics["evaluations"] >= 12
+    assert 0 < opt.diagnostics["step length"] <= 32 and opt.diagnostics["evaluations"] >= 24
 
 
 def test_momentum_and_averages_are_off_unless_asked_for():
@@ -158,6 +160,23 @@ def test_a_loss_that_is_no_number_is_refused_and_one_on_the_way_is_too_long():
 
     opt.step(overflows_once)
     assert not torch.equal(parameters(problem), before) and opt.diagnostics["step length"] <= 0.5
+
+
+def test_twice_the_step_that_overflows_is_too_long():
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float16)
+    x, y = torch.full((4, 1), 1e-4).half(), torch.full((4, 1), 4.0)
+    opt = kv.TwoLevelKFAC(model, damping=0.0, **FULL)
+
+    def closure():
+        opt.zero_grad()
+        loss = 0.5 * (model(x).float() - y).square().sum(1).mean()
+        loss.backward()
+        return loss
+
+    before = float(closure().detach())
+    opt.observe(x)
+    opt.step(closure)
+    assert float(closure().detach()) < before and opt.diagnostics["step length"] <= 2 and opt.diagnostics["stuck"] == 0
 
 
 def test_it_needs_a_closure_and_decides_on_the_host():
