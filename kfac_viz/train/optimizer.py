@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..method.checks import check_damping, own_precision, warn
+from ..method.krylov import pcg
 from ..method.names import parameters_of, unwrapped
 from ..method.partition import Layer, Partition
 from ..method.two_level import TwoLevel
@@ -98,7 +99,8 @@ class TwoLevelKFAC(Optimizer):
             A; None is 0.95, and 0, the batch alone, with ``"line_search"``.
         damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
         first_level: ``"kfac"``, of averaged factors; or made of the vectors that A holds, at each refresh, ``"ekfac"``,
-            exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; or ``"none"``, the coarse level alone.
+            exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; ``"none"``, the coarse level alone; or
+            ``"exact"``, the exact step, by a matrix of all scores or of all parameters, whichever is smaller.
         factors: which Kronecker product K-FAC and EKFAC take for a block: ``"kfac"``, ``"shampoo"``, ``"nearest"`` or
             ``"kl"`` (:func:`kfac_viz.method.products.product`). Each observation makes one turn of the alternation that
             leads to the last two, against the running average of the other factor.
@@ -107,11 +109,15 @@ class TwoLevelKFAC(Optimizer):
             has); ``per_layer=0`` is one-level K-FAC.
         total: columns of ``coarse="spectral"`` in all, in place of ``per_layer``: they go where the eigenvalues are.
         correction: ``"additive"``, ``"a-def1"``, ``"a-def2"`` or ``"balanced"``.
+        iterations: of conjugate gradients for ``A v = g`` that both levels precondition, a product with F each; with 0
+            they are applied once.
         coarse_operator: ``"captured"`` coarsens A itself; ``"kronecker"`` the Kronecker model, as the 2020 paper.
         fisher, samples: ``"mc"`` with so many labels drawn per example, ``"exact"`` or ``"empirical"``.
         observe_every, refresh_every, coarse_every: steps between observations, factorisations of M, and rebuilds
             of the coarse level (None: with M).
-        coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches.
+        coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches. None is
+            512 examples, and the whole batch with ``"line_search"``, whose steps are of another function than the loss
+            where A has not seen all of it: a warning says so once, also with ``"quadratic"``.
         weight_decay: of the loss, also in the quadratic model; or shrinks weights directly if ``decoupled``, by
             ``lr * weight_decay`` of themselves in each step, and by ``plain_lr * weight_decay`` without curvature.
         step_rule: ``"fixed"``; ``"kl_clip"`` shortens directions with ``lr² vᵀ(F + λI)v > kl_clip``, F itself and
@@ -232,8 +238,20 @@ class TwoLevelKFAC(Optimizer):
         self._follow()  # while the layers that the curvature has now all count as eligible
         self._left_out |= set(partition.names) - set(F.partition.names)
         self.curvature.add_batch(F, seen)
+        self._tell_of_cut()
         if self.partition.names != before:  # a layer was frozen or unfrozen since, or is used in no known way
             self._rebuild_layout()
+
+    def _tell_of_cut(self) -> None:
+        """Tell of a batch of which A has a part, where the loss of all of it judges the step."""
+        rule, most, (kept, seen) = self.options.step_rule, self.options.coarse_examples, self.curvature.window.newest
+        if rule in ("quadratic", "line_search") and most is not None and seen > most:
+            self._tell(
+                "cut",
+                f"A holds {kept} of the {seen} examples of the batch, since coarse_examples={most}; the gradient and "
+                f"K-FAC have all of them. Steps of step_rule={rule!r} then solve another system than that of the loss "
+                f"that judges them. Pass coarse_examples={seen} or smaller batches.",
+            )
 
     @property
     @_full_precision
@@ -320,7 +338,7 @@ class TwoLevelKFAC(Optimizer):
         T, layout = self.preconditioner, self._layout
         ridge = T.damping if self.options.decoupled else T.damping + layout.option("weight_decay")
         proposed = update(
-            step.moving(T._apply(step.g), known=self.curvature.factors.weight),
+            step.moving(self._direction(T, step), known=self.curvature.factors.weight),
             step.momentum(),
             QuadraticModel(T.A.operator, step.g, ridge),
             self.options,
@@ -351,6 +369,13 @@ class TwoLevelKFAC(Optimizer):
             trial = Trial(step, closure, loss)
             take()
             self._judge(trial)
+
+    def _direction(self, T: TwoLevel, step: Step) -> Tensor:
+        """What takes the place of ``A⁻¹ g``, (P,)."""
+        if not self.options.iterations:
+            return T._apply(step.g)
+        step.check_gradient()
+        return pcg(T.A, step.g, T, rtol=1e-10, max_iterations=self.options.iterations).solution
 
     def _gradient(self) -> Step:
         """The gradients as they are now, from which a step is made."""

@@ -13,7 +13,7 @@ import kfac_viz as kv
 from kfac_viz.studies.pde.descent import Method, training
 
 FULL = dict(likelihood="gaussian", fisher="exact", rule="eigen", step_rule="line_search", observe_every=1,
-            refresh_every=1, coarse_window=1, coarse_examples=10_000)  # fmt: skip
+            refresh_every=1)  # fmt: skip
 
 
 def poisson(seed=0):
@@ -67,6 +67,27 @@ def test_momentum_and_averages_are_off_unless_asked_for():
     assert opt.param_groups[0]["momentum"] == 0.5 and opt.options.decay == 0.3
     opt = kv.TwoLevelKFAC(mlp(), likelihood="categorical")
     assert opt.param_groups[0]["momentum"] == 0.9 and opt.options.decay == 0.95
+
+
+def test_a_holds_the_whole_batch_and_a_part_of_it_is_told_once():
+    problem = kv.problems.poisson(2, (4,), 800, 200)
+    opt = kv.TwoLevelKFAC(problem.model, **FULL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):  # of the last batch alone, since older ones weigh nothing
+            step(problem, opt)
+        assert opt.preconditioner.A.operator.N == 1000 and "every example of the last 1" in repr(opt)
+        fixed = kv.TwoLevelKFAC(problem.model, likelihood="gaussian")
+        problem.loss().backward()
+        fixed.observe(problem.inputs)
+    assert fixed.preconditioner.A.operator.N == 512 and "(512 of the 1000 of the newest)" in repr(fixed)
+    for rule in ("line_search", "quadratic"):
+        opt = kv.TwoLevelKFAC(problem.model, **FULL | {"step_rule": rule, "coarse_examples": 600, "lr": 1e-3})
+        with pytest.warns(UserWarning, match=r"A holds 600 of the 1000 examples .* Pass coarse_examples=1000"):
+            step(problem, opt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(problem, opt)
 
 
 def test_a_closure_is_told_that_no_gradient_is_needed_and_a_plain_one_does_as_well():

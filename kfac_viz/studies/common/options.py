@@ -28,7 +28,7 @@ FILE = "options.json"
 OF_A_GROUP = ("lr", "plain_lr", "momentum", "weight_decay", "maximize")
 OF_THE_COARSE_LEVEL = ("coarse", "total", "per_layer", "correction", "coarse_operator", "coarse_every")
 # Options that rows do not know yet, with the value that says what was done before.
-BEFORE: dict[str, Any] = {"factors": "kfac", "first_level": "kfac", "search": "first"}
+BEFORE: dict[str, Any] = {"factors": "kfac", "first_level": "kfac", "search": "first", "iterations": 0}
 GONE: dict[str, Any] = {"overshoot": "count"}  # options that are no more, with the value that says what is done now
 BESIDE = {  # how the optimizer treats these parts of a model; no option says it
     "batch norm": "statistics of the batch held constant",
