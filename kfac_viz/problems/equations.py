@@ -43,27 +43,25 @@ Operator = Callable[[Tensor, Jet], Tensor]
 Solution = Callable[[Tensor], Tensor]
 
 
-def forward_mode(net: nn.Sequential, x: Tensor, space: Sequence[int]) -> Jet:
+def forward_mode(net: nn.Sequential, x: Tensor, space: range) -> Jet:
     """The jet of a tanh network ``net`` with one output at points x (n, d), in one pass with d + 2 positions.
 
     A linear layer multiplies every position by W and adds its bias to the value alone; an activation σ makes of
     (z, ∂z, Δz) the positions ``σ(z)``, ``σ'(z) ∂_i z`` and ``σ'(z) Δz + σ''(z) Σ_i (∂_i z)²``.
     """
     n, d = x.shape
-    directions = torch.eye(d, dtype=x.dtype, device=x.device).expand(n, d, d)
-    h = torch.cat([x[:, None], directions, torch.zeros_like(x)[:, None]], dim=1)  # (n, d + 2, d)
+    value, others = x, torch.eye(d + 1, d, dtype=x.dtype, device=x.device).expand(n, d + 1, d)  # (∂z, Δz)
     for module in net:
         if isinstance(module, nn.Linear):
-            value = functional.linear(h[:, :1], module.weight, module.bias)
-            h = torch.cat([value, functional.linear(h[:, 1:], module.weight)], dim=1)
+            value = functional.linear(value, module.weight, module.bias)
+            others = functional.linear(others, module.weight)
         else:
-            value, first, last = h.split([1, d, 1], dim=1)
-            σ = torch.tanh(value)
-            slope = 1 - σ.square()
-            bend = -2 * σ * slope * first[:, space].square().sum(1, keepdim=True)
-            h = torch.cat([σ, slope * first, slope * last + bend], dim=1)
-    h = h[..., 0]
-    return Jet(h[:, 0], h[:, 1:-1], h[:, -1])
+            value = torch.tanh(value)
+            slope = 1 - value.square()
+            bend = -2 * value * slope * others[:, space.start : d].square().sum(1)
+            others = slope[:, None] * others
+            others[:, d] += bend
+    return Jet(value[:, 0], others[:, :d, 0], others[:, d, 0])
 
 
 class Residual(nn.Module):
