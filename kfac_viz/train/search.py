@@ -15,8 +15,9 @@ def line_search(at: Callable[[float], float], loss: float, rule: str) -> tuple[f
     """The length of a step, and how often the loss was evaluated; 0 where it is nowhere lower than without the step.
 
     - ``"first"``: 1, ½, ¼, … until the loss is lower than without the step.
-    - ``"parabola"``: 1, ¼, 1/16, … until the loss is lower, and 2, 4, … where 1 goes down, so that three lengths bracket
-      a minimum; then the lowest points of the parabolas through the best three, twice. It takes the best length seen.
+    - ``"parabola"``: 1, ¼, 1/16, … until the loss is lower, and 2, 4, … where 1 goes down, so that three lengths
+      bracket a minimum; then the lowest points of the parabolas through the best three, twice. It takes the best
+      length that it has seen.
     - ``"least"``: the best of all 31 halvings, as in energy natural gradients (Müller and Zeinhofer 2023).
 
     Args:
