@@ -97,7 +97,8 @@ class TwoLevelKFAC(Optimizer):
             rule finds its own coefficient, and 0 turns that off.
         decay: weight of a batch against the next newer one in every average, of K-FAC's factors and of the batches in
             A; None is 0.95, and 0, the batch alone, with ``"line_search"``.
-        damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
+        damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure. Pass one
+            where training starts at random weights: without it nothing undoes a step that went up, however far.
         first_level: ``"kfac"``, of averaged factors; or made of the vectors that A holds, at each refresh, ``"ekfac"``,
             exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; ``"none"``, the coarse level alone; or
             ``"exact"``, the exact step, by a matrix of all scores or of all parameters, whichever is smaller.
