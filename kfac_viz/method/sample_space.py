@@ -177,10 +177,25 @@ class SampleSpace:
     def _weights(self, rows: Tensor) -> Tensor:
         """s (k, S·N) with ``Jᵀ s / N`` near the rows (k, P), as near as precision allows: ``(K + δI)⁻¹ J rows``, with δ
         at the round-off in K. Zeros where K + δI is not positive definite in it."""
-        δ = self.size**0.5 * torch.finfo(rows.dtype).eps * torch.linalg.matrix_norm(self.matrix)
-        L, info = torch.linalg.cholesky_ex(self.matrix + δ * torch.eye(self.size, dtype=δ.dtype, device=δ.device))
         s = self.F.scores(rows).flatten(-2)
-        return torch.zeros_like(s) if int(info) else torch.cholesky_solve(s.mT, L).mT
+        if "eigen" in vars(self):
+            d, U = self.eigen
+            return ((s @ U) / (d + self._round_off)) @ U.T
+        L = self._factor
+        return torch.zeros_like(s) if L is None else torch.cholesky_solve(s.mT, L).mT
+
+    @cached_property
+    def _round_off(self) -> Tensor:
+        """δ, above the round-off in K."""
+        norm = torch.linalg.matrix_norm(self.matrix)
+        return (self.size**0.5 * torch.finfo(norm.dtype).eps * norm).clamp_min(torch.finfo(norm.dtype).tiny)
+
+    @cached_property
+    def _factor(self) -> Tensor | None:
+        """The Cholesky factor of K + δI, the same for every λ; None where that is not positive definite."""
+        shift = self._round_off * torch.eye(self.size, dtype=self.matrix.dtype, device=self.matrix.device)
+        L, info = torch.linalg.cholesky_ex(self.matrix + shift)
+        return None if int(info) else L
 
     def _refined(
         self, x: Tensor, r: Tensor, inverse: Callable[[Tensor], Tensor], damping: float, enough: float

@@ -66,7 +66,7 @@ class TwoLevelKFAC(Optimizer):
     up to twice the time; with full batches and the quadratic rule they end higher on four of the five (notebook 12,
     figures/benchmarks/training.csv). Turn the coarse level on, with ``per_layer`` or ``total``, where K-FAC alone
     stalls, and tune λ anew; and wherever badly conditioned least squares are to be solved to the end with a full batch
-    (notebook 15): :meth:`for_equations` has what goes with it. The other defaults are a
+    (notebook 15): :meth:`TwoLevelKFAC.for_equations` has what goes with it. The other defaults are a
     compromise of three tasks (defaults.csv, each option varied alone beside 4 columns): with λ = 0.03, momentum 0.95 or
     ``kl_clip=3e-3`` one or another blows up. For large networks observe and refresh less often.
 
