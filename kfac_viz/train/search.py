@@ -23,7 +23,7 @@ def line_search(at: Callable[[float], float], loss: float, rule: str) -> tuple[f
     Args:
         at: the loss at a length. NaN and inf count as higher than all else.
         loss: that without the step, finite.
-        rule: one of :data:`SEARCHES`.
+        rule: one of ``SEARCHES``.
 
     >>> def at(t):
     ...     return (t - 0.3) ** 2
