@@ -17,7 +17,8 @@ class Axis(NamedTuple):
 
 
 def tune(loss: Callable[..., float], *axes: Axis) -> tuple[float, ...]:
-    """The point of a grid with the lowest loss, at no end of any axis unless the axis ends there.
+    """The point of a grid with the lowest loss, at no end of any axis unless the axis ends there; of equal ones, as
+    rates are where a bound makes their steps alike, one that is inside.
 
     Args:
         loss: of a point, one number for each axis; it is asked again for points of a grid that grows.
@@ -26,9 +27,13 @@ def tune(loss: Callable[..., float], *axes: Axis) -> tuple[float, ...]:
     (10.0, 3.0)
     """
     grid = [list(axis.start) for axis in axes]
+
+    def at_an_end(point: tuple[float, ...]) -> bool:
+        return any(x in (values[0], values[-1]) for x, values in zip(point, grid, strict=True))
+
     while True:
         losses = {point: loss(*point) for point in product(*grid)}
-        best = min(losses, key=losses.get)
+        best = min(losses, key=lambda point: (losses[point], losses[point] < math.inf and at_an_end(point)))
         for values, axis, x in zip(grid, axes, best, strict=True):
             if x == values[0] and x > axis.ends[0]:
                 values.insert(0, x / axis.factor)
