@@ -17,29 +17,34 @@ class Axis(NamedTuple):
 
 
 def tune(loss: Callable[..., float], *axes: Axis) -> tuple[float, ...]:
-    """The point of a grid with the lowest loss, at no end of any axis unless the axis ends there; of equal ones, as
-    rates are where a bound makes their steps alike, one that is inside.
+    """The best point of a grid that goes on from its best until none beside that is lower: so it is at no end, unless
+    the axis ends there. Of equal points it is the first that was asked.
 
     Args:
-        loss: of a point, one number for each axis; it is asked again for points of a grid that grows.
+        loss: of a point, one number for each axis.
 
     >>> tune(lambda x, y: (x - 20) ** 2 + y, Axis((0.1, 1.0)), Axis((3.0,), ends=(3.0, 3.0)))
     (10.0, 3.0)
     """
     grid = [list(axis.start) for axis in axes]
-
-    def at_an_end(point: tuple[float, ...]) -> bool:
-        return any(x in (values[0], values[-1]) for x, values in zip(point, grid, strict=True))
-
+    losses = {point: loss(*point) for point in product(*grid)}
     while True:
-        losses = {point: loss(*point) for point in product(*grid)}
-        best = min(losses, key=lambda point: (losses[point], losses[point] < math.inf and at_an_end(point)))
-        for values, axis, x in zip(grid, axes, best, strict=True):
-            if x == values[0] and x > axis.ends[0]:
-                values.insert(0, x / axis.factor)
-                break
-            if x == values[-1] and x < axis.ends[1]:
-                values.append(x * axis.factor)
-                break
-        else:
+        best = min(losses, key=losses.get)
+        near = [
+            (*best[:i], x, *best[i + 1 :])
+            for i, axis in enumerate(axes) for x in beside(best[i], grid[i], axis)
+        ]  # fmt: skip
+        missing = [point for point in near if point not in losses]
+        if not missing:
             return best
+        losses |= {point: loss(*point) for point in missing}
+
+
+def beside(x: float, values: list[float], axis: Axis) -> list[float]:
+    """The values of an axis next to x, which are added to the list where it ends."""
+    if x == values[0] and x > axis.ends[0]:
+        values.insert(0, x / axis.factor)
+    if x == values[-1] and x < axis.ends[1]:
+        values.append(x * axis.factor)
+    i = values.index(x)
+    return [*values[max(i - 1, 0) : i], *values[i + 1 : i + 2]]
