@@ -19,6 +19,7 @@ def digits(
     *,
     side: int = 8,
     activation: str = "tanh",
+    standardised_on: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
@@ -30,6 +31,8 @@ def digits(
         seed: of the draw and of the weights.
         side: 8, or 4 for pixels averaged two by two, so that the whole Fisher fits on a screen.
         activation: ``"tanh"``, ``"relu"`` or ``"sigmoid"``.
+        standardised_on: the first so many examples, whose mean and deviation standardise all; None for all. Where
+            others are to test (:meth:`Problem.split`), they have no part in it then.
 
     >>> digits(widths=(4,), n=50, side=4)
     Problem(digits 4×4, 50 examples, categorical, 118 parameters in 2 layers (68 + 50))
@@ -39,7 +42,7 @@ def digits(
     """
     x, y = _digits(n, seed, side)
     model = multilayer_perceptron([side * side, *widths, 10], activation, seed)
-    inputs = (x - x.mean()) / x.std()
+    inputs = _standardised(x, standardised_on)
     return Problem(model, inputs, y, "categorical", f"digits {side}×{side}").to(device, dtype)
 
 
@@ -85,6 +88,7 @@ def attention(
     *,
     heads: int = 2,
     side: int = 8,
+    standardised_on: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
@@ -92,7 +96,7 @@ def attention(
 
     Args:
         width: of the tokens inside, a multiple of ``heads``; the hidden layer of the encoder is twice as wide.
-        n, seed, side: as for :func:`digits`.
+        n, seed, side, standardised_on: as for :func:`digits`.
         heads: of the attention.
 
     >>> attention(width=4, n=50, side=4).inputs.shape  # 4 tokens, each of 4 pixels and its place
@@ -102,7 +106,7 @@ def attention(
     if check_count("width", width, least=1) % heads:
         raise ValueError(f"width must be a multiple of the {heads} heads; got {width}.")
     x, y = _digits(n, seed, side)
-    x = (x - x.mean()) / x.std()
+    x = _standardised(x, standardised_on)
     patches = nn.functional.unfold(x.view(n, 1, side, side), 2, stride=2).mT
     places = torch.linspace(-1, 1, side // 2, dtype=x.dtype, device=x.device)
     places = torch.cartesian_prod(places, places).expand(n, -1, -1)
@@ -119,6 +123,7 @@ def convolutional(
     n: int = 500,
     seed: int = 0,
     *,
+    standardised_on: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
@@ -126,12 +131,12 @@ def convolutional(
 
     Args:
         channels: that each convolution makes.
-        n, seed: as for :func:`digits`.
+        n, seed, standardised_on: as for :func:`digits`.
 
     >>> convolutional(n=50).inputs.shape
     torch.Size([50, 1, 8, 8])
     """
-    data, (first, second) = digits((), n, seed), channels
+    data, (first, second) = digits((), n, seed, standardised_on=standardised_on), channels
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(check_seed(seed))
         model = nn.Sequential(
@@ -211,6 +216,14 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
     if side == 4:
         x = nn.functional.avg_pool2d(x, 2)
     return perturbed(x.flatten(1)).clamp_max(1), torch.from_numpy(labels)[order].long()
+
+
+def _standardised(x: Tensor, examples: int | None) -> Tensor:
+    """Pixels with the mean 0 and the deviation 1 on the first so many examples."""
+    if examples is not None and check_count("standardised_on", examples, least=1) > len(x):
+        raise ValueError(f"standardised_on must lie between 1 and n = {len(x)}; got {examples}.")
+    known = x[:examples]
+    return (x - known.mean()) / known.std()
 
 
 def _regression(n: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor]:
