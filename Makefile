@@ -3,7 +3,7 @@
 .PHONY: help figures test quick oldest fuzz lab bench test-browser voila-class site constraints clean
 
 PY      := .venv/bin/python
-EXTRAS  := test,class,browser,site,published
+EXTRAS  := test,class,browser,site,published,bench
 OLDEST  := .venv-oldest/bin/python
 QUICK   := kfac_viz/method kfac_viz/scores tests/method tests/test_one_page.py
 POOL    := 3

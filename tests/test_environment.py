@@ -173,7 +173,7 @@ def is_cuda(call: str) -> bool:
 
 def test_a_new_environment_gets_the_cpu_build_and_says_how_much_that_is(checkout):
     status, said, (torch, rest) = checkout.make()
-    assert status == 0 and is_cpu(torch) and rest.endswith("-e .[test,class,browser,site,published]")
+    assert status == 0 and is_cpu(torch) and rest.endswith("-e .[test,class,browser,site,published,bench]")
     assert re.search(r"0\.3 GB of packages beside PyTorch, and PyTorch's CPU build, 0\.2 GB \(TORCH=cuda.* 2\.8", said)
     assert checkout.stamp == [str(checkout.folder), "cpu"]
     assert checkout.make() == (0, "make: '.venv/ready' is up to date.", [])

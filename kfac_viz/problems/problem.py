@@ -65,10 +65,12 @@ class Problem:
         """What ``optimizer.step`` calls to know the loss and, unless told ``backward=False``, its gradient."""
 
         def evaluate(backward: bool = True) -> Tensor:
+            if not backward:
+                with torch.no_grad():
+                    return self.loss()
             optimizer.zero_grad()
             loss = self.loss()
-            if backward:
-                loss.backward()
+            loss.backward()
             return loss
 
         return evaluate
@@ -95,6 +97,18 @@ class Problem:
     def twin(self) -> Self:
         """The same problem with a copy of the network, which may be moved."""
         return replace(self, model=copy.deepcopy(self.model))
+
+    def split(self, examples: int) -> tuple[Self, Self]:
+        """The first so many examples, to train on, and all others, to test on; both have this problem's network."""
+        check_count("examples", examples, least=1)
+        if examples >= len(self.targets):
+            raise ValueError(f"A split of {len(self.targets)} examples leaves none to test on; got {examples}.")
+
+        def part(which: slice) -> Self:
+            inputs = tuple(x[which] for x in self.inputs) if isinstance(self.inputs, tuple) else self.inputs[which]
+            return replace(self, inputs=inputs, targets=self.targets[which])
+
+        return part(slice(None, examples)), part(slice(examples, None))
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Problem:
         """A copy on another device or in another floating dtype."""

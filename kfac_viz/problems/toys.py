@@ -19,6 +19,7 @@ def digits(
     *,
     side: int = 8,
     activation: str = "tanh",
+    standardised_on: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
@@ -30,10 +31,18 @@ def digits(
         seed: of the draw and of the weights.
         side: 8, or 4 for pixels averaged two by two, so that the whole Fisher fits on a screen.
         activation: ``"tanh"``, ``"relu"`` or ``"sigmoid"``.
+        standardised_on: the first so many examples, whose mean and deviation standardise all; None for all. Where
+            others are to test (:meth:`Problem.split`), they have no part in it then.
+
+    >>> digits(widths=(4,), n=50, side=4)
+    Problem(digits 4×4, 50 examples, categorical, 118 parameters in 2 layers (68 + 50))
+
+    Raises:
+        ValueError: more examples than there are, or another size, activation or seed.
     """
     x, y = _digits(n, seed, side)
     model = multilayer_perceptron([side * side, *widths, 10], activation, seed)
-    inputs = (x - x.mean()) / x.std()
+    inputs = _standardised(x, standardised_on)
     return Problem(model, inputs, y, "categorical", f"digits {side}×{side}").to(device, dtype)
 
 
@@ -47,7 +56,13 @@ def autoencoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
-    """The digits again, as their own targets: pixels in [0, 1] with a Bernoulli likelihood."""
+    """The digits again, as their own targets: pixels in [0, 1] with a Bernoulli likelihood.
+
+    The arguments are those of :func:`digits`.
+
+    >>> autoencoder(widths=(4,), n=50, side=4)
+    Problem(digits 4×4 autoencoder, 50 examples, bernoulli, 148 parameters in 2 layers (68 + 80))
+    """
     x, _ = _digits(n, seed, side)
     model = multilayer_perceptron([side * side, *widths, side * side], activation, seed)
     return Problem(model, x, x.clone(), "bernoulli", f"digits {side}×{side} autoencoder").to(device, dtype)
@@ -73,6 +88,7 @@ def attention(
     *,
     heads: int = 2,
     side: int = 8,
+    standardised_on: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
@@ -80,14 +96,17 @@ def attention(
 
     Args:
         width: of the tokens inside, a multiple of ``heads``; the hidden layer of the encoder is twice as wide.
-        n, seed, side: as for :func:`digits`.
+        n, seed, side, standardised_on: as for :func:`digits`.
         heads: of the attention.
+
+    >>> attention(width=4, n=50, side=4).inputs.shape  # 4 tokens, each of 4 pixels and its place
+    torch.Size([50, 4, 6])
     """
     check_count("heads", heads, least=1)
     if check_count("width", width, least=1) % heads:
         raise ValueError(f"width must be a multiple of the {heads} heads; got {width}.")
     x, y = _digits(n, seed, side)
-    x = (x - x.mean()) / x.std()
+    x = _standardised(x, standardised_on)
     patches = nn.functional.unfold(x.view(n, 1, side, side), 2, stride=2).mT
     places = torch.linspace(-1, 1, side // 2, dtype=x.dtype, device=x.device)
     places = torch.cartesian_prod(places, places).expand(n, -1, -1)
@@ -104,6 +123,7 @@ def convolutional(
     n: int = 500,
     seed: int = 0,
     *,
+    standardised_on: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
@@ -111,9 +131,12 @@ def convolutional(
 
     Args:
         channels: that each convolution makes.
-        n, seed: as for :func:`digits`.
+        n, seed, standardised_on: as for :func:`digits`.
+
+    >>> convolutional(n=50).inputs.shape
+    torch.Size([50, 1, 8, 8])
     """
-    data, (first, second) = digits((), n, seed), channels
+    data, (first, second) = digits((), n, seed, standardised_on=standardised_on), channels
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(check_seed(seed))
         model = nn.Sequential(
@@ -146,6 +169,9 @@ def planted(
         batch_norm: after every hidden layer, with statistics settled on the data; its scales and shifts stay outside
             the Fisher, as in that paper.
         residual: add the input of every hidden layer but the first to what it gives: ``x + tanh(W x + b)``.
+
+    >>> planted(depth=3, width=5, n=50)
+    Problem(planted, 50 examples, gaussian, 91 parameters in 3 layers (55 + 30 + 6))
     """
     check_count("depth", depth, least=1)
     x, y = _regression(n, 10, 1, seed)
@@ -163,7 +189,13 @@ def deep_linear(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
-    """Regression by a deep linear network, widths from input to output: here K-FAC's factorisation is exact."""
+    """Regression by a deep linear network, widths from input to output: here K-FAC's factorisation is exact.
+
+    >>> F = deep_linear((3, 2)).capture()
+    >>> A, G = F.factors(0, 0)
+    >>> torch.allclose(F.dense(), torch.kron(G, A))
+    True
+    """
     if len(widths) < 2:
         raise ValueError(f"widths must name at least the input and the output; got {tuple(widths)}.")
     x, y = _regression(n, widths[0], widths[-1], seed)
@@ -184,6 +216,14 @@ def _digits(n: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
     if side == 4:
         x = nn.functional.avg_pool2d(x, 2)
     return perturbed(x.flatten(1)).clamp_max(1), torch.from_numpy(labels)[order].long()
+
+
+def _standardised(x: Tensor, examples: int | None) -> Tensor:
+    """Pixels with the mean 0 and the deviation 1 on the first so many examples."""
+    if examples is not None and check_count("standardised_on", examples, least=1) > len(x):
+        raise ValueError(f"standardised_on must lie between 1 and n = {len(x)}; got {examples}.")
+    known = x[:examples]
+    return (x - known.mean()) / known.std()
 
 
 def _regression(n: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor]:

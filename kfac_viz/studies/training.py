@@ -1,12 +1,12 @@
-"""Whether a coarse level pays in training: two levels beside one, Adam and SGD, every method tuned by one rule."""
+"""Whether a coarse level pays in training: two levels beside K-FAC, its KL product and what others train with."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import inf
-from typing import Annotated, Any, Literal, get_args
+from math import inf, isnan, nan
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -16,34 +16,60 @@ from ..show import METHODS, CurveView, MapView, Style, plain_numbers, ratios
 from .common.exercises import exercise
 from .common.measured import TUNING_SEED, Run, last_losses, loss_of, measured_runs, over_runs
 from .common.options import told
-from .common.result import Curve, Study, rounded
+from .common.result import Curve, Study, banded, rounded
 
 Problem = Literal["classifier", "autoencoder", "deep classifier", "attention", "convolutional"]
 PROBLEMS = get_args(Problem)
+ROUNDING = 2.0**-23  # of a loss in single precision: losses below it are all alike
 LOWER = 0.95  # a ratio of two medians above it is no difference
 TOLD = {what: "transformer" if what == "attention" else what for what in PROBLEMS}  # as the reader knows them
 REGIMES = {"mini": "mini-batches of 100", "full": "full batch of 1,500"}
-CURVED = ("K-FAC", "two-level")
+CURVED = ("K-FAC", "two-level")  # of which the variations are
+OF_KFACS_KIND = ("K-FAC", "K-FAC, KL", "two-level")
+
+
+class End(NamedTuple):
+    """Where the runs of a method ended: its last training loss, median, least and largest; median processor seconds;
+    the median test loss, NaN where none was measured."""
+
+    loss: float
+    low: float
+    high: float
+    seconds: float
+    test: float
 
 
 @dataclass(frozen=True, eq=False)
 class Result(Study):
-    """Curves of the chosen problem and regime, by method: the loss over ``step`` and over ``seconds``; and over the
-    size of the batch the ``steps to target``, for the classifier and the autoencoder.
+    """Curves of the chosen problem and regime, by method: the loss over ``step`` and over ``seconds``, and the ``test``
+    loss over steps; over the size of the batch the ``steps to target``, for the classifier and the autoencoder.
 
     Attributes:
-        ends: median, least and largest last loss, and median seconds, by (regime, problem, method).
+        ends: by (regime, problem, method).
         grids: last loss of the tuning runs by (method, rate, λ), of the chosen problem in mini-batches.
         causes: median last loss by (problem, variation, method) in mini-batches; "tuned" is no variation.
     """
 
-    ends: Mapping[tuple[str, str, str], tuple[float, float, float, float]]
+    ends: Mapping[tuple[str, str, str], End]
     grids: Mapping[tuple[str, float, float], float]
     causes: Mapping[tuple[str, str, str], float]
 
-    def ratio(self, regime: str, problem: str, method: str = "two-level") -> float:
-        """The median last loss of a method over that of one-level K-FAC."""
-        return float(rounded(self.ends[regime, problem, method][0] / self.ends[regime, problem, "K-FAC"][0], 3))
+    def ratio(self, regime: str, problem: str, method: str = "two-level", *, of: str = "loss") -> float:
+        """The median of a method over that of K-FAC: of its last ``loss``, last ``test`` loss or ``seconds``. A loss
+        below :data:`ROUNDING` counts as that."""
+        mine, base = (np.maximum(getattr(self.ends[regime, problem, name], of), ROUNDING) for name in (method, "K-FAC"))
+        return float(rounded(mine / base, 3))
+
+    def lowest(self, regime: str, problem: str, *, of: str = "loss") -> str:
+        """The method with the lowest median; empty where none was measured."""
+        found = {method: getattr(end, of) for (where, what, method), end in self.ends.items()
+                 if (where, what) == (regime, problem) and not isnan(getattr(end, of))}  # fmt: skip
+        return min(found, key=found.get) if found else ""
+
+    def lower(self, regime: str, method: str) -> tuple[int, int]:
+        """On how many problems a method ends clearly below K-FAC, and of how many."""
+        found = [self.ratio(regime, what, method) for what in PROBLEMS if (regime, what, method) in self.ends]
+        return sum(x < LOWER for x in found), len(found)
 
     def changed(self, problem: str, cause: str, method: str = "two-level") -> float:
         """The same in mini-batches, with one thing changed for both."""
@@ -51,26 +77,30 @@ class Result(Study):
 
     @property
     def headline(self) -> str:
-        lower = {}
-        for regime in REGIMES:
-            found = [self.ratio(regime, what) for what in PROBLEMS if (regime, what, "two-level") in self.ends]
-            lower[regime] = f"{sum(x < LOWER for x in found)} of {len(found)}"
-        return (f"Two levels end {number(100 * (1 - LOWER))} % or more below K-FAC on {lower['mini']} problems in "
-                f"mini-batches, {lower['full']} with full batches")  # fmt: skip
+        two, product, soap = (self.lower("mini", name)[0] for name in ("two-level", "K-FAC, KL", "SOAP"))
+        return (f"Two levels end below K-FAC on {two} of {len(PROBLEMS)} problems in mini-batches, the KL product on "
+                f"{product}, SOAP on {soap}")  # fmt: skip
 
     @property
     def where(self) -> str:
         p = self.parameters
-        return (f"{TOLD[p['problem']]} on digits, {REGIMES[p['regime']]}; rate and λ of every method tuned on a seed "
-                f"apart; median and range of 5 seeds{told('training.csv', 'training_batches.csv')}")  # fmt: skip
+        return (f"{TOLD[p['problem']]} on digits, {REGIMES[p['regime']]}; K-FAC with the factored rule; all methods "
+                f"tuned on a seed apart; median of 5 seeds{told('training.csv', 'training_batches.csv')}")  # fmt: skip
 
     def others(self) -> list[tuple]:
         """A row for each last loss, ratio, tuning run and variation."""
         rows: list[tuple] = []
-        for (regime, problem, method), (median, low, high, seconds) in self.ends.items():
+        for (regime, problem, method), (median, low, high, seconds, test) in self.ends.items():
             rows.append((f"last loss, {regime}, {problem}", method, "", median, low, high))
             rows.append((f"seconds, {regime}, {problem}", method, "", seconds))
             rows.append((f"over K-FAC, {regime}, {problem}", method, "", self.ratio(regime, problem, method)))
+            ratio = self.ratio(regime, problem, method, of="seconds")
+            rows.append((f"seconds over K-FAC, {regime}, {problem}", method, "", ratio))
+            if not isnan(ratio := self.ratio(regime, problem, method, of="test")):
+                rows.append((f"test loss, {regime}, {problem}", method, "", test))
+                rows.append((f"test loss over K-FAC, {regime}, {problem}", method, "", ratio))
+        rows += [(f"lower than K-FAC, {regime}", method, "", *self.lower(regime, method), self.lower(regime, method)[1])
+                 for regime, method in dict.fromkeys((where, name) for where, _, name in self.ends)]  # fmt: skip
         rows += [(f"tuning, rate {rate:g}", method, λ, loss) for (method, rate, λ), loss in self.grids.items()]
         for (problem, cause, method), loss in self.causes.items():
             rows.append((f"{cause}, {problem}", method, "", loss))
@@ -96,12 +126,14 @@ def run(
         if (cause, where, what) == ("method", regime, problem):
             for quantity in ("step", "seconds"):
                 curves[quantity, method] = over_runs(quantity, by_seed.values())
+            if not isnan(_last(by_seed.values()).test):
+                curves["test", method] = over_runs("step", by_seed.values(), "test_loss")
     curves |= _steps_to_target()
     ends = {key[1:]: _last(by_seed.values()) for key, by_seed in runs.items() if key[0] == "method"}
     grids = {
         (method, float(rate), float(damping)): loss_of(by_seed[TUNING_SEED][-1])
         for (where, what, method, rate, damping), by_seed in tuning.items()
-        if (where, what) == ("mini", problem) and method in CURVED
+        if (where, what) == ("mini", problem) and method in OF_KFACS_KIND
     }
     varied = {what for cause, _, what, _ in runs if cause != "method"}
     causes = {
@@ -112,10 +144,9 @@ def run(
     return Result(parameters, curves, ends, grids, causes)
 
 
-def _last(runs: Collection[Run]) -> tuple[float, float, float, float]:
-    """Median, least and largest last loss, and median seconds."""
-    seconds = np.median([float(run[-1]["seconds"]) for run in runs])
-    return *last_losses(runs), float(rounded(seconds))
+def _last(runs: Collection[Run]) -> End:
+    seconds, test = (np.median([float(run[-1][name] or nan) for run in runs]) for name in ("seconds", "test_loss"))
+    return End(*last_losses(runs), *map(float, rounded([seconds, test])))
 
 
 @lru_cache(maxsize=1)
@@ -136,53 +167,77 @@ def _steps_to_target() -> dict[tuple[str, str], Curve]:
 STYLES: dict[str, Style] = {
     "SGD": METHODS["gradient"]._replace(label="SGD, momentum 0.9"),
     "Adam": METHODS["adam"],
-    "K-FAC": METHODS["kfac"]._replace(label="one-level K-FAC"),
+    "Muon": METHODS["muon"],
+    "SOAP": METHODS["soap"],
+    "Shampoo": METHODS["shampoo-optimizer"],
+    "K-FAC": METHODS["factored"],
+    "K-FAC, KL": METHODS["kl"]._replace(label="K-FAC, KL product"),
     "two-level": METHODS["balanced"]._replace(label="two levels, 4 eigenvectors"),
 }
+SHORT = {"K-FAC, KL": "KL product", "two-level": "two levels"}  # above the columns of a map
 
 
 class Plot(show.Plot):
-    """Loss over steps and seconds, and steps over the batch above; all problems, tuning and variations below."""
+    """Training and test loss over steps, and training loss over seconds; last losses over those of K-FAC, everywhere;
+    steps over the batch, tuning and variations."""
 
-    size = (10.0, 7.2)
+    size = (10.0, 11.2)
     fixed = ("problem", "regime")
 
     def build(self, result: Result) -> None:
-        grid = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.15))
-        above, below = grid[0].subgridspec(1, 3), grid[1].subgridspec(1, 3, width_ratios=(1.25, 1, 1.35))
-        ends = [x for quantity in ("step", "seconds") for c in result.of(quantity).values() for x in c.y]
+        above, middle, below = self.figure.add_gridspec(3, 1, height_ratios=(1, 1.5, 1))
+        self._build_curves(above.subgridspec(1, 3), result)
+        self._build_ratios(middle.subgridspec(1, 2), result)
+        self._build_causes(below.subgridspec(1, 3, width_ratios=(1.1, 1, 1.25)), result)
+
+    def _build_curves(self, grid: Any, result: Result) -> None:
+        curves = {quantity: result.of(quantity) for quantity in ("step", "test", "seconds")}
+        ends = [x for c in curves["step"].values() for x in c.y]
         limits = min(ends) / 2, 2 * max(x for x in ends if x < 1e5)
-        for i, (quantity, title, x) in enumerate((("step", "Loss over steps", "steps"),
-                                                  ("seconds", "Loss over seconds", "processor seconds"))):  # fmt: skip
-            curves = result.of(quantity)
-            last = max(c.x[-1] for c in curves.values())
-            view = CurveView(
-                self.figure.add_subplot(above[i]), STYLES, curves, title, x=x, xlim=(0, last), ylim=limits,
-                scale=("linear", "log"),
-            )  # fmt: skip
+        for place, (quantity, title, x) in zip(grid, (
+            ("step", "Training loss over steps", "steps"), ("test", "Test loss over steps", "steps"),
+            ("seconds", "Training loss over seconds", "processor seconds"),
+        ), strict=True):  # fmt: skip
+            if curves[quantity]:
+                last = max(c.x[-1] for c in curves[quantity].values())
+                if quantity == "test":
+                    ends = [x for c in curves[quantity].values() for x in c.y]
+                view = CurveView(
+                    self.figure.add_subplot(place), STYLES, banded(curves[quantity], CURVED), title, x=x,
+                    xlim=(0, last), scale=("linear", "log"),
+                    ylim=(min(ends) / 1.2, min(3 * max(c.y[0] for c in curves[quantity].values()), 1e4))
+                    if quantity == "test" else limits,
+                )  # fmt: skip
+                if quantity == "step":
+                    self.legend(view.lines.values(), 4)
+
+    def _build_ratios(self, grid: Any, result: Result) -> None:
+        rows = [(regime, what) for regime in REGIMES for what in PROBLEMS if (regime, what, "K-FAC") in result.ends]
+        for place, of, kind, largest in zip(grid, ("loss", "test"), ("training", "test"), (100, 10), strict=True):
+            points = [(f"{TOLD[what]}, {regime}", SHORT.get(method, method),
+                       result.ratio(regime, what, method, of=of) if (regime, what, method) in result.ends else nan)
+                      for regime, what in rows for method in STYLES]  # fmt: skip
+            view = ratios(self.figure.add_subplot(place), points, f"Last {kind} loss over that of K-FAC", largest)
+            if of == "test":
+                view.ax.set_yticks([])
+
+    def _build_causes(self, grid: Any, result: Result) -> None:
         name = "autoencoder" if result.parameters["problem"] == "autoencoder" else "classifier"
         curves = result.of(f"steps to target, {name}")
         sizes = CurveView(
-            self.figure.add_subplot(above[2]), STYLES, curves, f"Steps to target, {name}", x="examples in a batch",
+            self.figure.add_subplot(grid[0]), STYLES, curves, f"Steps to target, {name}", x="examples in a batch",
             xlim=(20, 2000), ylim=(5, 1200),
         )  # fmt: skip
         plain_numbers(sizes.ax.xaxis, (25, 100, 400, 1500))
-        self.legend(view.lines.values(), 4)
-        self._build_maps(below, result)
-
-    def _build_maps(self, grid: Any, result: Result) -> None:
-        points = [
-            (f"{TOLD[what]}, {regime}", method.replace("two-level", "two levels"), result.ratio(regime, what, method))
-            for regime in REGIMES for what in PROBLEMS for method in STYLES if (regime, what, method) in result.ends
-        ]  # fmt: skip
-        ratios(self.figure.add_subplot(grid[0]), points, "Last loss over that of K-FAC", 100)
         best = {key: loss for key, loss in result.grids.items() if key[0] == "two-level"}
-        tuning = [(f"{rate:g}", f"{λ:g}", min(loss, 1e6)) for (_, rate, λ), loss in best.items()]
-        low, high = min(x for *_, x in tuning), max(x for *_, x in tuning)
+        rates, dampings = (sorted({key[i] for key in best}) for i in (1, 2))
+        tuning = [(f"{rate:g}", f"{λ:g}", min(best.get(("two-level", rate, λ), nan), 1e6))
+                  for rate in rates for λ in dampings]  # fmt: skip
+        known = [x for *_, x in tuning if x == x]
         MapView(
             self.figure.add_subplot(grid[1]), tuning, "Tuning two levels: last loss", x="λ", y="rate",
-            limits=(low, high), colour=np.log10, palette="Oranges",
-            form=lambda x: number(x, 2) if x < 1e5 else "blew up",
+            limits=(min(known), max(known)), colour=np.log10, palette="Oranges",
+            form=lambda x: "" if x != x else number(x, 2) if x < 1e5 else "blew up", tilt=30,
         )  # fmt: skip
         names = list(dict.fromkeys(problem for problem, *_ in result.causes))
         rows = dict.fromkeys(cause for _, cause, _ in result.causes)
@@ -193,7 +248,9 @@ class Plot(show.Plot):
     def words(self, result: Result) -> str:
         told = "; ".join(f"{TOLD[problem]}, {regime}: {number(result.ratio(regime, problem), 2)}" for regime in REGIMES
                          for problem in PROBLEMS if (regime, problem, "two-level") in result.ends)  # fmt: skip
-        return f"Last loss of two levels over that of K-FAC: {told}."
+        first = ", ".join(f"{TOLD[problem]} {SHORT.get(name, name)}" for problem in PROBLEMS
+                          if (name := result.lowest("mini", problem)))  # fmt: skip
+        return f"Last training loss of two levels over that of K-FAC: {told}. Lowest in mini-batches: {first}."
 
 
 # ---- the exercises ------------------------------------------------------------------------------------

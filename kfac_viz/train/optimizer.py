@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..method.checks import check_damping, own_precision, warn
+from ..method.krylov import pcg
 from ..method.names import parameters_of, unwrapped
 from ..method.partition import Layer, Partition
 from ..method.two_level import TwoLevel
@@ -24,11 +25,10 @@ from .distributed import Outcome, check_replicas, ranks_of, share
 from .layout import Layout
 from .options import Options, check_group, shows_options
 from .plain import MOMENTS
+from .search import LENGTHS_TRIED, line_search
 from .step import Step
 from .trial import Trial, loss_alone
 from .update import QuadraticModel, judged_damping, update
-
-LENGTHS_TRIED = tuple(0.5**i for i in range(31))  # of a step by line search, before it is given up
 
 
 def _full_precision(method: Callable) -> Callable:
@@ -65,8 +65,8 @@ class TwoLevelKFAC(Optimizer):
     classifier, a transformer and a convolutional network, a little higher on a classifier and an autoencoder, and take
     up to twice the time; with full batches and the quadratic rule they end higher on four of the five (notebook 12,
     figures/benchmarks/training.csv). Turn the coarse level on, with ``per_layer`` or ``total``, where K-FAC alone
-    stalls, and tune λ anew; and wherever badly conditioned least squares are to be solved to the end with a full batch:
-    ``step_rule="line_search"``, exact vectors, 16 columns or more in each layer (notebook 15). The other defaults are a
+    stalls, and tune λ anew; and wherever badly conditioned least squares are to be solved to the end with a full batch
+    (notebook 15): :meth:`TwoLevelKFAC.for_equations` has what goes with it. The other defaults are a
     compromise of three tasks (defaults.csv, each option varied alone beside 4 columns): with λ = 0.03, momentum 0.95 or
     ``kl_clip=3e-3`` one or another blows up. For large networks observe and refresh less often.
 
@@ -101,7 +101,7 @@ class TwoLevelKFAC(Optimizer):
             functions that are not sums of products, weights that are computed from others, and layers that are not in
             ``layers`` or not given in full. PyTorch's schedulers move ``lr`` alone; edit ``plain_lr`` in the groups.
             Adam's step is no part of the direction whose length the step rules choose, it is added to it:
-            ``"line_search"`` halves both together, and with ``momentum=0``, its default, both go downhill;
+            ``"line_search"`` scales both together, and with ``momentum=0``, its default, both go downhill;
             ``"quadratic"`` with a closure predicts its change by its slope, and looks at a step that went up once
             more without it. A step that is undone or refused undoes the moments too. The moments are kept at least
             in float32. A parameter that gains or loses curvature starts without momentum and moments.
@@ -109,22 +109,29 @@ class TwoLevelKFAC(Optimizer):
             rule finds its own coefficient, and 0 turns that off.
         decay: weight of a batch against the next newer one in every average, of K-FAC's factors and of the batches in
             A; None is 0.95, and 0, the batch alone, with ``"line_search"``.
-        damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
+        damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure. Pass one
+            where training starts at random weights: without it nothing undoes a step that went up, however far.
         first_level: ``"kfac"``, of averaged factors; or made of the vectors that A holds, at each refresh, ``"ekfac"``,
-            exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; or ``"none"``, the coarse level alone.
+            exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; ``"none"``, the coarse level alone; or
+            ``"exact"``, the exact step, by a matrix of all scores or of all parameters, whichever is smaller.
         factors: which Kronecker product K-FAC and EKFAC take for a block: ``"kfac"``, ``"shampoo"``, ``"nearest"`` or
             ``"kl"`` (:func:`kfac_viz.method.products.product`). Each observation makes one turn of the alternation that
-            leads to the last two, against the running average of the other factor.
+            leads to the last two, against the running average of the other factor. Where too few scores determine the
+            product nearest in KL, a floor does, and ``diagnostics`` counts directions (layers with EKFAC).
         rule: of K-FAC's damping, ``"factored"`` (two products per layer) or ``"eigen"`` (four).
         coarse, per_layer: coarse space and its columns per layer, at most so many (a small layer gives what it
             has); ``per_layer=0`` is one-level K-FAC.
         total: columns of ``coarse="spectral"`` in all, in place of ``per_layer``: they go where the eigenvalues are.
         correction: ``"additive"``, ``"a-def1"``, ``"a-def2"`` or ``"balanced"``.
+        iterations: of conjugate gradients for ``A v = g`` that both levels precondition, a product with F each; with 0
+            they are applied once.
         coarse_operator: ``"captured"`` coarsens A itself; ``"kronecker"`` the Kronecker model, as the 2020 paper.
         fisher, samples: ``"mc"`` with so many labels drawn per example, ``"exact"`` or ``"empirical"``.
         observe_every, refresh_every, coarse_every: steps between observations, factorisations of M, and rebuilds
             of the coarse level (None: with M).
-        coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches.
+        coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches. None is
+            512 examples, and the whole batch with ``"line_search"``, whose steps are of another function than the loss
+            where A has not seen all of it: a warning says so once, also with ``"quadratic"``.
         weight_decay: of the loss, also in the quadratic model; or shrinks weights directly if ``decoupled``, by
             ``lr * weight_decay`` of themselves in each step, and by ``plain_lr * weight_decay`` without curvature.
         step_rule: ``"fixed"``; ``"kl_clip"`` shortens directions with ``lr² vᵀ(F + λI)v > kl_clip``, F itself and
@@ -132,10 +139,12 @@ class TwoLevelKFAC(Optimizer):
             vanishes because the model is sure of itself, λ still bounds the step. The bound holds before momentum,
             which lengthens the step up to ``1/(1 − momentum)`` times and the form up to the square of that.
             ``"quadratic"`` takes step length and momentum from the captured model (Martens and Grosse 2015,
-            section 7). ``"line_search"`` halves the step until the loss is lower than before. It is for full batches,
-            whose loss is one function, such as least squares to be solved to the end (a differential equation), and not
-            for mini-batches, where the next one undoes what this one gained. Every step needs a closure then. The first
-            decrease ended lower than the least of twelve halvings (figures/benchmarks/pde_runs.csv).
+            section 7). ``"line_search"`` takes the length that ``search`` finds. It is for full batches, and large ones
+            whose losses are nearly one function (a differential equation at many points), and not for mini-batches,
+            where the next one undoes what this one gained. Every step needs a closure then.
+        search: of the line search: ``"parabola"`` brackets a minimum and takes the lowest points of two parabolas,
+            about five evaluations; ``"first"`` halves the step until the loss is lower than before; ``"least"`` takes
+            the best of 31 halvings (:func:`kfac_viz.train.search.line_search`).
         convention: ``"expand"`` or ``"reduce"`` for layers with positions (Eschenhagen et al. 2023).
         layers: names of the layers to precondition; all of them by default.
         seed: of the sampled labels, which have their own generator.
@@ -214,6 +223,32 @@ class TwoLevelKFAC(Optimizer):
         published = {"coarse": "nicolaides", "per_layer": 1, "correction": "additive", "coarse_operator": "kronecker"}
         return cls(model, params, **{**published, **options})
 
+    @classmethod
+    def for_equations(
+        cls,
+        model: nn.Module,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> TwoLevelKFAC:
+        """The choice for differential equations and other least squares, with full or large batches: exact vectors of
+        the batch alone, observed and refreshed at every step, 64 columns per layer, and the line search.
+
+        With λ = 0.01 about as many directions are decided by data as the columns hold. With a much smaller λ a step
+        goes too far along what the columns miss, and the line search cuts all of it to a tenth. ``per_layer=0`` with
+        ``first_level="exact"`` is the exact step.
+
+        >>> import kfac_viz as kv
+        >>> problem = kv.problems.poisson(widths=(8, 8), points=40)
+        >>> opt = TwoLevelKFAC.for_equations(problem.model)
+        >>> for seed in range(3):
+        ...     problem = problem.resampled(seed)
+        ...     opt.observe(problem.inputs)
+        ...     loss = opt.step(problem.closure(opt))
+        """
+        chosen = {"likelihood": "gaussian", "fisher": "exact", "rule": "eigen", "damping": 0.01, "per_layer": 64}
+        chosen |= {"step_rule": "line_search", "observe_every": 1, "refresh_every": 1}
+        return cls(model, params, **{**chosen, **options})
+
     # ---- curvature ------------------------------------------------------------------------------------
 
     @_full_precision
@@ -242,6 +277,7 @@ class TwoLevelKFAC(Optimizer):
         self._follow()  # while the layers that the curvature has now all count as eligible
         self._left_out |= set(partition.names) - set(F.partition.names)
         self.curvature.add_batch(F, seen, sizes)
+        self._tell_of_cut()
         if self.partition.names != before:  # a layer was frozen or unfrozen since, or is used in no known way
             self._rebuild_layout()
 
@@ -258,6 +294,17 @@ class TwoLevelKFAC(Optimizer):
         same = {"the layers with curvature": F.partition.names, "the vectors of an example": F.S, "dtype": F.dtype}
         return Outcome((F, seen, partition), same, (F.N,))
 
+    def _tell_of_cut(self) -> None:
+        """Tell of a batch of which A has a part, where the loss of all of it judges the step."""
+        rule, most, (kept, seen) = self.options.step_rule, self.options.coarse_examples, self.curvature.window.newest
+        if rule in ("quadratic", "line_search") and most is not None and seen > most:
+            self._tell(
+                "cut",
+                f"A holds {kept} of the {seen} examples of the batch, since coarse_examples={most}; the gradient and "
+                f"K-FAC have all of them. Steps of step_rule={rule!r} then solve another system than that of the loss "
+                f"that judges them. Pass coarse_examples={seen} or smaller batches.",
+            )
+
     @property
     @_full_precision
     @torch.no_grad()
@@ -272,7 +319,7 @@ class TwoLevelKFAC(Optimizer):
 
     @property
     def diagnostics(self) -> dict[str, float]:
-        """Counters and the last values of the step rule, as plain numbers: a copy, read when asked for."""
+        """A copy of the counters and of the last values of the step rule, as plain numbers, read when asked for."""
         facts = {name: float(x) for name, x in self._facts.items()}
         return self.curvature.counters | facts | self.ranks.traffic
 
@@ -343,7 +390,7 @@ class TwoLevelKFAC(Optimizer):
         T, layout = self.preconditioner, self._layout
         ridge = T.damping if self.options.decoupled else T.damping + layout.option("weight_decay")
         proposed = update(
-            step.moving(T._apply(step.g), known=self.curvature.factors.weight),
+            step.moving(self._direction(T, step), known=self.curvature.factors.weight),
             step.momentum(),
             QuadraticModel(T.A.operator, step.g, ridge),
             self.options,
@@ -374,6 +421,13 @@ class TwoLevelKFAC(Optimizer):
             trial = Trial(step, closure, loss, self.ranks)
             take()
             self._judge(trial)
+
+    def _direction(self, T: TwoLevel, step: Step) -> Tensor:
+        """What takes the place of ``A⁻¹ g``, (P,)."""
+        if not self.options.iterations:
+            return T._apply(step.g)
+        step.check_gradient()
+        return pcg(T.A, step.g, T, rtol=1e-10, max_iterations=self.options.iterations).solution
 
     def _gradient(self) -> Step:
         """The gradients as they are now, from which a step is made."""
@@ -432,25 +486,31 @@ class TwoLevelKFAC(Optimizer):
         self.damping = judged_damping(self.damping, change, ratio, self.curvature.step)
 
     def _search(self, trial: Trial, take: Callable[[float], None]) -> None:
-        """Halve the step until the loss goes down; leave everything as it is where it never does."""
+        """Take the length that the option ``search`` finds; leave everything as it is where there is none."""
         if not math.isfinite(trial.loss):
             raise ValueError(f"The closure returned {trial.loss}: there is no lower loss to look for.")
 
-        def goes_down(length: float) -> bool:
-            """Take so much of the step, and take it back unless the loss goes down."""
-            take(length)
-            self.curvature.counters["evaluations"] += 1
-            down = trial.change() < 0
-            if not down:
-                trial.restore()
-            return down
+        def change(length: float) -> float:
+            """The loss's along so much of the step, which is taken back; inf where more than all of it overflows."""
+            try:
+                take(length)
+            except ValueError:
+                if length <= 1:
+                    raise
+                return math.inf
+            change = trial.change()
+            trial.restore()
+            return change
 
         gradients = {p: (p.grad, p.grad.clone()) for p in trial.before}  # the closure may write into them
         try:
-            length = next(filter(goes_down, LENGTHS_TRIED), 0.0)
+            length, evaluations = line_search(change, 0.0, self.options.search)
         finally:
             for p, (grad, value) in gradients.items():
                 p.grad = grad.copy_(value)
+        self.curvature.counters["evaluations"] += evaluations
+        if length:
+            take(length)
         self._facts["step length"] = length
         if not length:
             self.curvature.counters["stuck"] += 1

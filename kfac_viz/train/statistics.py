@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.one_hot import OneHot, Rows, cat, dense, padded
 from ..method.partition import Partition
-from ..method.products import Scores, regularised_root, square, unit_trace
+from ..method.products import FLOOR_OF_AVERAGE, Scores, regularised_root, square, unit_trace
 from .shards import Shards
 
 
@@ -97,9 +98,9 @@ class RunningFactors:
         scores = Scores(F.a[l], F.g[l])
         if name in self.inverses:
             for_G, for_A = self.inverses[name]
-            return scores.right(root=for_A), scores.left(root=for_G)
+            return scores.right(root=for_A, upper=True), scores.left(root=for_G, upper=True)
         if self.rule == "nearest" and name in self.A:
-            return scores.right(self.G[name]), scores.left(self.A[name] / square(self.A[name]))
+            return scores.right(self.G[name]), scores.left(self.A[name]) / square(self.A[name])
         return scores.right(), scores.left()
 
     def _scaled(self, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,17 +120,24 @@ class RunningFactors:
         means, N = shards.averaged(own, by_use=False)
         return {name: self._scaled(*one_product(uses)) for name, uses in means.items()}, N
 
-    def renew_inverses(self) -> None:
-        """Invert the running factors for the turns to come, if the rule needs it.
+    def renew_inverses(self) -> int:
+        """Invert the running factors for the turns to come, if the rule needs it; the number of directions, of all
+        layers, in which a floor decides what the inverse is.
 
-        Eigenvalues are raised by a share of the mean one: that of one example in the average, or the root of the
-        dtype's precision if that is more. An average of few examples says nothing about most directions.
+        An average of few examples says nothing about most directions, and one new example in such a direction would
+        outweigh all others. So each eigenvalue is raised by the share that FLOOR_OF_AVERAGE examples have of the mean
+        one, or by the root of the dtype's precision if that is more. FLOOR, which is for scores that are all known, is
+        far too low for that.
         """
-        if self.rule == "kl":
-            for name, weight in self.weight.items():
-                floor = max(1 / weight, torch.finfo(self.G[name].dtype).eps ** 0.5)
-                pair = (self.A[name], self.G[name])
-                self.inverses[name] = tuple(regularised_root(X, floor) for X in pair)
+        if self.rule != "kl":
+            return 0
+        found = []
+        for name, weight in self.weight.items():
+            floor = max(FLOOR_OF_AVERAGE / weight, torch.finfo(self.G[name].dtype).eps ** 0.5)
+            roots, raised = zip(*(regularised_root(X, floor) for X in (self.A[name], self.G[name])), strict=True)
+            self.inverses[name] = roots
+            found += [x.sum() for x in raised]
+        return round(float(torch.stack(found).sum().nan_to_num()))
 
     def factors(self, partition: Partition) -> KroneckerFactors:
         """The factors as :class:`KFAC` takes them, once a layer was seen; one that was never seen has zeros."""
@@ -165,12 +173,14 @@ class Part:
 class Window:
     """The captured vectors of the last ``batches`` observed batches, as one weighted :class:`Fisher`.
 
-    At most ``examples`` in all, spread over each batch and over the parts that it came in: the first batch is kept
-    whole if it fits, and later ones share the room. A batch of N examples that is k batches old weighs ``N decay**k``.
+    At most ``examples`` in all, or every one with None, spread over each batch and over the parts that it came in: the
+    first batch is kept whole if it fits, and later ones share the room. A batch of N examples that is k batches old
+    weighs ``N decay**k``; with a decay of 0 the last one alone is kept.
     """
 
-    def __init__(self, batches: int, examples: int, decay: float) -> None:
-        self.batches, self.examples, self.decay = min(batches, examples), examples, decay
+    def __init__(self, batches: int, examples: int | None, decay: float) -> None:
+        self.batches = min(batches if decay else 1, inf if examples is None else examples)
+        self.examples, self.decay = examples, decay
         self.parts: list[Part] = []  # newest last
 
     def add(self, F: Fisher, *, same_batch: bool = False, shards: Shards | None = None) -> None:
@@ -185,7 +195,7 @@ class Window:
             sizes[part.batch] += part.N
 
         def room(N: int, batch: int) -> int:
-            return max(1, self.examples * N // (len(sizes) * sizes[batch]))
+            return N if self.examples is None else max(1, self.examples * N // (len(sizes) * sizes[batch]))
 
         if shards is None:
             self.parts.append(Part(newest, F.N, F.with_vectors(F.stacked)))
@@ -198,6 +208,12 @@ class Window:
                 chosen = torch.arange(kept, device=F.device) * part.F.N // kept
                 few = [(a.index_select(-3, chosen), g.index_select(-3, chosen)) for a, g in part.F.stacked]
                 part.F = part.F.with_vectors(few)
+
+    @property
+    def newest(self) -> tuple[int, int]:
+        """How many examples of the newest batch are kept, and how many it had; zeros before the first."""
+        parts = [part for part in self.parts if part.batch == self.parts[-1].batch]
+        return sum(part.F.N for part in parts), sum(part.N for part in parts)
 
     def fisher(self) -> Fisher:
         """``Σ w F`` over the batches, with weights of sum 1 folded into the output-side vectors."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 here = Path(__file__).parent
-known = sorted(p.stem for p in here.glob("*.py") if p.stem not in ("__main__", "machine"))
+known = sorted(p.stem for p in here.glob("*.py") if p.stem not in ("__main__", "machine", "optimizers", "tuning"))
 names = [a for a in sys.argv[1:] if a in known] or known
 for name in names:
     print(f"== {name}", flush=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from machine import Table, arguments, describe
+from tuning import Axis, tune
 
 from kfac_viz.method import products
 from kfac_viz.studies.common.options import entry, remember
@@ -28,8 +29,8 @@ from kfac_viz.studies.solving.ladder import REGIMES, RUNGS, train
 from kfac_viz.studies.solving.networks import CHOSEN_ON, JUDGED_ON
 
 SEEDS, TUNING_SEED, STEPS, EVERY = range(5), 99, 40, 5
-GRID, FACTOR, ENDS = (0.01, 0.1, 1.0), 10.0, (1e-7, 1e4)
-RATES = (0.3, 1.0, 3.0)  # of the KL bound, from which its own grid goes on
+DAMPINGS = Axis((0.01, 0.1, 1.0), 10.0, (1e-7, 1e4))
+RATES = Axis((0.3, 1.0, 3.0), 3.0)  # of the KL bound
 VARIED = ("autoencoder", "attention", "deep classifier")  # on which the other regimes are run
 NETWORKS = CHOSEN_ON | JUDGED_ON
 LAMBDAS = (1e-3, 1e-2, 1e-1)  # of the shares
@@ -70,23 +71,8 @@ class Runs:
 
     def tuned(self, regime: str, network: str, rung: str) -> tuple[float, float]:
         """λ and rate with the lowest last loss on the seed apart, neither at an end of its grid."""
-        free = REGIMES[regime].step_rule != "kl_clip"
-        dampings, rates = list(GRID), [1.0] if free else list(RATES)
-        while True:
-            losses = {
-                pair: self.run(regime, network, rung, *pair, TUNING_SEED) for pair in product(dampings, rates)
-            }
-            damping, lr = min(losses, key=losses.get)
-            if damping == dampings[0] and damping > ENDS[0]:
-                dampings.insert(0, damping / FACTOR)
-            elif damping == dampings[-1] and damping < ENDS[1]:
-                dampings.append(damping * FACTOR)
-            elif not free and lr == rates[0]:
-                rates.insert(0, lr / 3)
-            elif not free and lr == rates[-1]:
-                rates.append(lr * 3)
-            else:
-                return damping, lr
+        rates = RATES if REGIMES[regime].step_rule == "kl_clip" else Axis((1.0,), ends=(1.0, 1.0))
+        return tune(lambda *point: self.run(regime, network, rung, *point, TUNING_SEED), DAMPINGS, rates)
 
 
 def shares(table: Table, runs: Runs) -> None:

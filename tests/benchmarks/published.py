@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from machine import Table, arguments, clock, describe, write
+from optimizers import muon
 
 import kfac_viz as kv
 from kfac_viz.studies.common.options import entry, remember
@@ -60,24 +61,6 @@ RATES["SGD, no momentum"] = RATES["SGD"]
 LARGE_RATES = dict.fromkeys(("SGD", "Adam"), (3e-4, 1e-3, 3e-3, 1e-2)) | {"Muon": (3e-3, 1e-2, 3e-2)}
 
 
-class Muon:
-    """PyTorch's Muon for the matrices, at the scale of Adam's rates, and Adam for the rest."""
-
-    def __init__(self, model: torch.nn.Module, lr: float, weight_decay: float) -> None:
-        matrices = [p for p in model.parameters() if p.ndim == 2]
-        rest = [p for p in model.parameters() if p.ndim != 2]
-        muon = torch.optim.Muon(matrices, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.both = [muon, *([torch.optim.Adam(rest, lr)] if rest else [])]
-
-    def zero_grad(self) -> None:
-        for optimizer in self.both:
-            optimizer.zero_grad()
-
-    def step(self) -> None:
-        for optimizer in self.both:
-            optimizer.step()
-
-
 def given(problem, method: str, lr: float, damping: float, weight_decay: float = 0.0, **options) -> dict:
     """All options that :func:`build` gives to the optimizer of this name."""
     common = {"lr": lr, "weight_decay": weight_decay}
@@ -94,7 +77,7 @@ def build(problem, method: str, *args, **options):
     if method in PLAIN:
         return PLAIN[method][0](problem.model.parameters(), **chosen)
     if method == "Muon":
-        return Muon(problem.model, **chosen)
+        return muon(problem.model, **chosen)
     if method in EXHIBITS:
         return Published(problem.model, **chosen)
     return kv.TwoLevelKFAC(problem.model, layers=problem.layers, **chosen)
@@ -102,7 +85,7 @@ def build(problem, method: str, *args, **options):
 
 def remembered(problem, folder: Path, method: str, *args, **options) -> str:
     """The name of these options in the folder's options.json; rate and λ have columns of their own."""
-    opt = build(problem, method, *args, **options)
+    opt = method if method == "Muon" else build(problem, method, *args, **options)
     return remember(entry(opt, given(problem, method, *args, **options), ("lr", "damping")), folder)
 
 

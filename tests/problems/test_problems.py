@@ -1,5 +1,6 @@
 """Seeded problems: the same numbers on every machine, real data, gradients that fit."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -242,3 +243,37 @@ def test_what_is_no_seed_is_refused(text, monkeypatch):
     monkeypatch.setenv(VARIABLE, text)
     with pytest.raises(ValueError, match="seed"):
         perturbed(torch.ones(2))
+
+
+MAKERS = {
+    "digits": lambda n, **options: kv.problems.digits((5,), n, 3, side=4, **options),
+    "attention": lambda n, **options: kv.problems.attention(4, n, 3, **options),
+    "convolutional": lambda n, **options: kv.problems.convolutional((2, 3), n, 3, **options),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_what_tests_has_no_part_in_what_trains(make):
+    train, test = make(50, standardised_on=30).split(30)
+    alone = make(30)
+    assert torch.equal(train.inputs, alone.inputs) and torch.equal(train.targets, alone.targets)
+    assert len(test.inputs) == len(test.targets) == 20 and test.model is train.model
+    whole = make(50)
+    assert torch.equal(test.targets, whole.targets[30:]) and not torch.equal(test.inputs, whole.inputs[30:])
+
+
+def test_a_split_of_several_arguments_cuts_each():
+    problem = kv.problems.digits((5,), 20, side=4)
+    both = replace(problem, inputs=(problem.inputs, problem.targets))
+    train, test = both.split(12)
+    for whole, first, last in zip(both.inputs, train.inputs, test.inputs, strict=True):
+        assert torch.equal(torch.cat([first, last]), whole) and len(first) == 12
+
+
+def test_a_split_that_leaves_nothing_is_refused():
+    problem = kv.problems.digits((5,), 20, side=4)
+    for examples, sentence in ((20, "20 examples leaves none to test on; got 20"), (0, "examples must be")):
+        with pytest.raises(ValueError, match=sentence):
+            problem.split(examples)
+    with pytest.raises(ValueError, match="standardised_on must lie between 1 and n = 20; got 21"):
+        kv.problems.digits((5,), 20, side=4, standardised_on=21)

@@ -8,7 +8,10 @@ from helpers import Model, assert_close, captured, mlp, normal
 from torch import nn
 
 import kfac_viz as kv
-from kfac_viz.method.products import FACTORS, Scores, unit_trace
+from kfac_viz.method import products
+from kfac_viz.method.partition import Layer
+from kfac_viz.method.products import FACTORS, FLOOR_OF_AVERAGE, Scores, unit_trace
+from kfac_viz.train import statistics
 from kfac_viz.train.options import FIRST_LEVELS
 from kfac_viz.train.statistics import RunningFactors
 
@@ -72,11 +75,61 @@ def test_the_floor_of_a_turn_is_the_share_of_one_example():
     running = averaged(F, 0.0, "kl", 300)
     for name, a, g in zip(F.partition.names, F.a, F.g, strict=True):
         A, G = running.A[name], running.G[name]
-        damped = [X + X.trace() / (len(X) * F.N) * torch.eye(len(X), dtype=X.dtype) for X in (A, G)]
+        damped = [X + FLOOR_OF_AVERAGE * X.trace() / (len(X) * F.N) * torch.eye(len(X), dtype=X.dtype) for X in (A, G)]
         inverse = [torch.linalg.inv(X) for X in damped]
         rank = float((A @ inverse[0]).trace())
         assert_close(Scores(a, g).left(inverse[0]) / rank, G, 1e-8)
         assert_close(unit_trace(Scores(a, g).right(inverse[1])), A, 1e-8)
+
+
+def divergence_of_a_running_product(batch=8, batches=60):
+    """Mean over batches of the divergence from the product that the scores ``g aᵀ`` are drawn from."""
+    generator = torch.Generator().manual_seed(0)
+    G, A = (torch.logspace(0, -2, n, dtype=torch.float64) for n in (6, 10))
+    layers, true, found = kv.Partition((Layer("one", 6, 10),)), torch.kron(G, A).diag(), []
+    running = RunningFactors(0.95, "expand", "kl")
+    for _ in range(batches):
+        a, g = (torch.randn(batch, len(d), generator=generator, dtype=d.dtype) * d.sqrt() for d in (A, G))
+        running.add(kv.Fisher(layers, [a[:, None]], [g[None, :, None]]), ["one"])
+        running.renew_inverses()
+        ratio = torch.linalg.solve(torch.kron(running.G["one"], running.A["one"]), true)
+        found.append(float(ratio.trace() - torch.linalg.slogdet(ratio)[1]) - len(true))
+    return sum(found[20:]) / len(found[20:])
+
+
+def test_the_floor_of_known_scores_is_too_low_for_an_average_of_few(monkeypatch):
+    with_own = divergence_of_a_running_product()
+    monkeypatch.setattr(statistics, "FLOOR_OF_AVERAGE", 0.0)  # what is left is the root of the dtype's precision
+    assert torch.finfo(torch.float64).eps ** 0.5 < products.FLOOR
+    assert divergence_of_a_running_product() > 20 * with_own
+
+
+def test_directions_at_the_floor_are_counted_saved_and_resumed():
+    model = mlp((4, 5, 5, 3))
+    opt, N, raised = kv.TwoLevelKFAC(model, **FULL, factors="kl", decay=0.0), len(X), 0
+    for _ in range(2):
+        own = observed(model, opt).curvature.factors
+        pairs = ((own.A[name], own.G[name]) for name in opt.partition.names)
+        d = [torch.linalg.eigvalsh(F) for pair in pairs for F in pair]
+        raised += round(float(sum((1 / (1 + N * x.clamp_min(0) / x.mean())).sum() for x in d)))
+        assert opt.preconditioner and opt.diagnostics["directions at the floor"] == raised > 0
+        opt.curvature.step += 1
+    assert f"directions at the floor {raised}" in repr(opt)
+    again = kv.TwoLevelKFAC(mlp((4, 5, 5, 3)), **FULL, factors="kl")
+    again.load_state_dict(opt.state_dict())
+    assert again.diagnostics == opt.diagnostics
+    for factors in ("kfac", "nearest"):
+        other = observed(model, kv.TwoLevelKFAC(model, **FULL, factors=factors))
+        assert other.preconditioner and not other.diagnostics["directions at the floor"]
+
+
+def test_layers_without_a_nearest_product_are_counted(monkeypatch):
+    """All of them, as an alternation of one turn has not settled."""
+    monkeypatch.setattr(products, "TURNS", 1)
+    model = mlp((4, 5, 5, 3))
+    opt = observed(model, kv.TwoLevelKFAC(model, **FULL, first_level="ekfac", factors="kl"))
+    assert opt.preconditioner.M.factors.undetermined == opt.partition.names
+    assert opt.diagnostics["undetermined layers"] == len(opt.partition)
 
 
 @pytest.mark.parametrize("rule", FACTORS[1:])
@@ -163,6 +216,42 @@ def test_other_first_levels_are_made_of_the_vectors_of_A(first):
         assert_close(T.dense(), kv.TwoLevel(A, MADE[first](F, damping), Z).dense(), 1e-7)
 
 
+@pytest.mark.parametrize("examples", [4, 12])  # fewer and more scores than parameters
+def test_the_exact_level_is_the_inverse_at_every_damping(examples):
+    model, x = mlp((4, 3, 3)), X[:examples]
+    opt = observed(model, kv.TwoLevelKFAC(model, **FULL | {"damping": 1e-3}, first_level="exact"), x, Y[:examples])
+    F = kv.capture(model, x, likelihood="categorical")
+    for damping in (1e-3, 0.2):
+        opt.damping = damping
+        inverse = torch.linalg.inv(F.damped(damping).dense())
+        assert_close(opt.preconditioner.dense(), inverse, 1e-7)
+        assert_close(opt.preconditioner @ normal(F.partition.size, 2), inverse @ normal(F.partition.size, 2), 1e-7)
+
+
+@pytest.mark.parametrize("first", ["kfac", "blocks", "diagonal"])
+def test_iterations_are_of_conjugate_gradients_that_both_levels_precondition(first):
+    options = FULL | {"step_rule": "fixed", "lr": 1.0, "momentum": 0.0, "first_level": first, "per_layer": 2}
+    for iterations in (1, 3, 200):
+        model = mlp((4, 5, 5, 3))
+        opt = observed(model, kv.TwoLevelKFAC(model, **options, iterations=iterations))
+        before, T = opt.partition.pack(model), opt.preconditioner
+        g, A = opt.partition.pack_grad(model), T.A.dense()
+        x, r, p = torch.zeros_like(g), g.clone(), T @ g  # the textbook's recursion
+        z = p.clone()
+        for _ in range(iterations):
+            if float(r.norm() / g.norm()) < 1e-10:
+                break
+            α = (r @ z) / (p @ A @ p)
+            x, new = x + α * p, r - α * (A @ p)
+            z, old = T @ new, r @ z
+            p, r = z + ((new @ z) / old) * p, new
+        opt.step()
+        assert_close(before - opt.partition.pack(model), x, 1e-6)
+        if iterations == 200:
+            assert_close(x, torch.linalg.solve(A, g), 1e-6)
+    assert "200 CG iterations" in repr(opt)
+
+
 @pytest.mark.parametrize("coarse", ["nicolaides", "smooth", "krylov", "random"])
 def test_every_coarse_space_goes_with_another_first_level(coarse):
     model = mlp((4, 5, 5, 3))
@@ -175,7 +264,7 @@ def test_every_coarse_space_goes_with_another_first_level(coarse):
 @pytest.mark.parametrize("per_layer", [0, 2])
 @pytest.mark.parametrize("first", FIRST_LEVELS)
 def test_every_first_level_trains(first, per_layer):
-    if first == "none" and not per_layer:
+    if (first == "none" and not per_layer) or (first == "exact" and per_layer):
         return
     model = mlp((4, 5, 5, 3))
     opt = kv.TwoLevelKFAC(model, **FULL, first_level=first, per_layer=per_layer, step_rule="line_search")
@@ -198,7 +287,7 @@ def test_every_first_level_trains(first, per_layer):
 
 
 CHOSEN = [*({"factors": rule} for rule in FACTORS[1:]), *({"first_level": first} for first in MADE),
-          {"first_level": "ekfac", "factors": "shampoo"}]  # fmt: skip
+          {"first_level": "ekfac", "factors": "shampoo"}, {"first_level": "exact", "per_layer": 0}, {"iterations": 3}]
 SAVED = {"likelihood": "categorical", "observe_every": 2, "refresh_every": 3, "coarse_window": 2, "per_layer": 2}
 
 
@@ -249,6 +338,12 @@ REFUSED = {
     "factors of a diagonal": ({"factors": "kl", "first_level": "diagonal"}, "factors='kl' belong to first_level="),
     "another clock": ({"first_level": "blocks", "per_layer": 2, "coarse_every": 5}, "leave out coarse_every"),
     "no level at all": ({"first_level": "none"}, "nothing would move"),
+    "nothing to correct": ({"first_level": "exact", "total": 3}, "leaves nothing to a coarse level"),
+    "no preconditioner": ({"iterations": 3, "per_layer": 2, "correction": "a-def1"}, "'a-def1' is not: take"),
+    "nothing to iterate": ({"iterations": 3, "first_level": "exact"}, "solves the system, where iterations change"),
+    "a singular preconditioner": ({"iterations": 3, "first_level": "none", "per_layer": 1}, "the coarse space alone"),
+    "iterations on the device": ({"iterations": 3, "capturable": True}, "set iterations=0"),
+    "a fraction": ({"iterations": 0.5}, "iterations must be a whole number"),
 }
 
 

@@ -240,7 +240,7 @@ def test_a_rejected_step_undoes_the_moments_too():
 
 def test_the_line_search_halves_both_together():
     model, x, y, given = build("loose")
-    opt = optimizer(model, x, **given, step_rule="line_search", plain_lr=0.01, fisher="exact", lr=1e-3)
+    opt = optimizer(model, x, **given, step_rule="line_search", search="first", plain_lr=0.01, fisher="exact", lr=1e-3)
     closure, calls = closure_of(model, x, y, opt), []
     scale, inner = model.scale.detach().clone(), opt.partition.pack(model)
 

@@ -126,7 +126,7 @@ CASES = {
     "Kronecker coarse operator": Case({"coarse": "nicolaides", "coarse_operator": "kronecker"}),
     "rule eigen": Case({"rule": "eigen"}),
     **{f"factors {x}": Case({"factors": x}) for x in ("shampoo", "nearest", "kl")},
-    **{f"first level {x}": Case({"first_level": x}) for x in FIRST_LEVELS},
+    **{f"first level {x}": Case({"first_level": x} | ({"per_layer": 0} if x == "exact" else {})) for x in FIRST_LEVELS},
     "kl_clip": Case({"step_rule": "kl_clip", "momentum": 0.9}),
     "quadratic": Case({"step_rule": "quadratic", "lr": 1.0, "weight_decay": 0.01}, ranks=(2, 4)),
     "line search": Case({"step_rule": "line_search", "lr": 8.0, "damping": 1e-2}, ranks=(2, 4)),

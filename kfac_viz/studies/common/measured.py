@@ -6,7 +6,7 @@ import csv
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from functools import cache
-from math import inf
+from math import inf, nan
 from pathlib import Path
 
 import numpy as np
@@ -61,21 +61,22 @@ def measured_runs(name: str, *names: str, tuning: bool = False) -> dict[tuple[st
     }
 
 
-def loss_of(row: Row) -> float:
-    """The loss of a measured row; inf where the run had blown up."""
-    return inf if row["loss"] == "nan" else float(row["loss"])
+def loss_of(row: Row, of: str = "loss") -> float:
+    """The loss of a measured row, or its ``test_loss``; inf where the run had blown up, NaN where none was measured."""
+    told = row[of] or nan
+    return inf if told == "nan" else float(told)
 
 
-def last_losses(runs: Iterable[Run]) -> tuple[float, float, float]:
+def last_losses(runs: Iterable[Run], of: str = "loss") -> tuple[float, float, float]:
     """Median, least and largest of the last losses."""
-    losses = [loss_of(run[-1]) for run in runs]
+    losses = [loss_of(run[-1], of) for run in runs]
     return tuple(map(float, rounded([np.median(losses), min(losses), max(losses)])))
 
 
-def over_runs(quantity: str, runs: Collection[Run]) -> Curve:
+def over_runs(quantity: str, runs: Collection[Run], of: str = "loss") -> Curve:
     """The loss over a column of measured rows, such as ``step``, or ``seconds`` as they were in the median; a run that
     blew up is at the top."""
     whole = max(runs, key=len)
-    losses = [[loss_of(row) for row in run] + [inf] * (len(whole) - len(run)) for run in runs]
+    losses = [[loss_of(row, of) for row in run] + [inf] * (len(whole) - len(run)) for run in runs]
     x = [np.median([float(run[i][quantity]) for run in runs if i < len(run)]) for i in range(len(whole))]
     return curve(x, np.minimum(losses, 1e6))

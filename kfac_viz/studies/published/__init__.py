@@ -216,7 +216,7 @@ MENDED = f"+ {FAULTS[-1]}"
 STYLES: dict[str, Style] = {
     "SGD": METHODS["gradient"]._replace(label="SGD, momentum 0.9"),
     "Adam": METHODS["adam"],
-    "Muon": Style("Muon", "#CC79A7", "P", "-."),
+    "Muon": METHODS["muon"],
     "K-FAC": METHODS["kfac"]._replace(label="K-FAC of that code"),
     "as published": METHODS["additive"]._replace(label="two levels of 2020, as published"),
     "+ triangle": SPACES["nicolaides"]._replace(label="its triangle mended"),

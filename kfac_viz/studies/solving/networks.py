@@ -26,9 +26,7 @@ class Task(NamedTuple):
 
 
 def _split(problem: Problem) -> Task:
-    """The first examples to train on, the others to test."""
-    parts = (slice(None, EXAMPLES), slice(EXAMPLES, None))
-    return Task(*(replace(problem, inputs=problem.inputs[part], targets=problem.targets[part]) for part in parts))
+    return Task(*problem.split(EXAMPLES))
 
 
 class Letters(nn.Module):
