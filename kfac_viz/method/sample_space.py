@@ -202,6 +202,8 @@ class SampleSpace:
     ) -> Tensor:
         """x (k, P) with its residual solved for until that is ``enough``, and for as long as it makes it smaller."""
         N = self.F.N
+        scale = _power_of_two(r)  # so that no square overflows or underflows; division by it is exact
+        x, r = x / scale, r / scale
         norm = torch.linalg.vector_norm(r, dim=-1).clamp_min(torch.finfo(r.dtype).tiny)
 
         def left(x: Tensor) -> tuple[Tensor, float]:
@@ -226,7 +228,7 @@ class SampleSpace:
                 f"The exact step is not accurate, with a relative residual of {self.residual:.2g}: λ = {damping:g} is "
                 f"too small for {str(r.dtype).removeprefix('torch.')}. Take a larger λ, or double precision."
             )
-        return x
+        return x * scale
 
     def _inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         """The product with ``(K + λI)⁻¹``, from the eigenvectors where they are there, else by Cholesky."""
@@ -243,6 +245,12 @@ class SampleSpace:
     def __repr__(self) -> str:
         last = "" if self.residual is None else f", relative residual of the last solution {self.residual:.1g}"
         return f"sample space, {self.size} × {self.size} inner products of scores{last}"
+
+
+def _power_of_two(rows: Tensor) -> Tensor:
+    """The largest one not above the largest modulus of each row, (k, 1); one half for a row of zeros."""
+    largest = rows.abs().amax(-1, keepdim=True)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
 
 
 def _scores(a: Tensor, g: Tensor, start: int, size: int) -> Tensor:

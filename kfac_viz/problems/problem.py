@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import sqrt
@@ -82,17 +82,23 @@ class Problem:
         options.setdefault("layers", self.layers)
         return capture(self.model, self.inputs, likelihood=self.likelihood, fisher=fisher, **options)
 
-    def trained(self, steps: int, lr: float = 1e-2) -> Problem:
+    def trained(self, steps: int, lr: float = 1e-2) -> Self:
         """A copy of the problem after full-batch Adam steps, deterministic."""
-        check_count("steps", steps, least=0)
-        twin = self.twin()
+        return next(self.stages([steps], lr))
+
+    def stages(self, steps: Iterable[int], lr: float = 1e-2) -> Iterator[Self]:
+        """Copies of the problem after these numbers of Adam steps, ascending, from one run; see :meth:`trained`."""
+        twin, done = self.twin(), 0
         optimizer = torch.optim.Adam(twin.model.parameters(), lr=lr)
-        for _ in range(steps):
+        for count in steps:
+            check_count("steps", count, least=done)
+            for _ in range(count - done):
+                optimizer.zero_grad()
+                twin.loss().backward()
+                optimizer.step()
             optimizer.zero_grad()
-            twin.loss().backward()
-            optimizer.step()
-        optimizer.zero_grad()
-        return twin
+            done = count
+            yield twin.twin()
 
     def twin(self) -> Self:
         """The same problem with a copy of the network, which may be moved."""

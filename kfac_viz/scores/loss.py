@@ -35,6 +35,7 @@ class Loss:
         self.names = {p: name for name, p in model.named_parameters()}
         self.copies = {name: p.detach().clone() for p, name in self.names.items()}
         self.buffers = {name: x.detach().clone() for name, x in model.named_buffers()}
+        self.places = dict(_places(model, self.names | {x: name for name, x in model.named_buffers()}))
         self.leaves = {name: self.copies[name].requires_grad_() for name, _ in self.pieces(partition)}
         self.custom: list[str] = []
 
@@ -57,7 +58,9 @@ class Loss:
         with ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)
-            outputs = functional_call(self.model, self.copies | dict(leaves) | buffers, self.inputs)
+            values = self.copies | dict(leaves) | buffers
+            given = {place: values[name] for place, name in self.places.items()}
+            outputs = functional_call(self.model, given, self.inputs, tie_weights=False)
             loss = nll(outputs, self.targets, self.likelihood)
             if loss.grad_fn is None:
                 return dict.fromkeys(leaves)
@@ -98,6 +101,17 @@ class Loss:
                 f"what follows has no derivative. Name the others: {named(kept)}."
             )
         return self.partition.without(layer.name for layer in idle)
+
+
+def _places(model: nn.Module, names: Mapping[Tensor, str]) -> Iterator[tuple[str, str]]:
+    """Where each module holds a parameter or a buffer, with the name of that tensor in the model. A module that is
+    listed twice comes once: PyTorch's own search for tied weights would leave a copy in it."""
+    for prefix, module in model.named_modules():
+        for place, x in (
+            *module.named_parameters(prefix, recurse=False, remove_duplicate=False),
+            *module.named_buffers(prefix, recurse=False, remove_duplicate=False),
+        ):
+            yield place, names[x]
 
 
 def graph_of(tensor: Tensor) -> Iterator[torch.autograd.graph.Node]:

@@ -29,6 +29,8 @@ from .common.setting import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from numpy.typing import NDArray
 
 COMPARED = np.array(DAMPINGS.positions[::2])
@@ -94,11 +96,19 @@ def run(
 
 def loss_after(problem: Problem, v: Tensor) -> float:
     """The loss once ``v`` (P,) is subtracted from the parameters of a copy; inf where it overflows."""
+    return next(losses_after(problem, [v]))
+
+
+@torch.no_grad()
+def losses_after(problem: Problem, directions: Iterable[Tensor]) -> Iterator[float]:
+    """:func:`loss_after` of each direction, with one copy of the network for all."""
     twin = problem.twin()
-    twin.partition.add_(twin.model, v, alpha=-1.0)
-    with torch.no_grad():
+    start = [p.clone() for p in twin.model.parameters()]
+    for v in directions:
+        twin.partition.add_(twin.model, v, alpha=-1.0)
         loss = float(twin.loss())
-    return loss if np.isfinite(loss) else np.inf
+        torch._foreach_copy_(list(twin.model.parameters()), start)
+        yield loss if np.isfinite(loss) else np.inf
 
 
 @lru_cache(maxsize=64)

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import Dense, Hessian, Operator, Partition, show
-from ..method.decompositions import eigvalsh
+from .. import Hessian, Partition, show
+from ..method.decompositions import eigh, eigvalsh
 from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
+from ..problems import Problem
 from ..show import INK, CurveView, MatrixView, Style, Tolerance, limit_of, plain_numbers
 from .common.exercises import exercise
 from .common.result import PRECISION, Curve, Study, by_key, curve, over_seeds, seeds
 from .common.setting import DAMPINGS, OVER_DAMPINGS, chosen, first_network, setting
-from .damping import loss_after
+from .damping import losses_after
 from .fisher import FLAVOURS
 
 MOMENTS = (0, 10, 20, 50, 100, 200, 500)  # steps of training at which all is measured
@@ -76,58 +77,78 @@ def run(
         seed: of data and weights.
     """
     p = check(run, locals())
-    here = by_key(_at(chosen(p, seed=s)) for s in seeds(p))
+    training = [_over_training(chosen(p, seed=s, steps=0)) for s in seeds(p)]
+    here = by_key(_measured(chosen(p, seed=s))[0] for s in seeds(p))
     curves = {key: _over_rank(rows) if key[0] == "spectrum" else _where_all_have_it(rows) for key, rows in here.items()}
-    curves |= over_seeds(MOMENTS, (_over_training(chosen(p, seed=s, steps=0)) for s in seeds(p)))
     partition, matrices = _matrices(chosen(p))
-    return Result(p, curves, partition, {name: B.dense().cpu() for name, B in matrices.items()})
+    matrices = matrices | {"residual": matrices["hessian"] - matrices["exact"]}
+    shown = {name: matrix.cpu() for name, matrix in matrices.items()}
+    return Result(p, curves | over_seeds(MOMENTS, training), partition, shown)
 
 
 @lru_cache(maxsize=2)
-def _matrices(network: tuple) -> tuple[Partition, dict[str, Operator]]:
-    """The two Fishers, the Hessian and the residual term of one network."""
-    s = setting(*network)
-    H = Hessian(s.problem.model, s.problem.inputs, s.problem.targets, likelihood=s.problem.likelihood)
-    residual = Dense(H.dense() - s.dense, H.partition)
-    return H.partition, {"exact": s.F, "empirical": s.problem.capture("empirical"), "hessian": H, "residual": residual}
+def _stages(start: tuple) -> dict[int, Problem]:
+    """The network after each number of steps in MOMENTS, from one run of its training."""
+    return dict(zip(MOMENTS, setting(*start).problem.stages(MOMENTS), strict=True))
+
+
+def _problem(network: tuple) -> Problem:
+    steps = network[4]
+    return _stages(_after(network, 0))[steps] if steps in MOMENTS else setting(*network).problem
+
+
+def _after(network: tuple, steps: int) -> tuple:
+    """The same network after another number of steps."""
+    return (*network[:4], steps, *network[5:])
+
+
+@lru_cache(maxsize=len(MOMENTS) + 1)
+def _matrices(network: tuple) -> tuple[Partition, dict[str, Tensor]]:
+    """The two Fishers and the Hessian of one network, (P, P)."""
+    problem = _problem(network)
+    H = Hessian(problem.model, problem.inputs, problem.targets, likelihood=problem.likelihood)
+    exact, empirical = (problem.capture(flavour).dense() for flavour in ("exact", "empirical"))
+    return H.partition, {"exact": exact, "empirical": empirical, "hessian": H.dense()}
 
 
 @lru_cache(maxsize=64)
-def _at(network: tuple) -> dict[tuple[str, str], np.ndarray]:
-    """Spectra, (P,) each, and the share of the loss that a step takes off at each λ, NaN where there is no step."""
-    s, (_, matrices) = setting(*network), _matrices(network)
-    now, found = float(s.problem.loss().detach()), {}
-    for name in MATRICES:
-        B, d = matrices[name], matrices[name].eigen.d.flip(0).cpu().numpy()
+def _measured(network: tuple) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], float]]:
+    """Of one network: spectra, (P,) each, and the share of the loss that a step takes off at each λ, NaN where there is
+    no step; and the numbers that are followed over training."""
+    problem, (partition, matrices) = _problem(network), _matrices(network)
+    g, now, found, numbers = problem.gradient(), float(problem.loss().detach()), {}, {}
+    λ = torch.tensor(COMPARED, dtype=g.dtype, device=g.device)
+    for name, B in matrices.items():
+        d, U = eigh((B + B.mT) / 2, f"The matrix {NAMES[name]}")
+        steps = (U @ ((U.mT @ g)[:, None] / (d[:, None] + λ))).mT
+        numbers["negative", name] = negative_share(d)
+        d = d.flip(0).cpu().numpy()
         seen = np.where(np.abs(d) < PRECISION * d[0], 0, d)
         found["spectrum", name] = np.maximum(seen, 0)
         if name == "hessian":
             found["spectrum", "negative"] = np.maximum(-seen[::-1], 0)
-        least = MARGIN * max(-float(d[-1]), 0.0)
-        after = [loss_after(s.problem, B.damped(λ).solve(s.g)) if λ > least else np.nan for λ in COMPARED]
-        found["decrease", name] = np.maximum(1 - np.array(after) / now, -1e3)
-    return found
+        there = np.array(COMPARED) > MARGIN * max(-float(d[-1]), 0.0)
+        after = np.full(len(COMPARED), np.nan)
+        after[there] = list(losses_after(problem, steps[there]))
+        found["decrease", name] = np.maximum(1 - after / now, -1e3)
+        numbers["best", name] = float(np.nanmax(found["decrease", name]))
+    exact, empirical, H = (matrices[name] for name in MATRICES)
+    R = H - exact
+    shares = R.square() / R.square().sum()
+    blocks = torch.cat([eigvalsh(H[s, s], "A block of the Hessian") for s in partition.slices])
+    return found, {
+        ("distance", "exact"): float(R.norm() / H.norm()),
+        ("distance", "empirical"): float((empirical - H).norm() / H.norm()),
+        ("negative", "hessian"): numbers["negative", "hessian"],
+        ("negative", "blocks"): negative_share(blocks),
+        ("between", "residual"): 1 - float(sum(shares[s, s].sum() for s in partition.slices)),
+        **{("best", name): numbers["best", name] for name in MATRICES},
+    }
 
 
-@lru_cache(maxsize=64)
-def _over_training(network: tuple) -> dict[tuple[str, str], list[float]]:
-    """What is followed over training, one number for each of MOMENTS; ``network`` is taken at these steps."""
-    rows = []
-    for steps in MOMENTS:
-        at = (*network[:4], steps, *network[5:])
-        (partition, matrices), here = _matrices(at), _at(at)
-        exact, empirical, H, R = (matrices[name].dense() for name in (*MATRICES, "residual"))
-        shares = R.square() / R.square().sum()
-        blocks = torch.cat([eigvalsh(H[s, s], "A block of the Hessian") for s in partition.slices])
-        rows.append({
-            ("distance", "exact"): float(R.norm() / H.norm()),
-            ("distance", "empirical"): float((empirical - H).norm() / H.norm()),
-            ("negative", "hessian"): negative_share(matrices["hessian"].eigen.d),
-            ("negative", "blocks"): negative_share(blocks),
-            ("between", "residual"): 1 - float(sum(shares[s, s].sum() for s in partition.slices)),
-            **{("best", name): float(np.nanmax(here["decrease", name])) for name in MATRICES},
-        })  # fmt: skip
-    return by_key(rows)
+def _over_training(start: tuple) -> dict[tuple[str, str], list[float]]:
+    """What is followed over training, one number for each of MOMENTS."""
+    return by_key(_measured(_after(start, steps))[1] for steps in MOMENTS)
 
 
 def negative_share(d: Tensor) -> float:

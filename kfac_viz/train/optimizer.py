@@ -617,9 +617,15 @@ class TwoLevelKFAC(Optimizer):
         of the ``param_groups`` has in ``"curvature"`` all that belongs to no parameter, as a copy. So
         ``get_optimizer_state_dict``, ``set_optimizer_state_dict``, ``save`` and ``load`` of
         ``torch.distributed.checkpoint`` lose nothing. With ``flatten_optimizer_state_dict=True`` they write that copy
-        once for every parameter of the first group.
+        once for every parameter of the first group. The momentum of a parameter that was taken out of its group is left
+        out: PyTorch has no number for it.
         """
-        state = super().state_dict()
+        given = {p for group in self.param_groups for p in group["params"]}
+        taken_out = {p: self.state.pop(p) for p in list(self.state) if p not in given}
+        try:
+            state = super().state_dict()
+        finally:
+            self.state.update(taken_out)
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if p.requires_grad:
                 state["state"][i] = states.whole(state["state"].get(i, {}), p, self._layout)

@@ -120,6 +120,8 @@ def hessian(t: Try, net: Net, model: nn.Module, inputs: list[Tensor], likelihood
     if not t.finite("Hessian @ v", product) or H.dtype != F64:
         return
     twin, off = net.build(F64).eval(), math.inf
+    if truth(twin, inputs, H.partition).precision != F64:  # a difference would have no digits
+        return
 
     def gradient(h: float) -> Tensor:
         moved = copy.deepcopy(twin)

@@ -154,6 +154,15 @@ def test_layers_that_see_the_same_take_the_same_step():
     assert other.damped(tiny).layer_overlap() == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("power", [-100, -70, 90, 120])
+def test_a_vector_whose_square_leaves_the_range_is_solved_like_any_other(power):
+    F = kv.problems.planted(2, 5, 3).to(dtype=torch.float32).capture()
+    assert isinstance(F.solver, SampleSpace)
+    r, s = normal(F.partition.size).float(), normal(F.S, F.N).float()
+    assert torch.equal(F.damped(1.0).solve(2.0**power * r), 2.0**power * F.damped(1.0).solve(r))
+    assert torch.equal(F.solver.solve_pulled(2.0**power * s, 1.0), 2.0**power * F.solver.solve_pulled(s, 1.0))
+
+
 def test_with_lambda_that_is_too_small_it_says_so():
     problem = kv.problems.digits((8,), 5, side=4)
     F = problem.capture("mc")

@@ -181,6 +181,10 @@ def test_training_lowers_the_loss_in_a_copy_and_is_deterministic():
     assert problem.loss().item() == before and trained.loss().item() < 0.8 * before
     assert trained.loss().item() == problem.trained(20).loss().item()
     assert problem.trained(0).loss().item() == before
+    stages = [stage.loss().item() for stage in problem.stages([0, 7, 20])]
+    assert stages == [problem.trained(steps).loss().item() for steps in (0, 7, 20)]
+    with pytest.raises(ValueError, match="steps"):
+        list(problem.stages([7, 3]))
     assert all(p.grad is None for p in trained.model.parameters())
 
 

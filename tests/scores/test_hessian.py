@@ -156,6 +156,22 @@ def test_attention_packed_and_tied_weights_against_differences_of_the_gradient(b
         assert_close(H @ v, difference, 1e-7)
 
 
+def test_a_layer_that_is_listed_twice_keeps_its_parameters():
+    torch.manual_seed(0)
+    inner = nn.Linear(4, 4)
+    model = nn.Sequential(inner, nn.Tanh(), inner, nn.Tanh(), nn.Linear(4, 2)).double()
+    before, x, y = dict(model.named_parameters()), normal(3, 4), normal(3, 2, seed=1)
+    H = kv.Hessian(model, x, y, likelihood="gaussian").dense()
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+    def moved(weights):
+        return kv.nll(functional_call(model, weights, (x,)), y, "gaussian")
+
+    expected = second_derivatives(model, moved, ["0", "4"])
+    model[0], model[2] = inner, inner  # functional_call has left a copy of its own in this layer
+    assert_close(H, expected)
+
+
 def test_one_parameter_of_a_packed_weight_is_one_block():
     model, inputs, targets = attention()
     whole = kv.Hessian(model, inputs, targets, likelihood="categorical")

@@ -306,3 +306,18 @@ def test_a_template_reads_every_saved_value(options):
     state["curvature"]["version"] = 3
     with pytest.raises(ValueError, match="has the format 3, and this kfac_viz reads up to 2"):
         opt.load_state_dict(state)
+
+
+def test_a_parameter_taken_out_of_its_group_is_not_saved_and_saving_changes_nothing():
+    straight, watched = plain(), plain()
+    opts = [kv.TwoLevelKFAC(model, **OPTIONS) for model in (straight, watched)]
+    for model, opt in zip((straight, watched), opts, strict=True):
+        run(model, opt, 3)
+        del opt.param_groups[0]["params"][1]  # the first bias
+    momenta = [opts[1].state[p]["momentum_buffer"].clone() for p in opts[1].param_groups[0]["params"]]
+    saved = opts[1].state_dict()["state"]
+    assert sorted(saved) == list(range(len(momenta)))
+    assert all(torch.equal(saved[i]["momentum_buffer"], m) for i, m in enumerate(momenta))
+    for model, opt in zip((straight, watched), opts, strict=True):
+        run(model, opt, 3)
+    assert torch.equal(weights(straight), weights(watched))
