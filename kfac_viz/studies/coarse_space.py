@@ -327,8 +327,12 @@ def shares_of(network: Setting, T: TwoLevel, A: Damped) -> dict[str, Shares]:
 
 
 def directions(F: Fisher, T: TwoLevel, g: Tensor) -> dict[str, Tensor]:
-    """The directions that are compared, but for the exact one."""
-    found = {"gradient": g, "diagonal": Diagonal(F, T.damping) @ g}
+    """The directions that are compared, but for the exact one.
+
+    The gradient is divided by λ: as λ grows all others tend to ``g / λ``, but for the additive correction, whose step
+    becomes twice as long along the columns of Z.
+    """
+    found = {"gradient": g / T.damping, "diagonal": Diagonal(F, T.damping) @ g}
     found |= {name: KFAC(F, T.damping, rule) @ g for rule, name in KFAC_BY_RULE.items()}
     return found | {name: T.with_correction(name) @ g for name in CORRECTIONS}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import KFAC, show
-from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check, number
+from ..parameters import Device, Examples, Repeats, Seed, Steps, Widths, check
 from ..problems.toys import Problem
 from ..show import FAINT, INK, METHODS, CurveView, Style, Tolerance, plain_numbers
 from .common.exercises import crossing, exercise
@@ -65,10 +65,10 @@ class Result(Study):
     def headline(self) -> str:
         λ, after = self.parameters["damping"], STAGES[1]
         size = self.curves["dimension", after].at(λ)
-        falls = (self.curves["decrease", f"{after}, {method}"].at(λ) for method in ("exact", "kfac"))
-        exact, kfac = (f"{fall:.0%}".replace("-", "−") for fall in falls)
-        return (f"At λ = {number(λ)} data decide {size:.0f} of {self.size} directions; the exact step takes "
-                f"{exact} off the loss, scaled K-FAC {kfac}")  # fmt: skip
+        falls = (self.curves["decrease", f"{after}, {method}"].at(λ) for method in FOLLOWED)
+        exact, kfac, factored = (f"{fall:.0%}".replace("-", "−") for fall in falls)
+        return (f"Data decide {size:.0f} of {self.size} directions; the exact step takes {exact} off the loss, "
+                f"K-FAC {kfac}, factored {factored}")  # fmt: skip
 
 
 def run(

@@ -193,10 +193,11 @@ class Plot(show.Plot):
         scale = 4.1 / (right - left)  # inches for a unit, the same on every axis: circles are round
         model = self.axes(0.7, 1.0, 4.1, scale * (up + 0.05))
         real = self.axes(5.3, 1.0, 4.1, scale * (up - down))
-        model.set(xlim=SIDES, ylim=(-0.05, up), xlabel="along the exact step", ylabel="astray; hollow: leads further",
-                  title="The quadratic model: share of the best decrease")  # fmt: skip
-        real.set(title="The real loss on the plane of the exact step and K-FAC's",
-                 xlabel="along the exact step; blue: lower, ±1: the best that the model predicts")  # fmt: skip
+        model.set(xlim=SIDES, ylim=(-0.05, up), xlabel="along the exact step", ylabel="astray; hollow: leads further")
+        above = {"pad": 10}  # the marks at the edge
+        model.set_title("The quadratic model: share of the best decrease", **above)
+        real.set_title("The real loss on the plane of the exact step and K-FAC's", **above)
+        real.set_xlabel("along the exact step; blue: lower, ±1: the best that the model predicts")
         angle = np.linspace(0, np.pi, 200)
         for level in LEVELS:  # captured = 1 − distance² from the exact step
             radius = (1 - level) ** 0.5

@@ -30,7 +30,7 @@ from ..show import (
     plain_numbers,
 )
 from .common.exercises import exercise
-from .common.result import COUNT, PRECISION, Curve, Study, by_key, curve, over_seeds, rounded, seeds
+from .common.result import COUNT, PRECISION, Curve, Study, by_key, curve, over, over_seeds, rounded, seeds
 from .common.setting import iterations
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Result(Study):
     def where(self) -> str:
         p = self.parameters
         return (f"Poisson on an interval, {p['local']} points a subdomain, {p['sweeps']} sweeps; ridge regression on "
-                f"{p['n']} digits, λ = {number(p['damping'])} λ_max; median and range of {p['repeats']} seeds")
+                f"{p['n']} digits, λ = {number(p['damping'])} λ_max; {over(p)}")
 
 
 def run(

@@ -14,7 +14,7 @@ from kfac_viz.method.two_level import CORRECTIONS
 from kfac_viz.show.style import rc
 from kfac_viz.studies import depth, layer_overlap
 from kfac_viz.studies.coarse_space_sizes import nested
-from kfac_viz.studies.common.result import rounded
+from kfac_viz.studies.common.result import curve, rounded
 from kfac_viz.studies.common.setting import setting, shares
 from kfac_viz.studies.depth import largest_eigenvalue, methods
 from kfac_viz.studies.two_levels import _errors, _ridge, poisson
@@ -179,6 +179,16 @@ def test_lanczos_finds_the_end_of_the_spectrum():
     compared = [*methods(A, M, one.g, 0).values(), *methods(A, M, one.g, 3).values()]
     for T in (T for T in compared if T.symmetric):
         assert largest_eigenvalue(T.dense(), L) == pytest.approx(float(kv.spectrum(A, T)[-1]), rel=1e-7)
+
+
+@pytest.mark.parametrize(("two", "told"), [
+    (0.7, "more than K-FAC by either rule"), (0.5, "more than K-FAC by one rule"), (0.4, "no more than K-FAC"),
+])  # fmt: skip
+def test_depth_titles_one_seed_by_the_order_of_the_methods(two, told):
+    best = zip(depth.SEPARATED, (0.6, 0.4, two), strict=True)
+    curves = {("at_best_length", name): curve([4], [share]) for name, share in best}
+    result = depth.Result(dict(repeats=1, layers=(4,), per_layer=2), curves, {})
+    assert f"2 eigenvectors capture {told}" in result.headline and "0." not in result.headline
 
 
 @pytest.mark.parametrize("data", depth.NETWORKS)

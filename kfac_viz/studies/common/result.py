@@ -63,6 +63,15 @@ def seeds(p: Mapping[str, Any]) -> range:
     return range(p["seed"], p["seed"] + p["repeats"])
 
 
+def over(p: Mapping[str, Any], told: str = "median and range") -> str:
+    """The phrase that says which seeds are told of, and how.
+
+    >>> over({"seed": 0, "repeats": 5}), over({"seed": 3, "repeats": 1})
+    ('median and range of 5 seeds', 'seed 3 alone')
+    """
+    return f"{told} of {p['repeats']} seeds" if p["repeats"] > 1 else f"seed {p['seed']} alone"
+
+
 def rounded(values: ArrayLike, digits: int = 4) -> NDArray:
     """``values`` to significant digits: what is drawn does not depend on the last bits of a sum."""
     values = np.asarray(values, dtype=float)
@@ -121,4 +130,4 @@ class Study:
         widths = ", ".join(map(str, p["widths"]))
         data = re.sub(r"(\d)$", r" \1×\1", p["data"])  # digits4: digits 4×4
         network = f"{data}, {p['n']} examples, hidden widths {widths}, {stage(p['steps'])}"
-        return f"{network}, λ = {number(p['damping'])}; median and range of {p['repeats']} seeds"
+        return f"{network}, λ = {number(p['damping'])}; {over(p)}"
