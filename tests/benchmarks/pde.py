@@ -4,7 +4,12 @@ Full batch, float64, tanh, one core, processor time. λ of every method (Adam's 
 that has the lowest loss after half of the time, on a seed that is not measured. What is there already is not measured
 again: rows are appended run by run, and ``--minutes 5`` ends in time, to be gone on with.
 
-    python tests/benchmarks pde [--minutes M] [--only small,two,map,more]
+    python tests/benchmarks pde [--minutes M] [--only small,two,map,more,peers]
+
+The part ``peers`` compares with what others train such networks with, on their problem (arXiv 2505.12149, section 4):
+Poisson's equation in 5 dimensions, fresh points at every step, and the error on points that no run has seen. Every
+method has four settings, the published ones among them; the one with the least error after 20 seconds on the seed that
+is not measured is run.
 """
 
 from __future__ import annotations
@@ -20,7 +25,9 @@ from machine import Table, arguments, clock, describe, write
 
 import kfac_viz as kv
 from kfac_viz.studies.common.options import entry, remember
+from kfac_viz.studies.pde import rivals, terms
 from kfac_viz.studies.pde.descent import Method, training
+from kfac_viz.studies.pde.rivals import Rival
 
 SEEDS, TUNING_SEED = range(5), 99
 DAMPINGS = (1.0, 1e-2, 1e-4, 1e-6, 1e-8)
@@ -71,6 +78,22 @@ MAP = {
     **{f"{name}, {k}": Method(kind, per_layer=k)
        for k in SIZES for name, kind in (("coarse alone", "coarse"), ("two levels", "both"))},
 }  # fmt: skip
+
+PEER_WIDTHS = (64, 64, 48, 48)
+PEER_SECONDS, PEER_TUNING = 120.0, 20.0
+PEER_MARKS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 40, 60, 80, 100, 120)
+PEERS = {  # the first setting is the published one
+    "ENGD-W": [Rival("engd-w", λ) for λ in (3.2e-12, 1e-10, 1e-8, 1e-6)],
+    "SPRING": [Rival("spring", λ, momentum=μ)
+               for λ, μ in ((2.1e-10, 0.063), (6.8e-10, 0.83), (1e-8, 0.3), (1e-8, 0.8))],
+    "K-FAC for PINNs": [Rival("kfac-pinns", λ, average=0.9) for λ in (2.8e-10, 1e-8, 1e-6, 1e-4)],
+    "Nyström": [Rival("nystrom", λ, rank=100) for λ in (1e-7, 1e-6, 1e-4, 1e-2)],
+}  # fmt: skip
+PEER_POINTS = {  # with how many seeds each
+    1000: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "Nyström": 2},
+    500: {"ENGD-W": 2, "SPRING": 2, "K-FAC for PINNs": 2},
+    3500: {"ENGD-W": 1, "SPRING": 1, "K-FAC for PINNs": 1},
+}
 
 
 def run(problem: kv.problems.Equation, name: str, method: Method, damping: float, seconds: float) -> Iterator[dict]:
@@ -149,6 +172,60 @@ def the_map(out: Path, machine: dict, deadline: float) -> None:
                         table.add(rows, **here, options=remembered(method, out))
 
 
+def peer_problem(points: int, seed: int) -> kv.problems.Equation:
+    """Theirs: so many points in all, a fifth of them on the boundary."""
+    return kv.problems.poisson(5, PEER_WIDTHS, points - points // 5, points // 5, seed)
+
+
+def peer_steps(problem: kv.problems.Equation, setting: Rival, seed: int) -> Iterator[float]:
+    return rivals.training(problem, setting, lambda step: terms.fresh(problem, seed, step), seed)
+
+
+def peer_run(points: int, setting: Rival, seed: int, seconds: float) -> Iterator[dict]:
+    """Step, seconds and error at the marks, and at the end."""
+    problem = peer_problem(points, seed)
+    used, step, ended, marks = 0.0, 0, "", iter(PEER_MARKS)
+    mark, steps = next(marks), peer_steps(problem, setting, seed)
+    while used < seconds and not ended:
+        start = clock()
+        try:
+            next(steps)
+            step += 1
+        except (ValueError, torch.linalg.LinAlgError):
+            ended = "singular"
+        used += clock() - start
+        if used >= mark or used >= seconds or ended:
+            yield {"step": step, "seconds": round(used, 3), "error": f"{problem.error():.4g}", "ended": ended}
+            while used >= mark:
+                mark = next(marks, 1e9)
+
+
+def peers(out: Path, machine: dict, deadline: float, asked: tuple[str, ...], points: tuple[int, ...]) -> None:
+    """Every method on the peers' problem; the setting is chosen with 1,000 points."""
+    table = Table(out / "pde_peers.csv", ("points", "method", "setting", "seed"), machine, deadline)
+
+    def made(points: int, name: str, setting: Rival, seed: int, seconds: float) -> list[dict[str, str]]:
+        here = {"points": points, "method": name, "setting": f"{setting.damping:g}, {setting.momentum:g}", "seed": seed}
+        if table.missing(**here):
+            options = remember(entry("Rival", setting._asdict()), out)
+            table.add(list(peer_run(points, setting, seed, seconds)), **here, options=options)
+        return table.found(**here)
+
+    def tuned(name: str) -> Rival:
+        last = [made(1000, name, s, TUNING_SEED, PEER_TUNING)[-1] for s in PEERS[name]]
+        errors = [float("inf") if row["ended"] or row["error"] == "nan" else float(row["error"]) for row in last]
+        return PEERS[name][errors.index(min(errors))]
+
+    for size in points:
+        for seed in SEEDS:
+            for name, seeds in PEER_POINTS[size].items():
+                if name in asked and seed < seeds:
+                    setting = tuned(name)
+                    if setting.rank:
+                        setting = setting._replace(rank=size // 10)
+                    made(size, name, setting, seed, PEER_SECONDS)
+
+
 def small(out: Path) -> None:
     """Losses after each of some steps on small networks, without times: a test makes this table again."""
     rows = [{"equation": equation, "method": name, "step": step, "loss": f"{loss:.3g}"}
@@ -173,7 +250,9 @@ def main(argv: list[str] | None = None) -> None:
     options, machine = arguments(__doc__, argv), describe()
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=1e6)
-    parser.add_argument("--only", default="small,two,map,more")
+    parser.add_argument("--only", default="small,two,map,more,peers")
+    parser.add_argument("--methods", default=",".join(PEERS), help="of the part peers")
+    parser.add_argument("--points", default=",".join(map(str, PEER_POINTS)), help="of the part peers")
     own = parser.parse_known_args(argv)[0]
     deadline = time.monotonic() + 60 * own.minutes
     warnings.simplefilter("ignore")
@@ -183,6 +262,9 @@ def main(argv: list[str] | None = None) -> None:
             small(options.out)
         elif part == "map":
             the_map(options.out, machine, deadline)
+        elif part == "peers":
+            points = tuple(map(int, own.points.split(",")))
+            peers(options.out, machine, deadline, tuple(own.methods.split(",")), points)
         else:
             runs(options.out, machine, deadline, {"two": names[:3], "more": names[3:]}[part])
 
