@@ -86,7 +86,8 @@ PEERS = {  # the first setting is the published one
     "ENGD-W": [Rival("engd-w", λ) for λ in (3.2e-12, 1e-10, 1e-8, 1e-6)],
     "SPRING": [Rival("spring", λ, momentum=μ)
                for λ, μ in ((2.1e-10, 0.063), (6.8e-10, 0.83), (1e-8, 0.3), (1e-8, 0.8))],
-    "K-FAC for PINNs": [Rival("kfac-pinns", λ, average=0.9) for λ in (2.8e-10, 1e-8, 1e-6, 1e-4)],
+    "K-FAC for PINNs": [Rival("kfac-pinns", λ, average=β)
+                        for λ, β in ((2.8e-10, 0.9), (1e-6, 0.9), (1e-6, 0.97), (1e-8, 0.99))],
     "Nyström": [Rival("nystrom", λ, rank=100) for λ in (1e-7, 1e-6, 1e-4, 1e-2)],
 }  # fmt: skip
 PEER_POINTS = {  # with how many seeds each
@@ -205,7 +206,8 @@ def peers(out: Path, machine: dict, deadline: float, asked: tuple[str, ...], poi
     table = Table(out / "pde_peers.csv", ("points", "method", "setting", "seed"), machine, deadline)
 
     def made(points: int, name: str, setting: Rival, seed: int, seconds: float) -> list[dict[str, str]]:
-        here = {"points": points, "method": name, "setting": f"{setting.damping:g}, {setting.momentum:g}", "seed": seed}
+        here = {"points": points, "method": name, "seed": seed,
+                "setting": f"{setting.damping:g}, {setting.momentum or setting.average:g}"}
         if table.missing(**here):
             options = remember(entry("Rival", setting._asdict()), out)
             table.add(list(peer_run(points, setting, seed, seconds)), **here, options=options)
@@ -227,23 +229,31 @@ def peers(out: Path, machine: dict, deadline: float, asked: tuple[str, ...], poi
 
 
 def small(out: Path) -> None:
-    """Losses after each of some steps on small networks, without times: a test makes this table again."""
-    rows = [{"equation": equation, "method": name, "step": step, "loss": f"{loss:.3g}"}
-            for equation, name, losses in small_runs() for step, loss in enumerate(losses, 1)]  # fmt: skip
+    """Losses and errors after each of some steps on small networks, without times: a test makes this table again."""
+    rows = [{"equation": equation, "method": name, "step": step, "loss": f"{loss:.3g}", "error": f"{error:.3g}"}
+            for equation, name, seen in small_runs() for step, (loss, error) in enumerate(seen, 1)]  # fmt: skip
     write(out / "pde_small.csv", rows, {}, quiet=True)
 
 
-def small_runs() -> Iterator[tuple[str, str, list[float]]]:
-    """Equation, method, and the losses after each step."""
+def small_runs() -> Iterator[tuple[str, str, list[tuple[float, float]]]]:
+    """Equation, method, and loss and error after each step."""
     builders = {"poisson": lambda: kv.problems.poisson(2, (8, 8), 30),
                 "burgers": lambda: kv.problems.burgers((8, 8), 30)}  # fmt: skip
     methods = {"K-FAC": Method("kfac"), "coarse alone, 4": Method("coarse", per_layer=4),
                "two levels, 4": Method("both", per_layer=4), "exact": Method("exact")}  # fmt: skip
+    rivals_on_small = {"ENGD-W": Rival("engd-w", 1e-4), "SPRING": Rival("spring", 1e-4, momentum=0.3),
+                       "K-FAC for PINNs": Rival("kfac-pinns", 1e-2, average=0.9)}  # fmt: skip
     for equation, build in builders.items():
         for name, method in methods.items():
             problem = build()
             steps = training(problem, method, 1e-4)
-            yield equation, name, [float(problem.loss().detach()) for _ in zip(range(6), steps, strict=False)]
+            yield equation, name, [(float(problem.loss().detach()), problem.error())
+                                   for _ in zip(range(6), steps, strict=False)]  # fmt: skip
+        for name, rival in rivals_on_small.items():
+            problem = build()
+            steps = rivals.training(problem, rival, lambda _: problem.inputs)  # noqa: B023
+            yield equation, name, [(terms.loss(problem, problem.inputs), problem.error())
+                                   for _ in zip(range(6), steps, strict=False)]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,9 +16,9 @@ from ...problems.equations import Equation
 from ...train.update import best_coefficients
 from .terms import Term, along, both_terms, gradient, jacobian, loss
 
-GRID = tuple(2.0**k for k in range(-30, 1))  # lengths that a grid line search tries (arXiv 2505.12149, appendix A)
+GRID = tuple(2.0**k for k in range(-30, 1))  # lengths that a grid line search tries
 SHIFT = 1e-7  # of the sketch, so that it has a Cholesky factor (arXiv 2505.12149, algorithm 2)
-FIRST_LENGTH = 1e-6  # of K-FAC for PINNs, whose rule for the length needs a step before (arXiv 2405.15603)
+FIRST_LENGTH = 1e-6  # of K-FAC for PINNs, whose rule for the length needs a step before
 
 
 class Rival(NamedTuple):
@@ -43,7 +43,7 @@ class Rival(NamedTuple):
 # ---- directions, to be subtracted ---------------------------------------------------------------------
 
 def engd_w(J: Tensor, r: Tensor, damping: float) -> Tensor:
-    """ENGD-W, ``Jᵀ (J Jᵀ + λI)⁻¹ r``, (P,) (arXiv 2505.12149, equation 5)."""
+    """ENGD-W, ``Jᵀ (J Jᵀ + λI)⁻¹ r``, (P,) (arXiv 2505.12149, section 3.1)."""
     K = _gram(J)
     K.diagonal().add_(damping)
     return J.T @ torch.cholesky_solve(r[:, None], torch.linalg.cholesky(K))[:, 0]
@@ -58,7 +58,7 @@ def engd(J: Tensor, r: Tensor, damping: float) -> Tensor:
 
 def spring(J: Tensor, r: Tensor, damping: float, momentum: float, φ: Tensor) -> Tensor:
     """SPRING's next φ (P,): ``μφ + Jᵀ (J Jᵀ + λI)⁻¹ (r − μJφ)``, of the points nearest to μφ the one that solves the
-    system (arXiv 2505.12149, equation 8; Goldshlager et al. 2024, arXiv 2401.10190)."""
+    system (arXiv 2505.12149, algorithm 1; Goldshlager et al. 2024, arXiv 2401.10190)."""
     return momentum * φ + engd_w(J, r - momentum * (J @ φ), damping)
 
 
@@ -86,7 +86,7 @@ def _gram(J: Tensor) -> Tensor:
 
 class KroneckerSum:
     """``(A₁ ⊗ B₁ + A₂ ⊗ B₂)⁻¹`` of positive definite factors, applied to a matrix X (a, b) whose rows are counted by A
-    (Martens and Grosse 2015, appendix B; K-FAC for PINNs: arXiv 2405.15603, section 3.3).
+    (Martens and Grosse 2015, appendix B).
 
     With ``A₁ = LLᵀ`` and ``L⁻¹ A₂ L⁻ᵀ = U s Uᵀ``, ``K = L⁻ᵀ U`` turns A₁ into the identity and A₂ into the diagonal s;
     the same is done for B.
@@ -115,14 +115,14 @@ def _both_diagonal(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def factors(term: Term) -> list[tuple[Tensor, Tensor]]:
     """K-FAC's G (out, out) and A (in + 1, in + 1) of each layer for one term: every position counts as an example
-    (arXiv 2405.15603, equation 9)."""
+    (arXiv 2405.15603, section 3.2)."""
     pairs = [(a.flatten(0, 1), g.flatten(0, 1)) for a, g in zip(term.inputs, term.slopes, strict=True)]
     return [(g.T @ g, a.T @ a / len(a)) for a, g in pairs]
 
 
 def kfac_pinns(pairs: Sequence[list[tuple[Tensor, Tensor]]], g: Tensor, damping: float) -> Tensor:
     """K-FAC for PINNs, (P,): the gradient g (P,) by the inverse of a pair of Kronecker factors for each of the two
-    terms, added up, with λ on the diagonal of every factor (arXiv 2405.15603, section 3.3)."""
+    terms, added up, with λ on the diagonal of every factor (arXiv 2405.15603, section 3.4)."""
     parts, start = [], 0
     for inside, boundary in zip(*pairs, strict=True):
         one, other = (
@@ -202,7 +202,7 @@ def _stand(problem: Equation, x: Tensor) -> None:
 def averaged(
     old: list[list[tuple[Tensor, Tensor]]] | None, new: list[list[tuple[Tensor, Tensor]]], weight: float
 ) -> list[list[tuple[Tensor, Tensor]]]:
-    """Running averages of all factors, which start from the identity (arXiv 2405.15603, section 3.3)."""
+    """Running averages of all factors, which start from the identity (arXiv 2405.15603, section 3.4)."""
     before = [[tuple(torch.eye(len(X), dtype=X.dtype) for X in pair) for pair in term] for term in new]
     return [[tuple(weight * X + (1 - weight) * Y for X, Y in zip(*both, strict=True))
              for both in zip(*terms, strict=True)]
