@@ -21,7 +21,7 @@ from .method.kronecker_fisher import KroneckerFisher
 from .method.krylov import captured_decrease, condition_number, exact_direction, pcg, spectrum
 from .method.operator import Damped, Dense, Operator
 from .method.partition import Partition
-from .method.preconditioner import BlockDiagonal, Diagonal, Identity, Nothing, Preconditioner
+from .method.preconditioner import BlockDiagonal, Diagonal, Exact, Identity, Nothing, Preconditioner
 from .method.two_level import CoarseCorrection, TwoLevel
 from .scores.capture import capture
 from .scores.hessian import Hessian
@@ -47,9 +47,9 @@ _LAZY = {
 
 __all__ = [
     "BlockDiagonal", "BlockTridiagonal", "CoarseCorrection", "CoarseSpace", "Damped", "Dense", "Diagonal", "EKFAC",
-    "Fisher", "Hessian", "Identity", "KFAC", "KroneckerFactors", "KroneckerFisher", "Nothing", "Operator", "Partition",
-    "Preconditioner", "TwoLevel", "captured_decrease", "capture", "coarse", "condition_number", "exact_direction",
-    "nll", "partition_of", "pcg", "spectrum", *_LAZY,
+    "Exact", "Fisher", "Hessian", "Identity", "KFAC", "KroneckerFactors", "KroneckerFisher", "Nothing", "Operator",
+    "Partition", "Preconditioner", "TwoLevel", "captured_decrease", "capture", "coarse", "condition_number",
+    "exact_direction", "nll", "partition_of", "pcg", "spectrum", *_LAZY,
 ]  # fmt: skip
 
 

@@ -19,8 +19,8 @@ METHOD = (
 )  # fmt: skip
 SCORES = ("likelihood", "layers", "functions", "uses", "record", "witness", "capture", "loss",
           "hessian")  # fmt: skip
-TRAIN = ("options", "layout", "plain", "statistics", "curvature", "template", "state", "update", "step", "trial",
-         "optimizer")  # fmt: skip
+TRAIN = ("search", "options", "layout", "plain", "statistics", "curvature", "template", "state", "update", "step",
+         "trial", "optimizer")  # fmt: skip
 CORE = tuple(f"{room}.{name}" for room, names in (("method", METHOD), ("scores", SCORES), ("train", TRAIN))
              for name in names)  # fmt: skip
 ORDER = ("method", "scores", "train", "problems", "show", "studies", "pages", "command")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .checks import check_damping, check_number, check_type
-from .decompositions import Eigenvalues, inverse, psd_eigens
+from .decompositions import Eigenvalues, cholesky, inverse, psd_eigens
 from .kronecker import KroneckerFactors
-from .operator import Operator, uncached_copy
+from .operator import Operator, ParameterSpace, check_symmetric, uncached_copy
+from .sample_space import ENOUGH
 
 
 class Preconditioner(Operator):
@@ -68,6 +69,42 @@ class Nothing(Preconditioner):
 
     def _apply(self, v: Tensor) -> Tensor:
         return torch.zeros_like(v)
+
+
+class Exact(Preconditioner):
+    """``M = A⁻¹``, the exact step: in the space of scores, to a relative residual of 1e-9, or where there are fewer
+    parameters by a Cholesky factor of the matrix (P, P).
+
+    Each λ has a Cholesky factor of its own, which costs a thirtieth of the eigenvectors that serve all.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> F = Dense(torch.tensor([[3., 1.], [1., 0.]]), Partition.from_sizes([1, 1]))
+    >>> Exact(F, damping=1.0) @ torch.tensor([4., 1.])
+    tensor([1., 0.])
+    """
+
+    def __init__(self, operator: Operator, damping: float) -> None:
+        check_type("operator", operator, Operator)
+        check_symmetric(operator, "The exact step")
+        self.operator = operator
+        self._matrix = operator.dense() if isinstance(operator.solver, ParameterSpace) else None
+        self._init(operator, damping)
+
+    def _damp(self, damping: float) -> None:
+        super()._damp(damping)
+        if self._matrix is not None:
+            matrix = self._matrix.clone()
+            matrix.diagonal().add_(damping)
+            self._L = cholesky(matrix, "The matrix")
+
+    def _apply(self, v: Tensor) -> Tensor:
+        columns = v[:, None] if v.ndim == 1 else v.mT
+        if self._matrix is None:
+            found = self.operator.solver.solve(columns, self.damping, enough=ENOUGH)
+        else:
+            found = torch.cholesky_solve(columns, self._L)
+        return found[:, 0] if v.ndim == 1 else found.mT
 
 
 class Diagonal(Preconditioner):

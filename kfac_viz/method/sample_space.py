@@ -19,6 +19,7 @@ from .one_hot import OneHot, Rows, inner
 
 REFINEMENTS = 5  # of a solution whose residual still comes down
 ACCURATE = 1e-6  # warn if the relative residual exceeds this
+ENOUGH = 1e-9  # relative residual of a step that no refinement makes better
 _CHUNK = 2**24  # numbers in a temporary
 _SUM = 160  # multiplications in a matrix product that take as long as one sum out of it
 
@@ -145,27 +146,47 @@ class SampleSpace:
             total.addmm_(U * (d / (d + damping)), U.T)
         return float(eigvalsh(total, "The sum over layers")[-1])
 
-    def solve(self, r: Tensor, damping: float) -> Tensor:
-        """``(F + λI)⁻¹ r`` for r (P,) or (P, k): ``(r − Jᵀ (K + λ)⁻¹ J r / N) / λ``.
+    def solve(self, r: Tensor, damping: float, *, enough: float | None = None) -> Tensor:
+        """``(F + λI)⁻¹ r`` for r (P,) or (P, k).
 
-        The difference loses the digits of λ_max / λ, which refinement finds again; a warning says where it does not.
+        What of r is ``Jᵀ s / N`` for some s, as a gradient of a loss is whole, is solved as :meth:`solve_pulled` does.
+        The rest is ``(r − Jᵀ (K + λ)⁻¹ J r / N) / λ``: this difference loses the digits of λ_max / λ, which refinement
+        finds again; a warning says where it does not. Refinement ends at the relative residual ``enough``, or where
+        precision does.
         """
         rows = r.mT if r.ndim == 2 else r[None]
-        x = self._refined(torch.zeros_like(rows), rows, self._inverse(damping), damping)
+        inverse = self._inverse(damping)
+        x = self._pulled(inverse(self._weights(rows)))
+        x = self._refined(x, rows, inverse, damping, 4 * torch.finfo(r.dtype).eps if enough is None else enough)
         return x.mT if r.ndim == 2 else x[0]
 
     def solve_pulled(self, s: Tensor, damping: float) -> Tensor:
-        """``(F + λI)⁻¹ Jᵀ s / N = Jᵀ (K + λ)⁻¹ s / N``, (P,), for s (S, N), which loses half as many digits.
+        """``(F + λI)⁻¹ Jᵀ s / N = Jᵀ (K + λ)⁻¹ s / N``, (P,), for s (S, N), to a relative residual of 1e-9.
 
-        The gradient of a loss is such a vector: for squares, with exact vectors, s is ``output − target``.
+        It loses half as many digits as the difference in :meth:`solve`. The gradient of a loss is such a vector: for
+        squares, with exact vectors, s is ``output − target``.
         """
         inverse = self._inverse(damping)
-        x, r = (self.F.pull(y.view(1, self.F.S, self.F.N) / self.F.N) for y in (inverse(s.reshape(1, -1)), s))
-        return self._refined(x, r, inverse, damping)[0]
+        x, r = (self._pulled(y) for y in (inverse(s.reshape(1, -1)), s))
+        return self._refined(x, r, inverse, damping, ENOUGH)[0]
 
-    def _refined(self, x: Tensor, r: Tensor, inverse: Callable[[Tensor], Tensor], damping: float) -> Tensor:
-        """x (k, P) with its residual solved for as long as that makes it smaller."""
-        shape, N = (-1, self.F.S, self.F.N), self.F.N
+    def _pulled(self, s: Tensor) -> Tensor:
+        """``Jᵀ s / N`` for the rows of s, (k, P)."""
+        return self.F.pull(s.view(-1, self.F.S, self.F.N) / self.F.N)
+
+    def _weights(self, rows: Tensor) -> Tensor:
+        """s (k, S·N) with ``Jᵀ s / N`` near the rows (k, P), as near as precision allows: ``(K + δI)⁻¹ J rows``, with δ
+        at the round-off in K. Zeros where K + δI is not positive definite in it."""
+        δ = self.size**0.5 * torch.finfo(rows.dtype).eps * torch.linalg.matrix_norm(self.matrix)
+        L, info = torch.linalg.cholesky_ex(self.matrix + δ * torch.eye(self.size, dtype=δ.dtype, device=δ.device))
+        s = self.F.scores(rows).flatten(-2)
+        return torch.zeros_like(s) if int(info) else torch.cholesky_solve(s.mT, L).mT
+
+    def _refined(
+        self, x: Tensor, r: Tensor, inverse: Callable[[Tensor], Tensor], damping: float, enough: float
+    ) -> Tensor:
+        """x (k, P) with its residual solved for until that is ``enough``, and for as long as it makes it smaller."""
+        N = self.F.N
         norm = torch.linalg.vector_norm(r, dim=-1).clamp_min(torch.finfo(r.dtype).tiny)
 
         def left(x: Tensor) -> tuple[Tensor, float]:
@@ -174,10 +195,10 @@ class SampleSpace:
 
         remaining, self.residual = left(x)
         for _ in range(REFINEMENTS):
-            if self.residual < 4 * torch.finfo(r.dtype).eps:
+            if self.residual < enough:
                 break
-            s = inverse(self.F.scores(remaining).flatten(-2)).view(shape)
-            new = x + (remaining - self.F.pull(s / N)) / damping
+            s = inverse(self.F.scores(remaining).flatten(-2))
+            new = x + (remaining - self._pulled(s)) / damping
             remaining, residual = left(new)
             if not residual < self.residual:
                 break

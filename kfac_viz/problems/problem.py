@@ -65,10 +65,12 @@ class Problem:
         """What ``optimizer.step`` calls to know the loss and, unless told ``backward=False``, its gradient."""
 
         def evaluate(backward: bool = True) -> Tensor:
+            if not backward:
+                with torch.no_grad():
+                    return self.loss()
             optimizer.zero_grad()
             loss = self.loss()
-            if backward:
-                loss.backward()
+            loss.backward()
             return loss
 
         return evaluate

@@ -15,7 +15,7 @@ from ..method.kfac import EKFAC, KFAC
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.operator import Damped, uncached_copy
 from ..method.partition import Partition
-from ..method.preconditioner import BlockDiagonal, Diagonal, Identity, Nothing, Preconditioner
+from ..method.preconditioner import BlockDiagonal, Diagonal, Exact, Identity, Nothing, Preconditioner
 from ..method.products import check_factors
 from ..method.two_level import TwoLevel
 from ..scores.capture import capture_layers
@@ -192,12 +192,16 @@ class RunningCurvature:
         space = f"{o.coarse}-{columns} {o.correction}" if o.columns else "one level"
         first = f"rule {o.rule}{f', factors {o.factors}' * (o.factors != 'kfac')}"
         first = first if o.first_level == "kfac" else f"first level {o.first_level}"
+        space += f", {o.iterations} CG iterations" * (o.iterations > 0)
         vectors = f"mc with {o.samples} labels per example" if o.fisher == "mc" else o.fisher
-        window = f"{self.window.examples} examples of the last {self.window.batches} observed batches"
+        examples, (kept, seen) = self.window.examples, self.window.newest
+        window = "every example" if examples is None else f"at most {examples} examples"
+        window += f" of the last {self.window.batches} observed batches"
+        window += f" ({kept} of the {seen} of the newest)" * (kept < seen)
         every = (o.observe_every, o.refresh_every, o.coarse_every or o.refresh_every)
         return (
             f"{self.partition}, {first}, {space}, λ = {self.damping:.3g}\n"
-            f"  curvature: {vectors}; A and E ({o.coarse_operator}) from at most {window}, decay "
+            f"  curvature: {vectors}; A and E ({o.coarse_operator}) from {window}, decay "
             f"{o.decay:g}; observe, refresh, coarsen every {every} steps"
         )
 
@@ -208,4 +212,5 @@ def first_level_of(options: Options, F: Fisher, damping: float) -> Preconditione
         return EKFAC(F, damping, options.convention, options.factors)
     if options.first_level == "identity":
         return Identity(F, damping, power=1.0)
-    return {"blocks": BlockDiagonal, "diagonal": Diagonal, "none": Nothing}[options.first_level](F, damping)
+    levels = {"blocks": BlockDiagonal, "diagonal": Diagonal, "none": Nothing, "exact": Exact}
+    return levels[options.first_level](F, damping)

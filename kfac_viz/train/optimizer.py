@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..method.checks import check_damping, own_precision, warn
+from ..method.krylov import pcg
 from ..method.names import parameters_of, unwrapped
 from ..method.partition import Layer, Partition
 from ..method.two_level import TwoLevel
@@ -24,11 +25,10 @@ from .curvature import RunningCurvature
 from .layout import Layout
 from .options import Options, check_group, shows_options
 from .plain import MOMENTS
+from .search import LENGTHS_TRIED, line_search
 from .step import Step
 from .trial import Trial, loss_alone
 from .update import QuadraticModel, judged_damping, update
-
-LENGTHS_TRIED = tuple(0.5**i for i in range(31))  # of a step by line search, before it is given up
 
 
 def _full_precision(method: Callable) -> Callable:
@@ -89,7 +89,7 @@ class TwoLevelKFAC(Optimizer):
             functions that are not sums of products, weights that are computed from others, and layers that are not in
             ``layers`` or not given in full. PyTorch's schedulers move ``lr`` alone; edit ``plain_lr`` in the groups.
             Adam's step is no part of the direction whose length the step rules choose, it is added to it:
-            ``"line_search"`` halves both together, and with ``momentum=0``, its default, both go downhill;
+            ``"line_search"`` scales both together, and with ``momentum=0``, its default, both go downhill;
             ``"quadratic"`` with a closure predicts its change by its slope, and looks at a step that went up once
             more without it. A step that is undone or refused undoes the moments too. The moments are kept at least
             in float32. A parameter that gains or loses curvature starts without momentum and moments.
@@ -99,7 +99,8 @@ class TwoLevelKFAC(Optimizer):
             A; None is 0.95, and 0, the batch alone, with ``"line_search"``.
         damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
         first_level: ``"kfac"``, of averaged factors; or made of the vectors that A holds, at each refresh, ``"ekfac"``,
-            exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; or ``"none"``, the coarse level alone.
+            exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; ``"none"``, the coarse level alone; or
+            ``"exact"``, the exact step, by a matrix of all scores or of all parameters, whichever is smaller.
         factors: which Kronecker product K-FAC and EKFAC take for a block: ``"kfac"``, ``"shampoo"``, ``"nearest"`` or
             ``"kl"`` (:func:`kfac_viz.method.products.product`). Each observation makes one turn of the alternation that
             leads to the last two, against the running average of the other factor.
@@ -108,11 +109,15 @@ class TwoLevelKFAC(Optimizer):
             has); ``per_layer=0`` is one-level K-FAC.
         total: columns of ``coarse="spectral"`` in all, in place of ``per_layer``: they go where the eigenvalues are.
         correction: ``"additive"``, ``"a-def1"``, ``"a-def2"`` or ``"balanced"``.
+        iterations: of conjugate gradients for ``A v = g`` that both levels precondition, a product with F each; with 0
+            they are applied once.
         coarse_operator: ``"captured"`` coarsens A itself; ``"kronecker"`` the Kronecker model, as the 2020 paper.
         fisher, samples: ``"mc"`` with so many labels drawn per example, ``"exact"`` or ``"empirical"``.
         observe_every, refresh_every, coarse_every: steps between observations, factorisations of M, and rebuilds
             of the coarse level (None: with M).
-        coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches.
+        coarse_examples, coarse_window: A holds at most so many examples of the last so many observed batches. None is
+            512 examples, and the whole batch with ``"line_search"``, whose steps are of another function than the loss
+            where A has not seen all of it: a warning says so once, also with ``"quadratic"``.
         weight_decay: of the loss, also in the quadratic model; or shrinks weights directly if ``decoupled``, by
             ``lr * weight_decay`` of themselves in each step, and by ``plain_lr * weight_decay`` without curvature.
         step_rule: ``"fixed"``; ``"kl_clip"`` shortens directions with ``lr² vᵀ(F + λI)v > kl_clip``, F itself and
@@ -120,10 +125,12 @@ class TwoLevelKFAC(Optimizer):
             vanishes because the model is sure of itself, λ still bounds the step. The bound holds before momentum,
             which lengthens the step up to ``1/(1 − momentum)`` times and the form up to the square of that.
             ``"quadratic"`` takes step length and momentum from the captured model (Martens and Grosse 2015,
-            section 7). ``"line_search"`` halves the step until the loss is lower than before. It is for full batches,
-            whose loss is one function, such as least squares to be solved to the end (a differential equation), and not
-            for mini-batches, where the next one undoes what this one gained. Every step needs a closure then. The first
-            decrease ended lower than the least of twelve halvings (figures/benchmarks/pde_runs.csv).
+            section 7). ``"line_search"`` takes the length that ``search`` finds. It is for full batches, and large ones
+            whose losses are nearly one function (a differential equation at many points), and not for mini-batches,
+            where the next one undoes what this one gained. Every step needs a closure then.
+        search: of the line search: ``"parabola"`` brackets a minimum and takes the lowest points of two parabolas,
+            about five evaluations; ``"first"`` halves the step until the loss is lower than before; ``"least"`` takes
+            the best of 31 halvings (:func:`kfac_viz.train.search.line_search`).
         convention: ``"expand"`` or ``"reduce"`` for layers with positions (Eschenhagen et al. 2023).
         layers: names of the layers to precondition; all of them by default.
         seed: of the sampled labels, which have their own generator.
@@ -231,8 +238,20 @@ class TwoLevelKFAC(Optimizer):
         self._follow()  # while the layers that the curvature has now all count as eligible
         self._left_out |= set(partition.names) - set(F.partition.names)
         self.curvature.add_batch(F, seen)
+        self._tell_of_cut()
         if self.partition.names != before:  # a layer was frozen or unfrozen since, or is used in no known way
             self._rebuild_layout()
+
+    def _tell_of_cut(self) -> None:
+        """Tell of a batch of which A has a part, where the loss of all of it judges the step."""
+        rule, most, (kept, seen) = self.options.step_rule, self.options.coarse_examples, self.curvature.window.newest
+        if rule in ("quadratic", "line_search") and most is not None and seen > most:
+            self._tell(
+                "cut",
+                f"A holds {kept} of the {seen} examples of the batch, since coarse_examples={most}; the gradient and "
+                f"K-FAC have all of them. Steps of step_rule={rule!r} then solve another system than that of the loss "
+                f"that judges them. Pass coarse_examples={seen} or smaller batches.",
+            )
 
     @property
     @_full_precision
@@ -319,7 +338,7 @@ class TwoLevelKFAC(Optimizer):
         T, layout = self.preconditioner, self._layout
         ridge = T.damping if self.options.decoupled else T.damping + layout.option("weight_decay")
         proposed = update(
-            step.moving(T._apply(step.g), known=self.curvature.factors.weight),
+            step.moving(self._direction(T, step), known=self.curvature.factors.weight),
             step.momentum(),
             QuadraticModel(T.A.operator, step.g, ridge),
             self.options,
@@ -350,6 +369,13 @@ class TwoLevelKFAC(Optimizer):
             trial = Trial(step, closure, loss)
             take()
             self._judge(trial)
+
+    def _direction(self, T: TwoLevel, step: Step) -> Tensor:
+        """What takes the place of ``A⁻¹ g``, (P,)."""
+        if not self.options.iterations:
+            return T._apply(step.g)
+        step.check_gradient()
+        return pcg(T.A, step.g, T, rtol=1e-10, max_iterations=self.options.iterations).solution
 
     def _gradient(self) -> Step:
         """The gradients as they are now, from which a step is made."""
@@ -385,25 +411,31 @@ class TwoLevelKFAC(Optimizer):
         self.damping = judged_damping(self.damping, change, ratio, self.curvature.step)
 
     def _search(self, trial: Trial, take: Callable[[float], None]) -> None:
-        """Halve the step until the loss goes down; leave everything as it is where it never does."""
+        """Take the length that the option ``search`` finds; leave everything as it is where there is none."""
         if not math.isfinite(trial.loss):
             raise ValueError(f"The closure returned {trial.loss}: there is no lower loss to look for.")
 
-        def goes_down(length: float) -> bool:
-            """Take so much of the step, and take it back unless the loss goes down."""
-            take(length)
-            self.curvature.counters["evaluations"] += 1
-            down = trial.change() < 0
-            if not down:
-                trial.restore()
-            return down
+        def change(length: float) -> float:
+            """The loss's along so much of the step, which is taken back; inf where more than all of it overflows."""
+            try:
+                take(length)
+            except ValueError:
+                if length <= 1:
+                    raise
+                return math.inf
+            change = trial.change()
+            trial.restore()
+            return change
 
         gradients = {p: (p.grad, p.grad.clone()) for p in trial.before}  # the closure may write into them
         try:
-            length = next(filter(goes_down, LENGTHS_TRIED), 0.0)
+            length, evaluations = line_search(change, 0.0, self.options.search)
         finally:
             for p, (grad, value) in gradients.items():
                 p.grad = grad.copy_(value)
+        self.curvature.counters["evaluations"] += evaluations
+        if length:
+            take(length)
         self._facts["step length"] = length
         if not length:
             self.curvature.counters["stuck"] += 1

@@ -17,15 +17,16 @@ from ..method.kronecker import CONVENTIONS
 from ..method.products import FACTORS, check_factors
 from ..method.two_level import CORRECTIONS
 from ..scores.likelihood import FLAVOURS, LIKELIHOODS
+from .search import SEARCHES
 
 SPACES = ("nicolaides", "spectral", "smooth", "krylov", "random")
-FIRST_LEVELS = ("kfac", "ekfac", "blocks", "diagonal", "identity", "none")
+FIRST_LEVELS = ("kfac", "ekfac", "blocks", "diagonal", "identity", "none", "exact")
 COARSE_OPERATORS = ("captured", "kronecker")
 USUAL = {  # what goes with each step rule where nothing else is asked for; a heavy ball destroys what a search gains
-    "fixed": {"lr": 0.1, "momentum": 0.9, "decay": 0.95},
-    "kl_clip": {"lr": 0.3, "momentum": 0.9, "decay": 0.95},
-    "quadratic": {"lr": 1.0, "momentum": 0.9, "decay": 0.95},
-    "line_search": {"lr": 1.0, "momentum": 0.0, "decay": 0.0},
+    "fixed": {"lr": 0.1, "momentum": 0.9, "decay": 0.95, "coarse_examples": 512},
+    "kl_clip": {"lr": 0.3, "momentum": 0.9, "decay": 0.95, "coarse_examples": 512},
+    "quadratic": {"lr": 1.0, "momentum": 0.9, "decay": 0.95, "coarse_examples": 512},
+    "line_search": {"lr": 1.0, "momentum": 0.0, "decay": 0.0, "coarse_examples": None},
 }
 STEP_RULES = tuple(USUAL)
 
@@ -40,8 +41,9 @@ _CHOICES = {
     "fisher": FLAVOURS,
     "convention": CONVENTIONS,
     "step_rule": STEP_RULES,
+    "search": SEARCHES,
 }
-_LEAST = {"per_layer": 0} | dict.fromkeys(
+_LEAST = {"per_layer": 0, "iterations": 0} | dict.fromkeys(
     ("samples", "observe_every", "refresh_every", "coarse_every", "coarse_examples", "coarse_window"), 1
 )
 
@@ -63,6 +65,7 @@ class Options:
     per_layer: int = 0
     total: int | None = None
     correction: str = "balanced"
+    iterations: int = 0
     coarse_operator: str = "captured"
     fisher: str = "mc"
     samples: int = 1
@@ -70,12 +73,13 @@ class Options:
     observe_every: int = 5
     refresh_every: int = 10
     coarse_every: int | None = None
-    coarse_examples: int = 512
+    coarse_examples: int | None = None
     coarse_window: int = 4
     convention: str = "expand"
     seed: int = 0
     step_rule: str = "kl_clip"
     kl_clip: float = 5e-4
+    search: str = "parabola"
     decoupled: bool = False
     capturable: bool = False
 
@@ -83,22 +87,25 @@ class Options:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         self._check_first_level()
-        decay = self.usual("decay") if self.decay is None else self.decay
+        for name in ("decay", "coarse_examples"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.usual(name))
         checked: dict[str, Any] = {
             "damping": check_damping(self.damping),
-            "decay": check_number("decay", decay, 0.0, 1.0),
+            "decay": check_number("decay", self.decay, 0.0, 1.0),
             "kl_clip": check_number("kl_clip", self.kl_clip, 0.0, math.inf, open_low=True),
             "seed": check_seed(self.seed),
             "decoupled": bool(self.decoupled),
             "capturable": bool(self.capturable),
         }
         for name, least in _LEAST.items():
-            if not (name == "coarse_every" and self.coarse_every is None):
+            if not (name in ("coarse_every", "coarse_examples") and getattr(self, name) is None):
                 checked[name] = check_count(name, getattr(self, name), least)
         if self.total is not None:
             checked["total"] = check_count("total", self.total, least=0)
             if self.coarse != "spectral":
                 raise ValueError(f"total= spreads the columns of coarse='spectral'; {self.coarse!r} takes per_layer.")
+        self._check_iterations()
         for name, value in checked.items():  # plain numbers, whatever kind they came as
             object.__setattr__(self, name, value)
 
@@ -112,6 +119,23 @@ class Options:
             raise ValueError(f"{first} is made of the vectors that A holds, together with it: leave out coarse_every.")
         if self.first_level == "none" and not self.columns:
             raise ValueError(f"{first} leaves the coarse level alone, and per_layer=0 has none: nothing would move.")
+        if self.first_level == "exact" and self.columns:
+            raise ValueError(f"{first} leaves nothing to a coarse level: set per_layer=0 and total=None.")
+
+    def _check_iterations(self) -> None:
+        """Refuse conjugate gradients without a symmetric preconditioner, and where they would not change the step."""
+        if not self.iterations:
+            return
+        if self.columns and self.correction not in ("additive", "balanced"):
+            raise ValueError(
+                f"iterations= are of conjugate gradients, whose preconditioner is symmetric, and correction="
+                f"{self.correction!r} is not: take 'balanced'."
+            )
+        if self.first_level in ("none", "exact"):
+            has = {"none": "moves within the coarse space alone", "exact": "solves the system"}[self.first_level]
+            raise ValueError(f"first_level={self.first_level!r} {has}, where iterations change nothing: set them to 0.")
+        if self.capturable:
+            raise ValueError("capturable=True decides nothing on the host; conjugate gradients do: set iterations=0.")
 
     @classmethod
     def read(cls, given: dict[str, Any]) -> Options:
@@ -123,8 +147,8 @@ class Options:
             raise TypeError(f"Name the likelihood of the loss: likelihood= one of {', '.join(map(repr, LIKELIHOODS))}.")
         return cls(**given)
 
-    def usual(self, name: str) -> float:
-        """The value of ``lr``, ``momentum`` or ``decay`` that goes with the step rule."""
+    def usual(self, name: str) -> Any:
+        """The value of ``lr``, ``momentum``, ``decay`` or ``coarse_examples`` that goes with the step rule."""
         return USUAL[self.step_rule][name]
 
     @property

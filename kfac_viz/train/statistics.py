@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -142,12 +143,14 @@ class Part:
 class Window:
     """The captured vectors of the last ``batches`` observed batches, as one weighted :class:`Fisher`.
 
-    At most ``examples`` in all, spread over each batch and over the parts that it came in: the first batch is kept
-    whole if it fits, and later ones share the room. A batch of N examples that is k batches old weighs ``N decay**k``.
+    At most ``examples`` in all, or every one with None, spread over each batch and over the parts that it came in: the
+    first batch is kept whole if it fits, and later ones share the room. A batch of N examples that is k batches old
+    weighs ``N decay**k``; with a decay of 0 the last one alone is kept.
     """
 
-    def __init__(self, batches: int, examples: int, decay: float) -> None:
-        self.batches, self.examples, self.decay = min(batches, examples), examples, decay
+    def __init__(self, batches: int, examples: int | None, decay: float) -> None:
+        self.batches = min(batches if decay else 1, inf if examples is None else examples)
+        self.examples, self.decay = examples, decay
         self.parts: list[Part] = []  # newest last
 
     def add(self, F: Fisher, *, same_batch: bool = False) -> None:
@@ -160,12 +163,18 @@ class Window:
         sizes = Counter()
         for part in self.parts:
             sizes[part.batch] += part.N
-        for part in self.parts:
+        for part in self.parts if self.examples is not None else ():
             room = max(1, self.examples * part.N // (len(sizes) * sizes[part.batch]))
             if part.F.N > room:
                 chosen = torch.arange(room, device=F.device) * part.F.N // room
                 few = [(a.index_select(-3, chosen), g.index_select(-3, chosen)) for a, g in part.F.stacked]
                 part.F = part.F.with_vectors(few)
+
+    @property
+    def newest(self) -> tuple[int, int]:
+        """How many examples of the newest batch are kept, and how many it had; zeros before the first."""
+        parts = [part for part in self.parts if part.batch == self.parts[-1].batch]
+        return sum(part.F.N for part in parts), sum(part.N for part in parts)
 
     def fisher(self) -> Fisher:
         """``Σ w F`` over the batches, with weights of sum 1 folded into the output-side vectors."""

@@ -83,15 +83,26 @@ def test_leading_eigenvectors_are_those_of_the_matrix(F):
         torch.testing.assert_close(U.T @ U, torch.eye(4, dtype=U.dtype), rtol=0, atol=1e-8)
 
 
-def test_a_pulled_vector_is_solved_to_the_last_digits(F):
+def test_a_pulled_vector_is_solved_with_the_vector_or_without_it(F):
     s = normal(F.S, F.N)
     g = F.pull(s) / F.N
     for small in (1e-2, 1e-9):
         space = SampleSpace(F)
-        found = space.solve_pulled(s, small)
-        left = float((g - F @ found - small * found).norm() / g.norm())
-        floor = 1e-15 * float(F.solver.eigenvalues[-1] * found.norm() / g.norm())  # of round-off in F @ found
-        assert left <= 10 * floor + 1e-14 and space.residual == pytest.approx(left, rel=0.5)
+        for found, enough in ((space.solve_pulled(s, small), 1e-9), (space.solve(g, small), 1e-14)):
+            left = float((g - F @ found - small * found).norm() / g.norm())
+            floor = 1e-15 * float(F.solver.eigenvalues[-1] * found.norm() / g.norm())  # of round-off in F @ found
+            assert left <= 10 * floor + enough and space.residual == pytest.approx(left, rel=0.5, abs=20 * floor)
+
+
+def test_a_gradient_is_solved_where_the_difference_alone_has_no_digit_left():
+    """λ_max / λ = 4e13, against the solution from singular vectors of J."""
+    problem = kv.problems.poisson(2, (8, 8), 30, 10)
+    F, s, λ = problem.capture(), normal(40)[None], 1e-10
+    J = F.scores(torch.eye(F.partition.size, dtype=F.dtype))[:, 0].T
+    U, σ, Vh = torch.linalg.svd(J / F.N**0.5, full_matrices=False)
+    exact = Vh.T @ (σ / (σ.square() + λ) * (U.T @ s[0])) / F.N**0.5
+    for found in (SampleSpace(F).solve(F.pull(s) / F.N, λ), SampleSpace(F).solve_pulled(s, λ)):
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-5 * float(exact.norm()))
 
 
 @settings(max_examples=25, deadline=None)

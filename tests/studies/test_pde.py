@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import benchmark
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import kfac_viz as kv
 from kfac_viz.parameters import number
 from kfac_viz.studies import pde
 from kfac_viz.studies.pde import Cell, cells, measured_curves
 from kfac_viz.studies.pde.cost import counted_curves, multiplications
-from kfac_viz.studies.pde.descent import Method, direction, exact_step, line_search, training
+from kfac_viz.studies.pde.descent import Method, direction, exact_step, training
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(widths=(6, 5), points=24, steps=5, at_step=4, per_layer=2)
@@ -50,20 +48,6 @@ def test_the_exact_step_solves_the_system(points):
     for method in (Method("kfac"), Method("both", per_layer=2)):
         solved = direction(method._replace(iterations=400), F, g, residuals, 1.0)
         torch.testing.assert_close(solved, exact_step(F, residuals, 1.0), rtol=1e-5, atol=1e-7)
-
-
-@settings(max_examples=40, deadline=None)
-@given(best=st.floats(0.01, 2), curvature=st.floats(0.1, 10))
-def test_the_line_search_goes_down_or_stays(best, curvature):
-    def at(t):
-        return curvature * (t - best) ** 2
-
-    for rule in ("first", "least"):
-        length, tried = line_search(at, at(0), rule)
-        assert length == 0 or at(length) < at(0)
-        assert tried >= 1
-    assert line_search(lambda t: 1.0 + t, 1.0, "first")[0] == line_search(lambda t: 1.0 + t, 1.0, "least")[0] == 0
-    assert line_search(lambda t: float("nan"), 1.0, "least")[0] == 0
 
 
 def test_training_goes_down_at_every_step_and_counts_evaluations():

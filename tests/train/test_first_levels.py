@@ -163,6 +163,42 @@ def test_other_first_levels_are_made_of_the_vectors_of_A(first):
         assert_close(T.dense(), kv.TwoLevel(A, MADE[first](F, damping), Z).dense(), 1e-7)
 
 
+@pytest.mark.parametrize("examples", [4, 12])  # fewer and more scores than parameters
+def test_the_exact_level_is_the_inverse_at_every_damping(examples):
+    model, x = mlp((4, 3, 3)), X[:examples]
+    opt = observed(model, kv.TwoLevelKFAC(model, **FULL | {"damping": 1e-3}, first_level="exact"), x, Y[:examples])
+    F = kv.capture(model, x, likelihood="categorical")
+    for damping in (1e-3, 0.2):
+        opt.damping = damping
+        inverse = torch.linalg.inv(F.damped(damping).dense())
+        assert_close(opt.preconditioner.dense(), inverse, 1e-7)
+        assert_close(opt.preconditioner @ normal(F.partition.size, 2), inverse @ normal(F.partition.size, 2), 1e-7)
+
+
+@pytest.mark.parametrize("first", ["kfac", "blocks", "diagonal"])
+def test_iterations_are_of_conjugate_gradients_that_both_levels_precondition(first):
+    options = FULL | {"step_rule": "fixed", "lr": 1.0, "momentum": 0.0, "first_level": first, "per_layer": 2}
+    for iterations in (1, 3, 200):
+        model = mlp((4, 5, 5, 3))
+        opt = observed(model, kv.TwoLevelKFAC(model, **options, iterations=iterations))
+        before, T = opt.partition.pack(model), opt.preconditioner
+        g, A = opt.partition.pack_grad(model), T.A.dense()
+        x, r, p = torch.zeros_like(g), g.clone(), T @ g  # the textbook's recursion
+        z = p.clone()
+        for _ in range(iterations):
+            if float(r.norm() / g.norm()) < 1e-10:
+                break
+            α = (r @ z) / (p @ A @ p)
+            x, new = x + α * p, r - α * (A @ p)
+            z, old = T @ new, r @ z
+            p, r = z + ((new @ z) / old) * p, new
+        opt.step()
+        assert_close(before - opt.partition.pack(model), x, 1e-6)
+        if iterations == 200:
+            assert_close(x, torch.linalg.solve(A, g), 1e-6)
+    assert "200 CG iterations" in repr(opt)
+
+
 @pytest.mark.parametrize("coarse", ["nicolaides", "smooth", "krylov", "random"])
 def test_every_coarse_space_goes_with_another_first_level(coarse):
     model = mlp((4, 5, 5, 3))
@@ -175,7 +211,7 @@ def test_every_coarse_space_goes_with_another_first_level(coarse):
 @pytest.mark.parametrize("per_layer", [0, 2])
 @pytest.mark.parametrize("first", FIRST_LEVELS)
 def test_every_first_level_trains(first, per_layer):
-    if first == "none" and not per_layer:
+    if (first == "none" and not per_layer) or (first == "exact" and per_layer):
         return
     model = mlp((4, 5, 5, 3))
     opt = kv.TwoLevelKFAC(model, **FULL, first_level=first, per_layer=per_layer, step_rule="line_search")
@@ -198,7 +234,7 @@ def test_every_first_level_trains(first, per_layer):
 
 
 CHOSEN = [*({"factors": rule} for rule in FACTORS[1:]), *({"first_level": first} for first in MADE),
-          {"first_level": "ekfac", "factors": "shampoo"}]  # fmt: skip
+          {"first_level": "ekfac", "factors": "shampoo"}, {"first_level": "exact", "per_layer": 0}, {"iterations": 3}]
 SAVED = {"likelihood": "categorical", "observe_every": 2, "refresh_every": 3, "coarse_window": 2, "per_layer": 2}
 
 
@@ -249,6 +285,12 @@ REFUSED = {
     "factors of a diagonal": ({"factors": "kl", "first_level": "diagonal"}, "factors='kl' belong to first_level="),
     "another clock": ({"first_level": "blocks", "per_layer": 2, "coarse_every": 5}, "leave out coarse_every"),
     "no level at all": ({"first_level": "none"}, "nothing would move"),
+    "nothing to correct": ({"first_level": "exact", "total": 3}, "leaves nothing to a coarse level"),
+    "no preconditioner": ({"iterations": 3, "per_layer": 2, "correction": "a-def1"}, "'a-def1' is not: take"),
+    "nothing to iterate": ({"iterations": 3, "first_level": "exact"}, "solves the system, where iterations change"),
+    "a singular preconditioner": ({"iterations": 3, "first_level": "none", "per_layer": 1}, "the coarse space alone"),
+    "iterations on the device": ({"iterations": 3, "capturable": True}, "set iterations=0"),
+    "a fraction": ({"iterations": 0.5}, "iterations must be a whole number"),
 }
 
 

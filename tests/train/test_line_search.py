@@ -13,7 +13,7 @@ import kfac_viz as kv
 from kfac_viz.studies.pde.descent import Method, training
 
 FULL = dict(likelihood="gaussian", fisher="exact", rule="eigen", step_rule="line_search", observe_every=1,
-            refresh_every=1, coarse_window=1, coarse_examples=10_000)  # fmt: skip
+            refresh_every=1)  # fmt: skip
 
 
 def poisson(seed=0):
@@ -32,10 +32,13 @@ def parameters(problem):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        (Method("kfac"), {"per_layer": 0}),
-        (Method("both", per_layer=3), {"per_layer": 3}),
-        (Method("both", "smooth", 2, "a-def1"), {"coarse": "smooth", "per_layer": 2, "correction": "a-def1"}),
-        (Method("both", "spectral in all", 3), {"total": 9}),
+        (Method("kfac", length="first"), {"per_layer": 0, "search": "first"}),
+        (Method("both", per_layer=3, length="parabola"), {"per_layer": 3}),
+        (
+            Method("both", "smooth", 2, "a-def1", length="least"),
+            {"coarse": "smooth", "per_layer": 2, "correction": "a-def1", "search": "least"},
+        ),
+        (Method("both", "spectral in all", 3, length="parabola"), {"total": 9}),
     ],
 )
 def test_it_takes_the_steps_of_the_study(method, options):
@@ -45,7 +48,7 @@ def test_it_takes_the_steps_of_the_study(method, options):
     for _ in range(5):
         evaluations = next(steps)
         step(other, opt)
-    torch.testing.assert_close(parameters(other), parameters(one), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(parameters(other), parameters(one), rtol=1e-5, atol=1e-7)
     assert opt.diagnostics["evaluations"] == evaluations and opt.diagnostics["stuck"] == 0
 
 
@@ -54,8 +57,7 @@ def test_the_loss_goes_down_in_every_step():
     opt = kv.TwoLevelKFAC(problem.model, damping=1e-7, per_layer=4, **FULL)
     losses = [float(step(problem, opt).detach()) for _ in range(12)]
     assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
-    assert 0 < opt.diagnostics["step length"] <= 1 and math.log2(opt.diagnostics["step length"]).is_integer()
-    assert opt.diagnostics["evaluations"] >= 12
+    assert 0 < opt.diagnostics["step length"] <= 32 and opt.diagnostics["evaluations"] >= 24
 
 
 def test_momentum_and_averages_are_off_unless_asked_for():
@@ -65,6 +67,27 @@ def test_momentum_and_averages_are_off_unless_asked_for():
     assert opt.param_groups[0]["momentum"] == 0.5 and opt.options.decay == 0.3
     opt = kv.TwoLevelKFAC(mlp(), likelihood="categorical")
     assert opt.param_groups[0]["momentum"] == 0.9 and opt.options.decay == 0.95
+
+
+def test_a_holds_the_whole_batch_and_a_part_of_it_is_told_once():
+    problem = kv.problems.poisson(2, (4,), 800, 200)
+    opt = kv.TwoLevelKFAC(problem.model, **FULL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):  # of the last batch alone, since older ones weigh nothing
+            step(problem, opt)
+        assert opt.preconditioner.A.operator.N == 1000 and "every example of the last 1" in repr(opt)
+        fixed = kv.TwoLevelKFAC(problem.model, likelihood="gaussian")
+        problem.loss().backward()
+        fixed.observe(problem.inputs)
+    assert fixed.preconditioner.A.operator.N == 512 and "(512 of the 1000 of the newest)" in repr(fixed)
+    for rule in ("line_search", "quadratic"):
+        opt = kv.TwoLevelKFAC(problem.model, **FULL | {"step_rule": rule, "coarse_examples": 600, "lr": 1e-3})
+        with pytest.warns(UserWarning, match=r"A holds 600 of the 1000 examples .* Pass coarse_examples=1000"):
+            step(problem, opt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(problem, opt)
 
 
 def test_a_closure_is_told_that_no_gradient_is_needed_and_a_plain_one_does_as_well():
@@ -158,6 +181,23 @@ def test_a_loss_that_is_no_number_is_refused_and_one_on_the_way_is_too_long():
 
     opt.step(overflows_once)
     assert not torch.equal(parameters(problem), before) and opt.diagnostics["step length"] <= 0.5
+
+
+def test_twice_the_step_that_overflows_is_too_long():
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float16)
+    x, y = torch.full((4, 1), 1e-4).half(), torch.full((4, 1), 4.0)
+    opt = kv.TwoLevelKFAC(model, damping=0.0, **FULL)
+
+    def closure():
+        opt.zero_grad()
+        loss = 0.5 * (model(x).float() - y).square().sum(1).mean()
+        loss.backward()
+        return loss
+
+    before = float(closure().detach())
+    opt.observe(x)
+    opt.step(closure)
+    assert float(closure().detach()) < before and opt.diagnostics["step length"] <= 2 and opt.diagnostics["stuck"] == 0
 
 
 def test_it_needs_a_closure_and_decides_on_the_host():

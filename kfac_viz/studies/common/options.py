@@ -19,8 +19,8 @@ from torch import nn
 
 from ... import KFAC, TwoLevel, TwoLevelKFAC
 from ...problems import Problem
-from ...train.optimizer import LENGTHS_TRIED
 from ...train.options import NAMES, Options
+from ...train.search import LENGTHS_TRIED
 from .measured import MEASURED, measured_rows
 
 Entry = dict[str, Any]
@@ -28,7 +28,7 @@ FILE = "options.json"
 OF_A_GROUP = ("lr", "plain_lr", "momentum", "weight_decay", "maximize")
 OF_THE_COARSE_LEVEL = ("coarse", "total", "per_layer", "correction", "coarse_operator", "coarse_every")
 # Options that rows do not know yet, with the value that says what was done before.
-BEFORE: dict[str, Any] = {"factors": "kfac", "first_level": "kfac"}
+BEFORE: dict[str, Any] = {"factors": "kfac", "first_level": "kfac", "search": "first", "iterations": 0}
 GONE: dict[str, Any] = {"overshoot": "count"}  # options that are no more, with the value that says what is done now
 BESIDE = {  # how the optimizer treats these parts of a model; no option says it
     "batch norm": "statistics of the batch held constant",
@@ -82,6 +82,7 @@ def _of_two_levels(given: Mapping[str, Any], beside: Collection[str]) -> dict[st
     unused = {
         *(OF_THE_COARSE_LEVEL[:2] + OF_THE_COARSE_LEVEL[3:] if not options.columns else ()),
         *(("kl_clip",) if options.step_rule != "kl_clip" else ()),
+        *(("search",) if options.step_rule != "line_search" else ()),
         *(("samples",) if options.fisher != "mc" else ()),
     }
     return {name: value for name, value in found.items() if name not in unused}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
-from math import inf, isfinite
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from ... import KFAC, CoarseCorrection, CoarseSpace, Damped, Dense, Fisher, TwoLevel, coarse, exact_direction, pcg
 from ...method.sample_space import SampleSpace
 from ...problems.equations import Equation
-from ...train.optimizer import LENGTHS_TRIED
+from ...scores.likelihood import nll
+from ...train.search import line_search
 from ...train.update import QuadraticModel, best_coefficients
 from ..common.setting import space
 
@@ -26,7 +27,7 @@ class Method(NamedTuple):
             PyTorch's own, ``"adam"`` and ``"lbfgs"``.
         space, per_layer, correction: of the coarse level.
         iterations: of conjugate gradients that the method preconditions; 0 takes it by itself.
-        length: ``"first"``: halving to the first decrease; ``"least"``: the least of a grid of halvings; or
+        length: a rule of :func:`kfac_viz.train.search.line_search`, ``"first"``, ``"parabola"`` or ``"least"``; or
             ``"quadratic"``: length and momentum from the quadratic model, taken without a look at the loss.
         follow: whether λ follows the loss, ``λ min(1, loss)``.
     """
@@ -77,7 +78,8 @@ def exact_step(F: Fisher, residuals: Tensor, damping: float) -> Tensor:
 def training(problem: Equation, method: Method, damping: float, seed: int = 0) -> Iterator[int]:
     """Train ``problem.model`` in place; after each step, how often the loss has been evaluated beside the gradients.
 
-    It ends where a step goes up at every length. With ``"adam"`` the damping is the rate; ``"lbfgs"`` has none.
+    The gradient is ``Jᵀ r / N`` with the captured J and the residuals r: no second backward pass is made. It ends where
+    a step goes up at every length. With ``"adam"`` the damping is the rate; ``"lbfgs"`` has none.
 
     Raises:
         ValueError: the loss has overflowed, or a matrix is singular to working precision at this λ.
@@ -87,10 +89,9 @@ def training(problem: Equation, method: Method, damping: float, seed: int = 0) -
         return
     P, model, evaluations, last = problem.partition, problem.model, 0, None
     for step in count():
-        loss, g = _gradient(problem)
         with torch.no_grad():
-            residuals = model(problem.inputs)[:, 0]
-            F = problem.capture()
+            loss, residuals, F = *_loss(problem), problem.capture()
+            g = F.pull(residuals[None]) / F.N
             λ = damping * min(1.0, loss) if method.follow else damping
             try:
                 v = direction(method, F, g, residuals, λ, seed + step)
@@ -109,41 +110,19 @@ def training(problem: Equation, method: Method, damping: float, seed: int = 0) -
         yield evaluations
 
 
-def line_search(at: Callable[[float], float], loss: float, rule: str) -> tuple[float, int]:
-    """The length of a step, 1, ½, ¼, …, and how often the loss was evaluated; 0 where it went up at every length.
-
-    Args:
-        at: the loss at a length.
-        loss: that without the step.
-        rule: ``"first"`` of the halvings that goes down, or the ``"least"`` of a dozen of them.
-
-    >>> line_search(lambda t: (t - 0.3) ** 2, 0.09, "first"), line_search(lambda t: (t - 0.3) ** 2, 0.09, "least")
-    ((0.5, 2), (0.25, 12))
-    """
-    if rule == "first":
-        tried = enumerate(LENGTHS_TRIED, 1)
-        return next(((t, i) for i, t in tried if at(t) < loss), (0.0, len(LENGTHS_TRIED)))
-    values = {0.5**i: at(0.5**i) for i in range(12)}
-    best = min(values, key=lambda t: values[t] if values[t] == values[t] else inf)
-    return (best if values[best] < loss else 0.0), len(values)
-
-
 def _moved(problem: Equation, v: Tensor, length: float) -> float:
     """The loss after a step ``−length v``, which is taken back exactly."""
     kept = [p.clone() for p in problem.model.parameters()]
     problem.partition.add_(problem.model, v, -length)
-    loss = float(problem.loss())
+    loss, _ = _loss(problem)
     torch._foreach_copy_(list(problem.model.parameters()), kept)
     return loss
 
 
-def _gradient(problem: Equation) -> tuple[float, Tensor]:
-    """Loss and gradient, (P,)."""
-    problem.model.zero_grad()
-    with torch.enable_grad():
-        loss = problem.loss()
-        loss.backward()
-    return float(loss.detach()), problem.partition.pack_grad(problem.model)
+def _loss(problem: Equation) -> tuple[float, Tensor]:
+    """The loss, and the residuals r (N,) that it is made of."""
+    outputs = problem.model(problem.inputs)
+    return float(nll(outputs, problem.targets, "gaussian")), outputs[:, 0]
 
 
 def _pytorch(problem: Equation, kind: str, rate: float) -> Iterator[int]:
