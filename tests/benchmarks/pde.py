@@ -201,7 +201,9 @@ def peer_run(points: int, setting: Rival, seed: int, seconds: float) -> Iterator
                 mark = next(marks, 1e9)
 
 
-def peers(out: Path, machine: dict, deadline: float, asked: tuple[str, ...], points: tuple[int, ...]) -> None:
+def peers(
+    out: Path, machine: dict, deadline: float, asked: tuple[str, ...], points: tuple[int, ...], seeds: tuple[int, ...]
+) -> None:
     """Every method on the peers' problem; the setting is chosen with 1,000 points."""
     table = Table(out / "pde_peers.csv", ("points", "method", "setting", "seed"), machine, deadline)
 
@@ -219,9 +221,9 @@ def peers(out: Path, machine: dict, deadline: float, asked: tuple[str, ...], poi
         return PEERS[name][errors.index(min(errors))]
 
     for size in points:
-        for seed in SEEDS:
-            for name, seeds in PEER_POINTS[size].items():
-                if name in asked and seed < seeds:
+        for seed in seeds:
+            for name, measured in PEER_POINTS[size].items():
+                if name in asked and seed < measured:
                     setting = tuned(name)
                     if setting.rank:
                         setting = setting._replace(rank=size // 10)
@@ -262,6 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=1e6)
     parser.add_argument("--only", default="small,two,map,more,peers")
     parser.add_argument("--methods", default=",".join(PEERS), help="of the part peers")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of the part peers")
     parser.add_argument("--points", default=",".join(map(str, PEER_POINTS)), help="of the part peers")
     own = parser.parse_known_args(argv)[0]
     deadline = time.monotonic() + 60 * own.minutes
@@ -273,8 +276,8 @@ def main(argv: list[str] | None = None) -> None:
         elif part == "map":
             the_map(options.out, machine, deadline)
         elif part == "peers":
-            points = tuple(map(int, own.points.split(",")))
-            peers(options.out, machine, deadline, tuple(own.methods.split(",")), points)
+            points, seeds = (tuple(map(int, x.split(","))) for x in (own.points, own.seeds))
+            peers(options.out, machine, deadline, tuple(own.methods.split(",")), points, seeds)
         else:
             runs(options.out, machine, deadline, {"two": names[:3], "more": names[3:]}[part])
 
