@@ -9,7 +9,7 @@ network in forward mode, d + 2 positions per point, so that a Laplacian in d dim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import pi
 from typing import NamedTuple
@@ -43,46 +43,76 @@ Operator = Callable[[Tensor, Jet], Tensor]
 Solution = Callable[[Tensor], Tensor]
 
 
-def forward_mode(net: nn.Sequential, x: Tensor, space: Sequence[int]) -> Jet:
+def forward_mode(net: nn.Sequential, x: Tensor, space: range) -> Jet:
     """The jet of a tanh network ``net`` with one output at points x (n, d), in one pass with d + 2 positions.
 
     A linear layer multiplies every position by W and adds its bias to the value alone; an activation σ makes of
     (z, ∂z, Δz) the positions ``σ(z)``, ``σ'(z) ∂_i z`` and ``σ'(z) Δz + σ''(z) Σ_i (∂_i z)²``.
     """
     n, d = x.shape
-    directions = torch.eye(d, dtype=x.dtype, device=x.device).expand(n, d, d)
-    h = torch.cat([x[:, None], directions, torch.zeros_like(x)[:, None]], dim=1)  # (n, d + 2, d)
+    value, others = x, torch.eye(d + 1, d, dtype=x.dtype, device=x.device).expand(n, d + 1, d)  # (∂z, Δz)
     for module in net:
         if isinstance(module, nn.Linear):
-            value = functional.linear(h[:, :1], module.weight, module.bias)
-            h = torch.cat([value, functional.linear(h[:, 1:], module.weight)], dim=1)
+            value = functional.linear(value, module.weight, module.bias)
+            others = functional.linear(others, module.weight)
         else:
-            value, first, last = h.split([1, d, 1], dim=1)
-            σ = torch.tanh(value)
-            slope = 1 - σ.square()
-            bend = -2 * σ * slope * first[:, space].square().sum(1, keepdim=True)
-            h = torch.cat([σ, slope * first, slope * last + bend], dim=1)
-    h = h[..., 0]
-    return Jet(h[:, 0], h[:, 1:-1], h[:, -1])
+            value = torch.tanh(value)
+            slope = 1 - value.square()
+            bend = -2 * value * slope * others[:, space.start : d].square().sum(1)
+            others = slope[:, None] * others
+            others[:, d] += bend
+    return Jet(value[:, 0], others[:, :d, 0], others[:, d, 0])
 
 
 class Residual(nn.Module):
     """What is left of the equation, as a model: (N, d + 1) points with their kind to (N, 1) residuals.
 
-    Inside the operator's value, on the boundary ``weight`` times the difference from the known solution.
+    Inside the operator's value, on the boundary ``weight`` times the difference from the known solution. With
+    ``term_weights`` (w, v) the factors are ``√(w N / n)`` of the n points inside and ``√(v N / m)`` of the m on the
+    boundary instead, so that half of the mean square over all points is ``½ (w mean + v mean)``, a mean for each term.
+
+    Raises:
+        ValueError: inputs of another shape, or with a kind that is neither 0 nor 1.
     """
 
-    def __init__(self, net: nn.Sequential, operator: Operator, solution: Solution, weight: float, time: bool) -> None:
+    def __init__(
+        self,
+        net: nn.Sequential,
+        operator: Operator,
+        solution: Solution,
+        weight: float,
+        time: bool,
+        term_weights: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
         self.net, self.operator, self.solution, self.weight = net, operator, solution, weight
-        self.space = range(int(time), net[0].in_features)
+        self.space, self.term_weights = range(int(time), net[0].in_features), term_weights
 
     def forward(self, inputs: Tensor) -> Tensor:
-        x, boundary = inputs[:, :-1], inputs[:, -1] > 0
+        boundary = self._on_boundary(inputs)
+        x = inputs[:, :-1]
         u = forward_mode(self.net, x, self.space)
         inside = self.operator(x, u)
         _check_values("The operator", inside, len(x))
-        return torch.where(boundary, self.weight * (u.value - self.solution(x)), inside)[:, None]
+        edge = u.value - self.solution(x)
+        if self.term_weights is None:
+            return torch.where(boundary, self.weight * edge, inside)[:, None]
+        numbers = torch.stack([(~boundary).sum(), boundary.sum()]).clamp_min(1)
+        first, second = (inputs.new_tensor(self.term_weights) * len(x) / numbers).sqrt()
+        return torch.where(boundary, second * edge, first * inside)[:, None]
+
+    def _on_boundary(self, inputs: Tensor) -> Tensor:
+        """Which points lie on the boundary, (N,)."""
+        columns = self.space.stop + 1
+        if inputs.ndim != 2 or inputs.shape[1] != columns:
+            raise ValueError(
+                f"Points in {columns - 1} coordinates with their kind, 0 inside and 1 on the boundary, have shape "
+                f"(N, {columns}); got {tuple(inputs.shape)}."
+            )
+        kind = inputs[:, -1]
+        if not inputs.is_meta and not ((kind == 0) | (kind == 1)).all():
+            raise ValueError("The last column of the inputs is the kind of a point: 0 inside, 1 on the boundary.")
+        return kind > 0
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -114,6 +144,21 @@ class Equation(Problem):
         check_points(x, self.box)
         return self.model.solution(x)
 
+    def resampled(self, seed: int) -> Equation:
+        """The same problem, and the same network, at other points: as many inside and on the boundary as before.
+
+        An optimizer of ``model`` goes on with it:
+
+        >>> problem = poisson(points=40)
+        >>> other = problem.resampled(seed=1)
+        >>> other.model is problem.model, other.inputs.shape == problem.inputs.shape
+        (True, True)
+        """
+        boundary = int(self.inputs[:, -1].sum())
+        inside = len(self.inputs) - boundary
+        x = torch.cat(_drawn(self.box, self.model.space.start > 0, inside, boundary, seed))
+        return replace(self, inputs=torch.cat([x.to(self.inputs), self.inputs[:, -1:].sort(0).values], dim=1))
+
     def error(self, points: int = 10_000, seed: int = 1_000_003) -> float:
         """Relative L² error, ``‖u_θ − u‖ / ‖u‖`` over fresh points drawn in the box."""
         generator = torch.Generator().manual_seed(check_seed(seed))
@@ -132,6 +177,7 @@ def equation(
     points: int | Tensor = 600,
     boundary: int | Tensor | None = None,
     weight: float = 10.0,
+    term_weights: tuple[float, float] | None = None,
     seed: int = 0,
     name: str = "equation",
     device: str | torch.device = "cpu",
@@ -157,7 +203,9 @@ def equation(
         widths: of the hidden layers, tanh.
         points: inside, drawn uniformly; or the points themselves, (n, d).
         boundary: the same on the boundary; None for a quarter of ``points``.
-        weight: factor on the residuals of the boundary.
+        weight: factor on the residuals of the boundary; the loss is half of the mean square over all points.
+        term_weights: of the mean square inside and of that on the boundary, each over its own points, as in the
+            literature; in place of ``weight``.
         seed: of points and weights.
 
     Raises:
@@ -170,18 +218,23 @@ def equation(
             raise TypeError(f"{what} must be a function; got {type(function).__name__}.")
     box = _checked_box(box)
     check_number("weight", weight, 0.0, float("inf"), open_low=True)
-    generator = torch.Generator().manual_seed(check_seed(seed))
-    if not isinstance(points, Tensor):
-        points = _inside(box, check_count("points", points, least=1), generator)
+    if term_weights is not None:
+        if not isinstance(term_weights, (tuple, list)) or len(term_weights) != 2:
+            raise ValueError(f"term_weights are two numbers, of the inside and of the boundary; got {term_weights!r}.")
+        term_weights = tuple(check_number("term_weights", w, 0.0, float("inf"), open_low=True) for w in term_weights)
+    n = len(points) if isinstance(points, Tensor) else check_count("points", points, least=1)
     if not isinstance(boundary, Tensor):
-        number = max(1, len(points) // 4) if boundary is None else check_count("boundary", boundary, least=0)
-        boundary = _on_faces(box, time, number, generator)
+        boundary = max(1, n // 4) if boundary is None else check_count("boundary", boundary, least=0)
+    drawn = _drawn(box, time, 0 if isinstance(points, Tensor) else n, boundary, seed)
+    points, boundary = (
+        given if isinstance(given, Tensor) else mine for given, mine in zip((points, boundary), drawn, strict=True)
+    )
     check_points(points, box)
     check_points(boundary, box)
     kinds = torch.cat([torch.zeros(len(points), 1, device="cpu"), torch.ones(len(boundary), 1, device="cpu")])
     inputs = torch.cat([torch.cat([points, boundary]).to("cpu", torch.float64), kinds.double()], dim=1)
     net = multilayer_perceptron([len(box), *widths, 1], "tanh", seed)
-    model = Residual(net, operator, solution, float(weight), bool(time))
+    model = Residual(net, operator, solution, float(weight), bool(time), term_weights)
     problem = Equation(model, inputs, inputs.new_zeros(len(inputs), 1), "gaussian", name, box=box).to(device, dtype)
     x = problem.inputs[:, :-1]
     _check_values("The solution", problem.solution(x), len(x))
@@ -294,6 +347,13 @@ def _checked_box(box: Box) -> tuple[tuple[float, float], ...]:
     if not checked or not all(-float("inf") < low < high < float("inf") for low, high in checked):
         raise ValueError(f"Every side of the box goes from low to a greater high, both finite; got {box!r}.")
     return checked
+
+
+def _drawn(box: Box, time: bool, inside: int, boundary: int | Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """So many points inside, and on the boundary unless its points are given."""
+    generator = torch.Generator().manual_seed(check_seed(seed))
+    x = _inside(box, inside, generator)
+    return x, boundary if isinstance(boundary, Tensor) else _on_faces(box, time, boundary, generator)
 
 
 def _inside(box: Box, n: int, generator: torch.Generator) -> Tensor:

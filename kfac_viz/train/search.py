@@ -7,7 +7,7 @@ from math import inf
 
 SEARCHES = ("first", "parabola", "least")
 LENGTHS_TRIED = tuple(0.5**i for i in range(31))  # of a step, before it is given up
-DOUBLINGS = 5  # of a step that goes down, as long as it goes down further
+DOUBLINGS = tuple(2.0**i for i in range(1, 6))  # of a step that goes down, as long as it goes down further
 VERTICES = 2  # of parabolas that are tried within a bracket
 
 
@@ -15,8 +15,9 @@ def line_search(at: Callable[[float], float], loss: float, rule: str) -> tuple[f
     """The length of a step, and how often the loss was evaluated; 0 where it is nowhere lower than without the step.
 
     - ``"first"``: 1, ½, ¼, … until the loss is lower than without the step.
-    - ``"parabola"``: that, and 2, 4, … where 1 goes down, until three lengths bracket a minimum; then the lowest points
-      of the parabolas through the best three, twice. It takes the best length that it has seen.
+    - ``"parabola"``: 1, ¼, 1/16, … until the loss is lower, and 2, 4, … where 1 goes down, so that three lengths
+      bracket a minimum; then the lowest points of the parabolas through the best three, twice. It takes the best
+      length that it has seen.
     - ``"least"``: the best of all 31 halvings, as in energy natural gradients (Müller and Zeinhofer 2023).
 
     Args:
@@ -43,9 +44,11 @@ def line_search(at: Callable[[float], float], loss: float, rule: str) -> tuple[f
     if rule == "least":
         for t in LENGTHS_TRIED:
             lower(t, 0.0)
-    elif next((t for t in LENGTHS_TRIED if lower(t, 0.0)), 0.0) and rule == "parabola":
+    elif rule == "first":
+        any(lower(t, 0.0) for t in LENGTHS_TRIED)
+    elif any(lower(t, 0.0) for t in LENGTHS_TRIED[::2]):
         if len(seen) == 2:
-            next((t for t in (2.0**i for i in range(1, DOUBLINGS + 1)) if not lower(t, t / 2)), None)
+            all(lower(t, t / 2) for t in DOUBLINGS)
         for _ in range(VERTICES):
             if (t := _lowest_point(seen)) is None:
                 break

@@ -90,6 +90,25 @@ def test_points_are_where_they_should_be(name):
     assert problem.inputs.dtype == torch.float64 and not problem.targets.any()
 
 
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_other_points_are_those_of_another_seed_for_the_same_network(name):
+    problem, other = EQUATIONS[name](), EQUATIONS[name](seed=5)
+    again = problem.resampled(5)
+    assert again.model is problem.model and torch.equal(again.inputs, other.inputs)
+    assert torch.equal(problem.inputs, EQUATIONS[name]().inputs) and again.error() == problem.error()
+
+
+def test_each_term_has_its_mean_whatever_the_number_of_its_points():
+    problem = kv.problems.poisson(2, (5, 4), 12, term_weights=(2.0, 0.5))
+    plain = kv.problems.poisson(2, (5, 4), 12, weight=1.0)
+    for seed, few in ((0, slice(None)), (3, slice(None)), (4, slice(4, None))):
+        x = problem.resampled(seed).inputs[few]
+        boundary, r = x[:, -1] == 1, plain.model(x)[:, 0]
+        expected = 0.5 * (2.0 * r[~boundary].square().mean() + 0.5 * r[boundary].square().mean())
+        assert_close(0.5 * problem.model(x).square().mean(), expected)
+    assert problem.capture().N == 15  # kinds are no parameters
+
+
 def test_the_error_is_relative_and_zero_for_the_solution_itself():
     net = kv.problems.poisson(2, (5,), 10, seed=4).model.net
     problem = kv.problems.equation(lambda x, u: u.laplacian, lambda x: net(x)[:, 0], widths=(5,), points=10, seed=4)
@@ -150,6 +169,15 @@ def test_what_a_reader_can_get_wrong_is_said_in_words():
     for name, value in (("weight", 0.0), ("points", 0), ("boundary", -1), ("seed", -1)):
         with pytest.raises(ValueError, match=name):
             build(**{name: value})
+    problem = kv.problems.poisson(points=8)
+    for wrong in (problem.inputs[:, :-1], problem.inputs[0]):
+        with pytest.raises(ValueError, match=r"have shape \(N, 3\); got"):
+            problem.model(wrong)
+    with pytest.raises(ValueError, match="0 inside, 1 on the boundary"):
+        problem.model(problem.inputs / 2)
+    for weights in ((1.0,), 3, (1.0, 0.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="term_weights"):
+            build(term_weights=weights)
     with pytest.raises(ValueError, match="lie outside"):
         kv.problems.poisson(points=8).values(torch.tensor([[0.5, 1.5]], dtype=torch.float64))
     with pytest.raises(ValueError, match="dim"):

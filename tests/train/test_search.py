@@ -47,5 +47,6 @@ def test_the_parabola_is_never_longer_to_find_a_decrease_and_never_higher_than_t
 
 def test_where_every_length_is_worse_nothing_is_taken():
     for rule in SEARCHES:
-        assert line_search(lambda t: 1.0 + t, 1.0, rule) == (0.0, len(LENGTHS_TRIED))
-        assert line_search(lambda t: math.nan, 1.0, rule) == (0.0, len(LENGTHS_TRIED))
+        tried = 16 if rule == "parabola" else 31
+        assert line_search(lambda t: 1.0 + t, 1.0, rule) == (0.0, tried)
+        assert line_search(lambda t: math.nan, 1.0, rule) == (0.0, tried)
