@@ -18,6 +18,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -90,10 +91,18 @@ PEERS = {  # the first setting is the published one
                         for λ, β in ((2.8e-10, 0.9), (1e-6, 0.9), (1e-6, 0.97), (1e-8, 0.99))],
     "Nyström": [Rival("nystrom", λ, rank=100) for λ in (1e-7, 1e-6, 1e-4, 1e-2)],
 }  # fmt: skip
+FULL = {"likelihood": "gaussian", "fisher": "exact", "step_rule": "line_search", "observe_every": 1, "refresh_every": 1,
+        "coarse_window": 1}  # fmt: skip
+OWN = {  # two levels are the default that is named beforehand, the others controls
+    "two levels": [FULL | {"rule": "eigen", "per_layer": 64, "iterations": i, "damping": λ}
+                   for i, λ in ((0, 1e-6), (5, 1e-6), (5, 1e-8), (10, 1e-8))],
+    "exact step": [FULL | {"first_level": "exact", "damping": λ} for λ in (1e-10, 1e-8, 1e-6)],
+    "K-FAC": [FULL | {"damping": λ} for λ in (1.0, 1e-2, 1e-4)],
+}  # fmt: skip
 PEER_POINTS = {  # with how many seeds each
-    1000: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "Nyström": 2},
-    500: {"ENGD-W": 2, "SPRING": 2, "K-FAC for PINNs": 2},
-    3500: {"ENGD-W": 1, "SPRING": 1, "K-FAC for PINNs": 1},
+    1000: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5, "exact step": 2, "K-FAC": 1, "Nyström": 2},
+    500: {"ENGD-W": 1, "SPRING": 1, "K-FAC for PINNs": 1, "two levels": 1},
+    3500: {"ENGD-W": 1, "SPRING": 1, "K-FAC for PINNs": 1, "two levels": 1},
 }
 
 
@@ -175,14 +184,26 @@ def the_map(out: Path, machine: dict, deadline: float) -> None:
 
 def peer_problem(points: int, seed: int) -> kv.problems.Equation:
     """Theirs: so many points in all, a fifth of them on the boundary."""
-    return kv.problems.poisson(5, PEER_WIDTHS, points - points // 5, points // 5, seed)
+    return kv.problems.poisson(5, PEER_WIDTHS, points - points // 5, points // 5, seed, term_weights=(1.0, 1.0))
 
 
-def peer_steps(problem: kv.problems.Equation, setting: Rival, seed: int) -> Iterator[float]:
-    return rivals.training(problem, setting, lambda step: terms.fresh(problem, seed, step), seed)
+def peer_steps(problem: kv.problems.Equation, setting: Rival | dict, seed: int) -> Iterator[object]:
+    """Train on points that are drawn anew for each step, the same ones for every method."""
+
+    def drawn(step: int) -> kv.problems.Equation:
+        return problem.resampled(1_000_003 * (seed + 1) + step)
+
+    if isinstance(setting, Rival):
+        yield from rivals.training(problem, setting, lambda step: drawn(step).inputs, seed)
+        return
+    opt = kv.TwoLevelKFAC(problem.model, **setting)
+    for step in count():
+        batch = drawn(step)
+        opt.observe(batch.inputs)
+        yield opt.step(batch.closure(opt))
 
 
-def peer_run(points: int, setting: Rival, seed: int, seconds: float) -> Iterator[dict]:
+def peer_run(points: int, setting: Rival | dict, seed: int, seconds: float) -> Iterator[dict]:
     """Step, seconds and error at the marks, and at the end."""
     problem = peer_problem(points, seed)
     used, step, ended, marks = 0.0, 0, "", iter(PEER_MARKS)
@@ -207,25 +228,30 @@ def peers(
     """Every method on the peers' problem; the setting is chosen with 1,000 points."""
     table = Table(out / "pde_peers.csv", ("points", "method", "setting", "seed"), machine, deadline)
 
-    def made(points: int, name: str, setting: Rival, seed: int, seconds: float) -> list[dict[str, str]]:
-        here = {"points": points, "method": name, "seed": seed,
-                "setting": f"{setting.damping:g}, {setting.momentum or setting.average:g}"}
+    def made(points: int, name: str, setting: Rival | dict, seed: int, seconds: float) -> list[dict[str, str]]:
+        if isinstance(setting, Rival):
+            found, numbers = entry("Rival", setting._asdict()), (setting.damping, setting.momentum or setting.average)
+        else:
+            found = entry("TwoLevelKFAC", setting)
+            numbers = setting["damping"], setting.get("iterations", 0)
+        here = {"points": points, "method": name, "setting": "{:g}, {:g}".format(*numbers), "seed": seed}
         if table.missing(**here):
-            options = remember(entry("Rival", setting._asdict()), out)
+            options = remember(found, out)
             table.add(list(peer_run(points, setting, seed, seconds)), **here, options=options)
         return table.found(**here)
 
-    def tuned(name: str) -> Rival:
-        last = [made(1000, name, s, TUNING_SEED, PEER_TUNING)[-1] for s in PEERS[name]]
+    def tuned(name: str) -> Rival | dict:
+        settings = (PEERS | OWN)[name]
+        last = [made(1000, name, setting, TUNING_SEED, PEER_TUNING)[-1] for setting in settings]
         errors = [float("inf") if row["ended"] or row["error"] == "nan" else float(row["error"]) for row in last]
-        return PEERS[name][errors.index(min(errors))]
+        return settings[errors.index(min(errors))]
 
     for size in points:
         for seed in seeds:
             for name, measured in PEER_POINTS[size].items():
                 if name in asked and seed < measured:
                     setting = tuned(name)
-                    if setting.rank:
+                    if name == "Nyström":
                         setting = setting._replace(rank=size // 10)
                     made(size, name, setting, seed, PEER_SECONDS)
 
@@ -263,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=1e6)
     parser.add_argument("--only", default="small,two,map,more,peers")
-    parser.add_argument("--methods", default=",".join(PEERS), help="of the part peers")
+    parser.add_argument("--methods", default=",".join(PEERS | OWN), help="of the part peers")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of the part peers")
     parser.add_argument("--points", default=",".join(map(str, PEER_POINTS)), help="of the part peers")
     own = parser.parse_known_args(argv)[0]

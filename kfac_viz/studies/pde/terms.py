@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...problems.equations import Equation, Jet, _inside, _on_faces
+from ...problems.equations import Equation, Jet
 
 
 class Term(NamedTuple):
@@ -28,15 +28,6 @@ class Term(NamedTuple):
     inputs: list[Tensor]
     slopes: list[Tensor]
     residuals: Tensor
-
-
-def fresh(problem: Equation, seed: int, step: int) -> Tensor:
-    """Points (N, d + 1) for a step: as many inside and on the boundary as the problem has, drawn anew."""
-    generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + step)
-    sizes = [len(x) for x, _ in _split(problem.inputs)]
-    x = torch.cat([_inside(problem.box, sizes[0], generator),
-                   _on_faces(problem.box, problem.model.space.start > 0, sizes[1], generator)])  # fmt: skip
-    return torch.cat([x.to(problem.inputs), problem.inputs[:, -1:]], 1)
 
 
 def both_terms(problem: Equation, inputs: Tensor) -> tuple[Term, ...]:
