@@ -65,8 +65,8 @@ class TwoLevelKFAC(Optimizer):
     classifier, a transformer and a convolutional network, a little higher on a classifier and an autoencoder, and take
     up to twice the time; with full batches and the quadratic rule they end higher on four of the five (notebook 12,
     figures/benchmarks/training.csv). Turn the coarse level on, with ``per_layer`` or ``total``, where K-FAC alone
-    stalls, and tune λ anew; and wherever badly conditioned least squares are to be solved to the end with a full batch:
-    ``step_rule="line_search"``, exact vectors, 16 columns or more in each layer (notebook 15). The other defaults are a
+    stalls, and tune λ anew; and wherever badly conditioned least squares are to be solved to the end with a full batch
+    (notebook 15): :meth:`for_equations` has what goes with it. The other defaults are a
     compromise of three tasks (defaults.csv, each option varied alone beside 4 columns): with λ = 0.03, momentum 0.95 or
     ``kl_clip=3e-3`` one or another blows up. For large networks observe and refresh less often.
 
@@ -97,7 +97,8 @@ class TwoLevelKFAC(Optimizer):
             rule finds its own coefficient, and 0 turns that off.
         decay: weight of a batch against the next newer one in every average, of K-FAC's factors and of the batches in
             A; None is 0.95, and 0, the batch alone, with ``"line_search"``.
-        damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure.
+        damping: λ. Adapted by Levenberg–Marquardt when the step rule is quadratic and ``step`` gets a closure. Pass one
+            where training starts at random weights: without it nothing undoes a step that went up, however far.
         first_level: ``"kfac"``, of averaged factors; or made of the vectors that A holds, at each refresh, ``"ekfac"``,
             exact ``"blocks"``, the ``"diagonal"`` or the ``"identity"`` over λ; ``"none"``, the coarse level alone; or
             ``"exact"``, the exact step, by a matrix of all scores or of all parameters, whichever is smaller.
@@ -209,6 +210,32 @@ class TwoLevelKFAC(Optimizer):
         the Kronecker model, added to K-FAC. The coarse matrix is rebuilt at each refresh and damped by ``λ ZᵀZ``."""
         published = {"coarse": "nicolaides", "per_layer": 1, "correction": "additive", "coarse_operator": "kronecker"}
         return cls(model, params, **{**published, **options})
+
+    @classmethod
+    def for_equations(
+        cls,
+        model: nn.Module,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> TwoLevelKFAC:
+        """The choice for differential equations and other least squares, with full or large batches: exact vectors of
+        the batch alone, observed and refreshed at every step, 64 columns per layer, and the line search.
+
+        With λ = 0.01 about as many directions are decided by data as the columns hold. With a much smaller λ a step
+        goes too far along what the columns miss, and the line search cuts all of it to a tenth. ``per_layer=0`` with
+        ``first_level="exact"`` is the exact step.
+
+        >>> import kfac_viz as kv
+        >>> problem = kv.problems.poisson(widths=(8, 8), points=40)
+        >>> opt = TwoLevelKFAC.for_equations(problem.model)
+        >>> for seed in range(3):
+        ...     problem = problem.resampled(seed)
+        ...     opt.observe(problem.inputs)
+        ...     loss = opt.step(problem.closure(opt))
+        """
+        chosen = {"likelihood": "gaussian", "fisher": "exact", "rule": "eigen", "damping": 0.01, "per_layer": 64}
+        chosen |= {"step_rule": "line_search", "observe_every": 1, "refresh_every": 1}
+        return cls(model, params, **{**chosen, **options})
 
     # ---- curvature ------------------------------------------------------------------------------------
 

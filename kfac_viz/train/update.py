@@ -57,7 +57,7 @@ def update(
 ) -> Update:
     """The step from the preconditioned gradient v (P,) and the last step's momentum (P,).
 
-    ``fixed`` and ``line_search``, which halves it later: ``m ← μ m + v`` and the step ``−lr m``; ``kl_clip`` shortens
+    ``fixed`` and ``line_search``, which scales it later: ``m ← μ m + v`` and the step ``−lr m``; ``kl_clip`` shortens
     v first; ``quadratic`` takes the best combination of v and the last step, which lr then scales. With ``predicting``
     the facts say by how much the model's value changes along the step.
 

@@ -50,6 +50,21 @@ def test_the_exact_step_solves_the_system(points):
         torch.testing.assert_close(solved, exact_step(F, residuals, 1.0), rtol=1e-5, atol=1e-7)
 
 
+def test_the_quadratic_rule_starts_gently_and_takes_the_steps_of_the_optimizer():
+    one, other = (kv.problems.poisson(2, (16, 16), 60) for _ in range(2))
+    opt = kv.TwoLevelKFAC(other.model, likelihood="gaussian", fisher="exact", rule="eigen", step_rule="quadratic",
+                          damping=1e-2, decay=0.0, observe_every=1, refresh_every=1, per_layer=2)  # fmt: skip
+    steps, losses = training(one, Method("both", per_layer=2, length="quadratic"), 1e-2), []
+    for _ in range(8):
+        losses.append(float(one.loss().detach()))
+        next(steps)
+        opt.observe(other.inputs)
+        opt.step(other.closure(opt))
+        mine, theirs = (p.partition.pack(p.model) for p in (one, other))
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] and opt.diagnostics["rejected"] > 0
+
+
 def test_training_goes_down_at_every_step_and_counts_evaluations():
     p = problem()
     losses, counts = [float(p.loss())], []

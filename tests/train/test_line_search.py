@@ -1,6 +1,7 @@
 """``step_rule="line_search"``: full batches, the loss goes down in every step or nothing moves."""
 
 import copy
+import dataclasses
 import math
 import warnings
 
@@ -198,6 +199,33 @@ def test_twice_the_step_that_overflows_is_too_long():
     opt.observe(x)
     opt.step(closure)
     assert float(closure().detach()) < before and opt.diagnostics["step length"] <= 2 and opt.diagnostics["stuck"] == 0
+
+
+def test_a_damping_below_precision_is_refused_and_nothing_moves():
+    """Every point stands there twice, so that the matrix of inner products is singular."""
+    x = poisson().inputs[:20, :2]
+    problem = kv.problems.poisson(2, (10, 10), torch.cat([x, x]), 10)
+    opt = kv.TwoLevelKFAC(problem.model, damping=1e-18, first_level="exact", **FULL)
+    before = parameters(problem)
+    with pytest.raises(ValueError, match="choose a larger damping"):
+        step(problem, opt)
+    assert torch.equal(parameters(problem), before)
+    opt.damping = 1e-6  # the advice works
+    opt.step(problem.closure(opt))
+    assert not torch.equal(parameters(problem), before)
+
+
+def test_it_trains_on_points_that_change_also_in_number():
+    problem = kv.problems.poisson(2, (10, 10), 60, 20)
+    opt = kv.TwoLevelKFAC(problem.model, damping=1e-2, per_layer=8, **FULL)
+    first, sizes = problem.error(), []
+    for seed in range(12):
+        other = kv.problems.poisson(2, (10, 10), 60 + 10 * (seed % 3), 20, seed)
+        now = dataclasses.replace(problem, inputs=other.inputs, targets=other.targets)
+        step(now, opt)
+        sizes.append(opt.preconditioner.A.operator.N)
+    assert sizes == [80 + 10 * (seed % 3) for seed in range(12)]
+    assert problem.error() < 0.5 * first and opt.diagnostics["stuck"] == 0
 
 
 def test_it_needs_a_closure_and_decides_on_the_host():

@@ -15,7 +15,7 @@ from ...method.sample_space import SampleSpace
 from ...problems.equations import Equation
 from ...scores.likelihood import nll
 from ...train.search import line_search
-from ...train.update import QuadraticModel, best_coefficients
+from ...train.update import QuadraticModel, best_coefficients, judged_damping
 from ..common.setting import space
 
 
@@ -28,7 +28,8 @@ class Method(NamedTuple):
         space, per_layer, correction: of the coarse level.
         iterations: of conjugate gradients that the method preconditions; 0 takes it by itself.
         length: a rule of :func:`kfac_viz.train.search.line_search`, ``"first"``, ``"parabola"`` or ``"least"``; or
-            ``"quadratic"``: length and momentum from the quadratic model, taken without a look at the loss.
+            ``"quadratic"``: length and momentum from the quadratic model. λ then follows the reduction ratio, and a
+            step that goes up is undone, as the optimizer does it with a closure.
         follow: whether λ follows the loss, ``λ min(1, loss)``.
     """
 
@@ -98,9 +99,16 @@ def training(problem: Equation, method: Method, damping: float, seed: int = 0) -
             except torch.linalg.LinAlgError as error:
                 raise ValueError(f"The matrix is singular to working precision at λ = {λ:g}.") from error
             if method.length == "quadratic":
+                quadratic = QuadraticModel(F, g, λ)
                 D = torch.stack([-v] if last is None else [-v, last])
-                last = best_coefficients(*QuadraticModel(F, g, λ).along(D)) @ D
-                P.add_(model, last)
+                δ = best_coefficients(*quadratic.along(D)) @ D
+                (slope,), ((curvature,),) = quadratic.along(δ[None])
+                change, predicted = _moved(problem, δ, -1.0) - loss, float(slope + curvature / 2)
+                evaluations += 1
+                damping = judged_damping(damping, change, change / predicted if predicted else 0.0, step)
+                last = δ if change <= 0 else None
+                if last is not None:
+                    P.add_(model, last)
             else:
                 best, tried = line_search(lambda length: _moved(problem, v, length), loss, method.length)  # noqa: B023
                 evaluations += tried
