@@ -87,8 +87,10 @@ PEERS = {  # the first setting is the published one
     "ENGD-W": [Rival("engd-w", λ) for λ in (3.2e-12, 1e-10, 1e-8, 1e-6)],
     "SPRING": [Rival("spring", λ, momentum=μ)
                for λ, μ in ((2.1e-10, 0.063), (6.8e-10, 0.83), (1e-8, 0.3), (1e-8, 0.8))],
-    "K-FAC for PINNs": [Rival("kfac-pinns", λ, average=β)
-                        for λ, β in ((2.8e-10, 0.9), (1e-8, 0.9), (1e-6, 0.9), (1e-4, 0.9), (1e-6, 0.97), (1e-8, 0.99))],
+    "K-FAC for PINNs": [
+        Rival("kfac-pinns", λ, average=β)
+        for λ, β in ((2.8e-10, 0.9), (1e-8, 0.9), (1e-6, 0.9), (1e-4, 0.9), (1e-6, 0.97), (1e-8, 0.99))
+    ],
     "Nyström": [Rival("nystrom", λ, rank=100) for λ in (1e-7, 1e-6, 1e-4, 1e-2)],
 }  # fmt: skip
 FULL = {"likelihood": "gaussian", "fisher": "exact", "step_rule": "line_search", "observe_every": 1, "refresh_every": 1,
