@@ -223,6 +223,18 @@ def peer_run(points: int, setting: Rival | dict, seed: int, seconds: float) -> I
                 mark = next(marks, 1e9)
 
 
+def label(setting: Rival | dict) -> str:
+    """λ, and SPRING's momentum or the weight of K-FAC's averages."""
+    if isinstance(setting, Rival):
+        return f"{setting.damping:g}, {setting.momentum or setting.average:g}"
+    return f"{setting['damping']:g}, 0"
+
+
+def peer_entry(setting: Rival | dict) -> dict:
+    """What options.json says of a run with this setting."""
+    return entry("Rival", setting._asdict()) if isinstance(setting, Rival) else entry("TwoLevelKFAC", setting)
+
+
 def peers(
     out: Path, machine: dict, deadline: float, asked: tuple[str, ...], points: tuple[int, ...], seeds: tuple[int, ...]
 ) -> None:
@@ -230,13 +242,9 @@ def peers(
     table = Table(out / "pde_peers.csv", ("points", "method", "setting", "seed"), machine, deadline)
 
     def made(points: int, name: str, setting: Rival | dict, seed: int, seconds: float) -> list[dict[str, str]]:
-        if isinstance(setting, Rival):
-            found, numbers = entry("Rival", setting._asdict()), (setting.damping, setting.momentum or setting.average)
-        else:
-            found, numbers = entry("TwoLevelKFAC", setting), (setting["damping"], 0)
-        here = {"points": points, "method": name, "setting": "{:g}, {:g}".format(*numbers), "seed": seed}
+        here = {"points": points, "method": name, "setting": label(setting), "seed": seed}
         if table.missing(**here):
-            options = remember(found, out)
+            options = remember(peer_entry(setting), out)
             table.add(list(peer_run(points, setting, seed, seconds)), **here, options=options)
         return table.found(**here)
 
@@ -253,8 +261,6 @@ def peers(
             for name, measured in PEER_POINTS[size].items():
                 if name in asked and seed < measured:
                     setting = tuned(name)
-                    if name == "Nyström":
-                        setting = setting._replace(rank=size // 10)
                     made(size, name, setting, seed, PEER_SECONDS)
 
 
