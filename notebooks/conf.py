@@ -16,12 +16,19 @@ ROOT = HERE.parent
 FIGURES = ROOT / "figures"
 
 project, author, copyright = "kfac_viz", "the authors of kfac_viz", "the authors of kfac_viz, MIT licence"
-extensions = ["myst_nb", "sphinx-mathjax-offline"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline"]
 exclude_patterns = ["**/.ipynb_checkpoints", "class"]
 html_theme, html_title, html_show_sourcelink, html_show_sphinx = "furo", "kfac_viz", False, False
 html_static_path, html_css_files = ["site.css"], ["site.css"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+nitpicky = True  # a name of this package that a docstring points to has to be on a page
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|collections|pathlib|matplotlib|ipywidgets|scipy|numpy|pandas)\..*"),
+    ("py:class", r"(Tensor|Path|Figure|LinearOperator|Saved|t\.Any|[-0-9.e]+)"),  # in signatures
+    ("py:class", r"kfac_viz\..*\.(Result|Range|Panel|Verdict|Eigen|Image|ParameterSpace|Piece|(Has)?Scores|Stacks)"),
+]
+autodoc_member_order, autodoc_typehints_format, python_maximum_signature_line_length = "bysource", "short", 100
 suppress_warnings = ["myst.xref_missing", "myst.header"]  # README's links into the repository
 
 nb_execution_mode, nb_execution_timeout, nb_execution_raise_on_error = "cache", 600, True

@@ -394,7 +394,8 @@ def test_the_site_is_whole_and_needs_nothing_from_elsewhere(chromium, tmp_path):
     subprocess.run([*command, str(ROOT / "notebooks"), str(tmp_path)], cwd=ROOT, check=True, timeout=300)
     complaints: list[str] = []
     stems = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    for name in ("index", "notation", "gallery", "changes", *stems, "live/00_playground", "live/15_pde"):
+    written = ("index", "notation", "gallery", "changes", "api_method", "how_a_step_is_made")
+    for name in (*written, *stems, "live/00_playground", "live/15_pde"):
         with page_of(chromium, "about:blank", complaints) as page:
             asked: list[str] = []
             page.on("request", lambda request, asked=asked: asked.append(request.url))

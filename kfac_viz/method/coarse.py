@@ -26,6 +26,14 @@ def nicolaides(F: Operator, per_layer: int = 1) -> RankOneSpace:
 
     The matrix of a layer starts as one rectangle; the largest rectangle is halved along its longer side again
     and again, and each cut adds the constant of one half.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> nicolaides(Dense(torch.eye(4), Partition.from_sizes([2, 2]))).dense()
+    tensor([[1., 0.],
+            [1., 0.],
+            [0., 1.],
+            [0., 1.]])
     """
     check_type("F", F, Operator)
     check_count("per_layer", per_layer, least=0)
@@ -61,7 +69,13 @@ def spectral(
 
 
 def smooth(F: Fisher | KFAC | KroneckerFactors, per_layer: int) -> RankOneSpace:
-    """Those with the smallest eigenvalues, the low frequencies that Koroko et al. 2023 chose."""
+    """The Kronecker eigenvectors with the smallest eigenvalues, the low frequencies that Koroko et al. 2023 chose.
+
+    >>> import kfac_viz as kv
+    >>> F = kv.problems.digits((4,), 20, side=4).capture()
+    >>> smooth(F, per_layer=2)
+    RankOneSpace(smooth, 4 columns over 118 parameters in 2 layers (68 + 50), float64 on cpu)
+    """
     return _kronecker_eigenvectors(F, per_layer, largest=False, name="smooth")
 
 
@@ -70,6 +84,13 @@ def krylov(A: Operator, M: Operator, g: Tensor, per_layer: int) -> LocalSpace:
 
     Piece j of layer l is column ``l · per_layer + j``. Pieces that depend on earlier ones are removed: a warning
     says which, and ``removed`` keeps their numbers.
+
+    >>> import kfac_viz as kv
+    >>> problem = kv.problems.digits((4,), 20, side=4)
+    >>> F = problem.capture()
+    >>> Z = krylov(F.damped(0.1), kv.KFAC(F, 0.1), problem.gradient(), per_layer=3)
+    >>> Z.size, torch.allclose(Z.gram(), torch.eye(6, dtype=torch.float64))
+    (6, True)
     """
     blocks, removed = krylov_pieces(A, M, g, per_layer)
     return LocalSpace(A.partition, blocks, name="krylov", removed=removed)
@@ -100,7 +121,14 @@ def krylov_pieces(A: Operator, M: Operator, g: Tensor, per_layer: int) -> tuple[
 
 
 def random(F: Operator, per_layer: int, seed: int = 0) -> RankOneSpace:
-    """Gaussian rank-one columns, as a control: what any space of this size would do."""
+    """Gaussian rank-one columns, as a control: what any space of this size would do.
+
+    >>> import kfac_viz as kv
+    >>> F = kv.problems.digits((4,), 20, side=4).capture()
+    >>> small, large = random(F, 1).dense(), random(F, 2).dense()
+    >>> torch.equal(small, large[:, ::2])  # a larger space contains the smaller
+    True
+    """
     check_type("F", F, Operator)
     check_count("per_layer", per_layer, least=0)
     check_seed(seed)
@@ -120,6 +148,16 @@ def optimal(A: Operator, M: Operator, per_layer: int) -> CoarseSpace:
 
     In balanced form no space of this size leaves a smaller λ_max. A yardstick, not a bound on the condition
     number or the captured decrease.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> from kfac_viz.method.preconditioner import Identity
+    >>> A = Dense(torch.tensor([[1.0, 0.0], [0.0, 9.0]]), Partition.from_sizes([1, 1]))
+    >>> optimal(A, Identity(A), per_layer=1).size  # one for each layer
+    2
+
+    Raises:
+        ValueError: M is not symmetric positive definite.
     """
     check_symmetric(M, "optimal")
     check_same_space(A, M)

@@ -35,6 +35,14 @@ class Fisher(Operator):
         g: output-side vectors, one (S, N, T, out) per layer. In a layer of several groups both have an axis for them in
             front: (groups, N, T, features) and (groups, S, N, T, out / groups).
         swapped: for each layer, how many of its T positions, the last ones, are uses of its transpose.
+
+    >>> import kfac_viz as kv
+    >>> F = kv.problems.digits((4,), 20, side=4).capture()
+    >>> F
+    Fisher(118 parameters in 2 layers (68 + 50), exact categorical, 20 examples × 10 vectors, float64 on cpu)
+    >>> v = torch.ones(118, dtype=torch.float64)
+    >>> torch.allclose(F @ v, F.dense() @ v)
+    True
     """
 
     semidefinite = True
@@ -162,7 +170,7 @@ class Fisher(Operator):
 
     @cached_property
     def solver(self) -> ParameterSpace | SampleSpace:
-        """The smaller of the two: both cost the cube of their size."""
+        """The smaller of the two spaces, as both cost the cube of their size."""
         return SampleSpace(self) if self.S * self.N < self.partition.size else ParameterSpace(self)
 
     def dense(self) -> Tensor:

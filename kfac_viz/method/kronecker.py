@@ -27,9 +27,15 @@ class KroneckerFactors:
     An A that is a vector (features,) is a diagonal matrix: that of an embedding. A layer of several groups has a
     stack of both, (groups, …), and its block is that of each group, with zeros between them.
 
+    >>> layer = Partition.from_sizes([2])  # a column, with G (2, 2) and A (1, 1)
+    >>> factors = KroneckerFactors(layer, (torch.tensor([[2.0]]),), (torch.tensor([[1.0, 0.0], [0.0, 3.0]]),))
+    >>> factors.blocks()
+    [tensor([[2., 0.],
+            [0., 6.]])]
+
     Attributes:
         undetermined: layers whose scores have no nearest product in KL, so that its floor or its last turn decided
-            (:data:`.products.FLOOR`, :data:`.products.TURNS`); none under the other rules.
+            (``FLOOR`` and ``TURNS`` of ``method/products.py``); none under the other rules.
     """
 
     partition: Partition
@@ -135,7 +141,7 @@ class KroneckerFactors:
 
     @cached_property
     def eigen(self) -> list[tuple[Eigen, Eigen]]:
-        """Eigendecompositions of (G, A), stacked; refuses NaN, inf and what is not semi-definite, by name."""
+        """The eigendecompositions of (G, A), stacked; refuses NaN, inf and what is not semi-definite, by name."""
         return self._eigenpairs(inf, None)
 
     def leading(self, count: int, *, full: int = 200, iterations: int = 8) -> KroneckerFactors:

@@ -22,7 +22,7 @@ MOST_SCORES = 8192  # side of a matrix that is decomposed for an exact direction
 
 @dataclass(frozen=True)
 class Solution:
-    """Result of :func:`pcg`.
+    """Result of :func:`kfac_viz.pcg`.
 
     Attributes:
         solution: (P,).
@@ -69,6 +69,12 @@ def pcg(
         reorthogonalize: keep every residual M-orthogonal to all before it, nearly as in exact arithmetic: counts
             that hardly depend on the last bits, for up to two P×P matrices of memory.
         callback: called with (x, relative residual) after each iteration.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> A = Dense(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), Partition.from_sizes([1, 1]))
+    >>> pcg(A, torch.tensor([1.0, 2.0]), rtol=1e-6).solution  # 1/11 and 7/11
+    tensor([0.0909, 0.6364])
 
     Raises:
         ValueError: a non-symmetric M, by its name; a direction along which A or M is not positive; an overflow.
@@ -146,6 +152,13 @@ def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
     With ``A = L Lᵀ``, M A is similar to ``Lᵀ M L``. The two a-def corrections share the spectrum of
     ``balanced`` (Tang et al. 2009, theorem 3.1) when they coarsen this very A; else theirs may be complex.
 
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> from kfac_viz.method.preconditioner import Diagonal
+    >>> A = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), Partition.from_sizes([1, 1]))
+    >>> spectrum(A), spectrum(A, Diagonal(A, 0.0))
+    (tensor([1., 3.]), tensor([0.5000, 1.5000]))
+
     Raises:
         ValueError: a non-symmetric M whose spectrum may be complex, by its name; A is not positive definite; the
             product overflows.
@@ -175,7 +188,16 @@ def spectrum(A: Operator, M: Operator | None = None) -> Tensor:
 
 
 def condition_number(A: Operator, M: Operator | None = None) -> float:
-    """``λ_max / λ_min`` of ``M A``; inf where it is singular to precision."""
+    """``λ_max / λ_min`` of ``M A``; inf where it is singular to precision.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> condition_number(Dense(torch.tensor([[2.0, 0.0], [0.0, 8.0]]), Partition.from_sizes([1, 1])))
+    4.0
+
+    Raises:
+        ValueError: as :func:`spectrum`.
+    """
     values = spectrum(A, M)
     smallest, largest = float(values[0]), float(values[-1])
     return largest / smallest if smallest > 0 else float("inf")
@@ -198,6 +220,21 @@ def captured_decrease(A: Operator, g: Tensor, v: Tensor) -> float:
 
     With ``q(v) = gᵀv − ½ vᵀAv`` and ``v* = A⁻¹g``: ``q(v)/q(v*) = 1 − ‖v − v*‖²_A / ‖v*‖²_A``. 1 is the exact
     natural gradient step, 0 is not moving, negative is worse than not moving.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> A = Dense(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), Partition.from_sizes([1, 1])).damped(0.0)
+    >>> g = torch.tensor([1.0, 4.0])
+    >>> [captured_decrease(A, g, v) for v in (A.solve(g), torch.tensor([0.0, 1.0]), g)]  # g goes too far
+    [1.0, 0.8, -6.2]
+
+    Args:
+        A: the matrix of the system, symmetric positive definite.
+        g: the gradient, (P,).
+        v: the direction, (P,), to be subtracted from the parameters.
+
+    Raises:
+        ValueError: a gradient of zeros, NaN or inf, a singular A, or an overflow.
     """
     _check_vectors(A, g, v)
     in_g, in_v = _power_of_two(g), _power_of_two(v)
@@ -227,6 +264,15 @@ def exact_direction(A: Operator, g: Tensor, rtol: float = 1e-10) -> Tensor:
     Through decompositions that every λ shares, in the space of parameters or of scores, whichever is smaller; for a
     Fisher where both are larger than 8,192 by conjugate gradients with a two-level preconditioner, 16 leading
     eigenvectors per layer in balanced form, to a relative residual of ``rtol``; a warning says if that is not reached.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> A = Dense(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), Partition.from_sizes([1, 1])).damped(1.0)
+    >>> exact_direction(A, torch.tensor([2.0, 2.0]))
+    tensor([1.0000, 0.5000])
+
+    Raises:
+        ValueError: A is not symmetric positive definite, or the solution overflows.
     """
     _check_vectors(A, g)
     check_symmetric(A, "exact_direction")

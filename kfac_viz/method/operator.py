@@ -108,7 +108,7 @@ class Operator(ABC):
 
     @cached_property
     def eigen(self) -> Eigen:
-        """Dense eigendecomposition, computed once: 9 P³ or so.
+        """Eigenvalues ``d`` (P,), ascending, and eigenvectors ``U`` (P, P), computed once in about 9 P³ operations.
 
         Raises:
             ValueError: the operator is not symmetric positive semi-definite.
@@ -119,8 +119,8 @@ class Operator(ABC):
 
     @cached_property
     def solver(self) -> ParameterSpace:
-        """How exact solutions with this matrix are found: in the space of parameters, or for a Fisher of fewer scores
-        than parameters in that of the scores. Its repr says which, and how accurate the last one was."""
+        """The object that finds exact solutions with this matrix, in the space of parameters, or for a Fisher of fewer
+        scores than parameters in that of the scores. Its repr says which, and how accurate the last one was."""
         return ParameterSpace(self)
 
     def norms(self) -> Tensor:
@@ -215,7 +215,16 @@ class ParameterSpace:
 
 
 class Dense(Operator):
-    """A symmetric matrix that is simply there: ``Dense(matrix, partition)``."""
+    """A symmetric matrix (P, P) in float32 or float64 that is given entry by entry.
+
+    >>> B = Dense(torch.tensor([[2.0, 1.0], [1.0, 3.0]]), Partition.from_sizes([1, 1]))
+    >>> B @ torch.tensor([1.0, 1.0])
+    tensor([3., 4.])
+
+    Raises:
+        ValueError: another shape, NaN or inf, or a matrix that is not symmetric.
+        TypeError: another dtype or layout.
+    """
 
     def __init__(self, matrix: Tensor, partition: Partition) -> None:
         check_type("matrix", matrix, Tensor)
@@ -246,7 +255,15 @@ class Dense(Operator):
 
 class Damped(Operator):
     """``A = B + λI``, the matrix of the system, with B positive semi-definite. Of an indefinite B, as a Hessian is, the
-    system is solved where λ exceeds the modulus of its smallest eigenvalue, and refused elsewhere."""
+    system is solved where λ exceeds the modulus of its smallest eigenvalue, and refused elsewhere.
+
+    >>> A = Dense(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), Partition.from_sizes([1, 1])).damped(1.0)
+    >>> A.dense(), A.solve(torch.tensor([4.0, 1.0]))
+    (tensor([[4., 0.],
+            [0., 1.]]), tensor([1., 1.]))
+    >>> A.effective_dimension()  # 3/4 of the first direction, nothing of the second
+    0.75
+    """
 
     def __init__(self, operator: Operator, damping: float) -> None:
         check_type("operator", operator, Operator)

@@ -16,7 +16,7 @@ from .sample_space import ENOUGH
 
 
 class Preconditioner(Operator):
-    """Applies an approximate inverse of ``F + λI``."""
+    """A matrix that approximates the inverse of ``F + λI``: ``M @ r`` is roughly ``(F + λI)⁻¹ r``."""
 
     damping: float
 
@@ -42,6 +42,12 @@ class Identity(Preconditioner):
     """``M = λ^-power I``: plain gradient descent for power 0, whatever λ is.
 
     With power 1 it is A⁻¹ where F is 0: the first level beside a coarse space that holds nearly all of F.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> F = Dense(torch.eye(2), Partition.from_sizes([1, 1]))
+    >>> Identity(F) @ torch.ones(2), Identity(F, damping=0.5, power=1) @ torch.ones(2)
+    (tensor([1., 1.]), tensor([2., 2.]))
     """
 
     def __init__(self, operator: Operator, damping: float = 0.0, power: float = 0.0) -> None:
@@ -61,7 +67,13 @@ class Identity(Preconditioner):
 
 class Nothing(Preconditioner):
     """``M = 0``: no first level. Two levels are then the coarse one alone, ``Q r`` under every correction; what lies
-    outside the coarse space does not move."""
+    outside the coarse space does not move.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> Nothing(Dense(torch.eye(2), Partition.from_sizes([1, 1])), damping=0.1) @ torch.ones(2)
+    tensor([0., 0.])
+    """
 
     def __init__(self, operator: Operator, damping: float) -> None:
         check_type("operator", operator, Operator)
@@ -139,7 +151,20 @@ class Diagonal(Preconditioner):
 
 
 class BlockDiagonal(Preconditioner):
-    """Exact inverses of the damped diagonal blocks: block Jacobi with exact local solves."""
+    """Exact inverses of the damped diagonal blocks: block Jacobi with exact local solves. What lies between layers is
+    dropped.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> F = Dense(torch.tensor([[1.0, 0.0, 0.5], [0.0, 3.0, 0.5], [0.5, 0.5, 4.0]]), Partition.from_sizes([2, 1]))
+    >>> BlockDiagonal(F, damping=1.0).dense()
+    tensor([[0.5000, 0.0000, 0.0000],
+            [0.0000, 0.2500, 0.0000],
+            [0.0000, 0.0000, 0.2000]])
+
+    Raises:
+        ValueError: a block that is not positive semi-definite, or λ = 0 where one is singular, naming the layer.
+    """
 
     def __init__(self, operator: Operator, damping: float) -> None:
         check_type("operator", operator, Operator)

@@ -20,9 +20,11 @@ from .partition import Layer
 FACTORS = ("kfac", "shampoo", "nearest", "kl")
 VOCABULARY = 1024  # columns of an embedding up to which A is written down; K-FAC keeps its diagonal and has no limit
 FLOOR = 1e-6  # of the largest eigenvalue of a KL factor, seen against Shampoo's: what it is raised to below that
+FLOOR_OF_AVERAGE = 1.0  # the same in a running average of N examples: so many of them, 1/N of the mean eigenvalue
 TURNS = 500  # of an alternation, before it is left as it is
 
 _CHUNK = 2**24  # numbers in a temporary: 128 MiB of float64
+_STRIP = 96  # columns of a triangle that are multiplied at once; a GPU takes it whole, since it waits for calls
 
 
 def check_factors(factors: str, convention: str, layers: Iterable[Layer] = ()) -> None:
@@ -66,13 +68,14 @@ class Scores:
         small = size <= g.shape[-4] * self.N and lead * size**2 <= _CHUNK
         self._block = self._second_moment() if often and small and not self.single else None
 
-    def left(self, X: Tensor | None = None, *, root: Tensor | None = None) -> Tensor:
+    def left(self, X: Tensor | None = None, *, root: Tensor | None = None, upper: bool = False) -> Tensor:
         """``E[S X Sᵀ]``, (..., out, out), for a symmetric X (..., features, features), or ``root rootᵀ``; None is the
-        identity. With a root there is no cancellation, which an inverse suffers from, and all is semi-definite."""
+        identity. With a root there is no cancellation, which an inverse suffers from, and all is semi-definite. A root
+        that is an ``upper`` triangle takes half of the products, as a symmetric X does."""
         if self.single:
             a, g = self.a[..., 0, :], self.g[..., 0, :]
-            weights = _form(a, X, root).sum(-1)
-            return (g * weights[..., None, :, None]).flatten(-3, -2).mT @ g.flatten(-3, -2) / self.N
+            weights = _forms(a, X, root, upper) / self.N
+            return (g * weights[..., None, :, None]).flatten(-3, -2).mT @ g.flatten(-3, -2)
         if self._block is not None:
             X = _whole(X, root)
             if X is None:
@@ -80,12 +83,12 @@ class Scores:
             return torch.einsum("...ojpk,...jk->...op", self._block, X)
         return sum(_gram(S.mT, X, root) for S in self._formed()) / self.N
 
-    def right(self, Y: Tensor | None = None, *, root: Tensor | None = None) -> Tensor:
+    def right(self, Y: Tensor | None = None, *, root: Tensor | None = None, upper: bool = False) -> Tensor:
         """``E[Sᵀ Y S]``, (..., features, features), for Y (..., out, out), or its root, as in :meth:`left`."""
         if self.single:
             a, g = self.a[..., 0, :], self.g[..., 0, :]
-            weights = _form(g, *(Z if Z is None else Z[..., None, :, :] for Z in (Y, root))).sum((-3, -1))
-            return (a * weights[..., None]).mT @ a / self.N
+            weights = _forms(g.flatten(-3, -2), Y, root, upper).unflatten(-1, g.shape[-3:-1]).sum(-2) / self.N
+            return (a * weights[..., None]).mT @ a
         if self._block is not None:
             Y = _whole(Y, root)
             if Y is None:
@@ -108,11 +111,28 @@ class Scores:
         return (sum(S.mT @ S for S in flat) / self.N).unflatten(-1, self.shape).unflatten(-3, self.shape)
 
 
-def _form(x: Tensor, X: Tensor | None, root: Tensor | None) -> Tensor:
-    """Summands of ``xᵀ X x`` for rows x (..., n), (..., n)."""
-    if root is not None:
-        return (x @ root).square()
-    return x.square() if X is None else (x @ X) * x
+def _forms(x: Tensor, X: Tensor | None, root: Tensor | None, upper: bool) -> Tensor:
+    """``xᵀ X x`` for rows x (..., n) and a symmetric X (..., n, n), or ``‖rootᵀ x‖²``: (...).
+
+    Of a triangular root, and of X, what lies above the diagonal is enough: ``Σ_j x_j (X_jj x_j + 2 Σ_i<j X_ij x_i)``.
+    """
+    if X is None and root is None:
+        return x.square().sum(-1)
+    if root is not None and not upper:
+        return (x @ root).square().sum(-1)
+    n, forms = x.shape[-1], 0.0
+    width = _STRIP if x.device.type == "cpu" else n
+    for start in range(0, n, width):
+        stop = min(start + width, n)
+        strip = x[..., start:stop]
+        if root is not None:
+            strip = image = x[..., :stop] @ root[..., :stop, start:stop]
+        else:
+            image = strip @ X[..., start:stop, start:stop]
+            if start:
+                image.add_(x[..., :start] @ X[..., :start, start:stop], alpha=2)
+        forms = forms + torch.linalg.vecdot(image, strip)
+    return forms
 
 
 def _gram(S: Tensor, Y: Tensor | None, root: Tensor | None) -> Tensor:
@@ -158,8 +178,9 @@ def product(rule: str, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
 def unit_trace(A: Tensor) -> Tensor:
     """``A / tr A``, (..., n, n); ``I / n`` where A is 0."""
     trace, n = A.diagonal(0, -2, -1).sum(-1)[..., None, None], A.shape[-1]
-    alive = trace > 0
-    return torch.where(alive, A / torch.where(alive, trace, 1.0), torch.eye(n, dtype=A.dtype, device=A.device) / n)
+    unit = A / torch.where(trace == 0, 1.0, trace)
+    unit.diagonal(0, -2, -1).add_((trace == 0)[..., 0] / n)
+    return unit
 
 
 def square(A: Tensor) -> Tensor:
@@ -167,8 +188,9 @@ def square(A: Tensor) -> Tensor:
     return A.square().sum((-2, -1), keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
 
 
-def regularised_root(X: Tensor, floor: float) -> Tensor:
-    """C with ``C Cᵀ = (X + r I)⁻¹ / rank``, ``r = floor · tr X / n``, ``rank = tr(X (X + r I)⁻¹)``, for X (..., n, n).
+def regularised_root(X: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """C with ``C Cᵀ = (X + r I)⁻¹ / rank``, ``r = floor · tr X / n``, ``rank = tr(X (X + r I)⁻¹)``, for X (..., n, n),
+    an upper triangle; and ``n − rank`` (...), the number of directions in which r decides.
 
     What a turn of the flip-flop takes from a running average, to which not every direction has contributed yet. By
     Cholesky in double precision; as if X were its mean eigenvalue where round-off leaves no factor, I if X is 0.
@@ -180,7 +202,7 @@ def regularised_root(X: Tensor, floor: float) -> Tensor:
     found = (info == 0)[..., None, None] & (trace > 0)
     root = torch.linalg.solve_triangular(torch.where(found, L, eye), eye, upper=False).mT
     rank = torch.where(found, n - floor * root.square().sum((-2, -1), keepdim=True), n)
-    return (root / (mean * rank).sqrt()).to(X)
+    return (root / (mean * rank).sqrt()).to(X), (n - rank)[..., 0, 0]
 
 
 def _nearest(scores: Scores, A: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class SampleSpace:
 
     @cached_property
     def eigen(self) -> Eigen:
-        """Ascending eigenvalues of K, which are those of F but for zeros, and its eigenvectors."""
+        """The eigenvalues of K in ascending order, which are those of F but for zeros, and its eigenvectors."""
         return psd_eigen(self.matrix, "The matrix of inner products")
 
     def _zeros(self) -> Tensor:
@@ -110,7 +110,7 @@ class SampleSpace:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Ascending eigenvalues of F, (S·N,): all of them that are not zero."""
+        """All eigenvalues of F that are not zero, ascending, (S·N,)."""
         return self.eigen.d
 
     def leading(self, k: int) -> Eigen:

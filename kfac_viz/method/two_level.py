@@ -67,7 +67,24 @@ class CoarseOperator:
 
 
 class CoarseCorrection(Operator):
-    """``Q = Z E⁻¹ Zᵀ``, with ``E``, a :class:`CoarseOperator`; ``image`` has the columns of B Z if they are known."""
+    """The coarse correction ``Q = Z E⁻¹ Zᵀ`` with ``E = Zᵀ A Z``: what the coarse space solves by itself.
+
+    >>> from kfac_viz.method.operator import Dense
+    >>> from kfac_viz.method.partition import Partition
+    >>> partition = Partition.from_sizes([1, 1])
+    >>> A = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), partition)
+    >>> Z = CoarseSpace(partition, torch.tensor([[1.0], [1.0]]))  # E = 6
+    >>> CoarseCorrection(A, Z) @ torch.tensor([6.0, 0.0])
+    tensor([1.0000, 1.0000])
+
+    Args:
+        A: the matrix of the system, symmetric.
+        Z: the coarse space.
+        image: B Z, with ``A = B + λI``, where it is known already.
+
+    Raises:
+        ValueError: columns that depend on each other, an E that is not positive definite, or an overflow.
+    """
 
     def __init__(self, A: Operator, Z: CoarseSpace, *, image: Image | None = None) -> None:
         check_type("A", A, Operator)
@@ -120,6 +137,14 @@ class TwoLevel(Operator):
         correction: one of the four names.
         coarse_operator: another operator to coarsen in place of A, such as ``KroneckerFisher(F).damped(λ)``
             in the 2020 paper. The exactness of the deflated forms is then lost.
+
+    >>> import kfac_viz as kv
+    >>> problem = kv.problems.digits((4, 4), 50, side=4)
+    >>> F, g = problem.capture(), problem.gradient()
+    >>> A, M, Z = F.damped(0.01), kv.KFAC(F, 0.01), kv.coarse.spectral(F, per_layer=2)
+    >>> v = TwoLevel(A, M, Z, correction="a-def2") @ g
+    >>> bool(Z.restrict(g - A @ v).abs().max() < 1e-12)  # the coarse space is solved
+    True
 
     Raises:
         ValueError: an unknown correction; partitions, dtypes or devices that differ; columns of Z that depend on each

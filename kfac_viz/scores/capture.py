@@ -42,7 +42,7 @@ def capture(
     generator: torch.Generator | None = None,
     layers: Sequence[str] | None = None,
 ) -> Fisher:
-    """The Fisher of ``model`` on ``inputs``, as an operator over its layers (:func:`kfac_viz.scores.layers.layers_of`).
+    """The Fisher of ``model`` on ``inputs``, as an operator over its layers (:func:`partition_of`).
 
     One forward pass in eval mode and one batched backward pass to the results of every product with a weight, wherever
     in the model it is: in a module, a function, or PyTorch's own attention; reused, transposed (tied) or packed. No

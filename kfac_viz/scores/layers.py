@@ -48,12 +48,15 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
 
 
 def partition_of(model: nn.Module, layers: Sequence[str] | None = None) -> Partition:
-    """The trainable layers of ``model`` (see :func:`layers_of`), in registration order.
+    """The trainable layers of ``model`` (see ``layers_of``), in registration order.
 
     Args:
         model: any module; layers may be nested at any depth.
         layers: names of the layers to keep, or of modules, which stand for all layers inside; all by default.
             They are those of the plain model, also where it or a part of it is compiled or wrapped.
+
+    >>> partition_of(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)))
+    Partition(11 parameters: 0: 3+1→2, 2: 2+1→1)
 
     Raises:
         ValueError: no such layer, or a frozen or half-frozen one.

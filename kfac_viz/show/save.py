@@ -34,7 +34,7 @@ class Saved(NamedTuple):
 
 
 def save(figure: Figure, result: Any, name: str, out_dir: str | Path) -> Saved:
-    """Write NAME.svg, NAME.png, NAME.csv and their record, NAME.json, into ``out_dir``: see :func:`.files.put`.
+    """Write NAME.svg, NAME.png, NAME.csv and their record, NAME.json, into ``out_dir``: see ``files.put``.
 
     The record has the figure's ``headline`` and ``where``, its alternative text ``alt``, the ``parameters``, the
     ``values`` and ``tolerances`` with which its table is compared, the SHA-256 of the other ``files``, the processor
@@ -45,7 +45,7 @@ def save(figure: Figure, result: Any, name: str, out_dir: str | Path) -> Saved:
         figure: drawn from ``result``; its label says in words what it shows, and becomes the alternative text.
         result: has ``parameters`` (plain values), ``headline``, ``where`` and ``table()``, a data frame; ``values``
             names the columns of that table that are measured or computed, and ``tolerances`` says by quantity how far
-            these may be from the published ones (:class:`.tolerance.Tolerance`).
+            these may be from the published ones (``kfac_viz.show.Tolerance``).
         name: stem of the files.
         out_dir: folder, made if it is missing; empty to write nothing, as when a notebook is only read.
 

@@ -35,7 +35,7 @@ from .common.exercises import exercise
 from .common.measured import MEASURED, rows_of
 from .common.options import told
 from .common.result import COUNT, SHARES, Curve, Study, banded, curve, rounded, seeds, share, stage
-from .common.setting import Setting, all_shares, iterations, largest_eigenvalue, space
+from .common.setting import KFAC_BY_RULE, Setting, all_shares, iterations, largest_eigenvalue, space
 
 if TYPE_CHECKING:
     import pandas
@@ -97,9 +97,9 @@ class Result(Study):
     def headline(self) -> str:
         p, best, as_it_is = self.parameters, self.of("at_best_length"), self.of("captured")
         at = int(np.argmax(p["layers"]))
-        one, two = ([share(found[name].y[at]) for found in (best, as_it_is)] for name in ("kfac", "leading, balanced"))
-        return (f"{p['layers'][at]} layers, best length: K-FAC captures {one[0]}, balanced eigenvectors {two[0]} "
-                f"(unscaled {one[1]} and {two[1]})")
+        one, factored, two = ([share(found[name].y[at]) for found in (best, as_it_is)] for name in SEPARATED)
+        return (f"{p['layers'][at]} layers: {p['per_layer']} eigenvectors capture {two[0]} (unscaled {two[1]}), K-FAC "
+                f"{one[0]} ({one[1]}), factored {factored[0]} ({factored[1]})")  # fmt: skip
 
     @property
     def where(self) -> str:
@@ -107,7 +107,7 @@ class Result(Study):
         published = p["measured"] and (NOTEBOOKS / p["measured"]).resolve() == MEASURED / "depth.csv"
         older = told("depth.csv") if published else ""
         return (f"{NETWORKS[p['data']]}, {p['n']} examples, width {p['width']}, {stage(p['steps'])}, "
-                f"λ = {number(p['damping_share'])} λ_max, {p['per_layer']} columns per layer; {p['repeats']} seeds"
+                f"λ = {number(p['damping_share'])} λ_max; best length (unscaled), median of {p['repeats']} seeds"
                 f"{older}")  # fmt: skip
 
     def table(self) -> pandas.DataFrame:
@@ -302,10 +302,9 @@ def read(file: Path) -> dict[Case, Found]:
 
 # ---- the picture --------------------------------------------------------------------------------------
 
-SERIES: dict[str, Style] = {  # what is added lies close to K-FAC, and is drawn below it
+SERIES: dict[str, Style] = {
     "none": METHODS["none"],
     "diagonal": METHODS["diagonal"],
-    "leading, additive": styled("spectral", "additive"),
     "block-diagonal": METHODS["block-diagonal"],
     "kfac": METHODS["kfac"],
     "factored": METHODS["factored"],
@@ -318,7 +317,7 @@ LENGTHS = {  # how the length of a step is chosen: words and line
     "at_best_length": ("one best length", "-"),
     "at_layer_lengths": ("one length per layer", "--"),
 }
-SEPARATED = ("kfac", "leading, balanced")
+SEPARATED = (*KFAC_BY_RULE.values(), "leading, balanced")
 LENGTH_AND_DIRECTION = {
     f"{name}, {quantity}": SERIES[name]._replace(label=words, line=line)
     for name in SEPARATED
@@ -335,6 +334,7 @@ SHORT = {  # columns of the map of networks
     "diagonal": "diagonal",
     "block-diagonal": "exact blocks",
     "kfac": "K-FAC",
+    "factored": "K-FAC, factored",
     "constants, balanced": "constants",
     "krylov, balanced": "Krylov pieces",
     "leading, balanced": "eigenvectors",

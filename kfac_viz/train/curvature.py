@@ -26,6 +26,7 @@ COUNTERS = (
     *("observations", "refreshes", "coarse refreshes", "overshoots", "rejected", "evaluations", "stuck"),
     "without plain steps",
     *("fallbacks to eigenvalues", "fallbacks to one level", "layers without statistics"),
+    *("directions at the floor", "undetermined layers"),  # of the product nearest in KL, summed over refreshes
 )
 
 
@@ -117,7 +118,8 @@ class RunningCurvature:
                 self._T = uncached_copy(T if T.damping == self.damping else T.with_damping(self.damping), M=M)
             self.counters["refreshes"] += 1
             self.counters["fallbacks to eigenvalues"] += getattr(M, "fallbacks", 0)
-            self.factors.renew_inverses()
+            self.counters["directions at the floor"] += self.factors.renew_inverses()
+            self.counters["undetermined layers"] += len(M.factors.undetermined) if isinstance(M, EKFAC) else 0
             self._built_at, self._stale = self.step, False
         elif T.damping != self.damping:
             self._T = T.with_damping(self.damping)

@@ -104,7 +104,8 @@ class TwoLevelKFAC(Optimizer):
             ``"exact"``, the exact step, by a matrix of all scores or of all parameters, whichever is smaller.
         factors: which Kronecker product K-FAC and EKFAC take for a block: ``"kfac"``, ``"shampoo"``, ``"nearest"`` or
             ``"kl"`` (:func:`kfac_viz.method.products.product`). Each observation makes one turn of the alternation that
-            leads to the last two, against the running average of the other factor.
+            leads to the last two, against the running average of the other factor. Where too few scores determine the
+            product nearest in KL, a floor does, and ``diagnostics`` counts directions (layers with EKFAC).
         rule: of K-FAC's damping, ``"factored"`` (two products per layer) or ``"eigen"`` (four).
         coarse, per_layer: coarse space and its columns per layer, at most so many (a small layer gives what it
             has); ``per_layer=0`` is one-level K-FAC.
@@ -294,7 +295,7 @@ class TwoLevelKFAC(Optimizer):
 
     @property
     def diagnostics(self) -> dict[str, float]:
-        """Counters and the last values of the step rule, as plain numbers: a copy, read when asked for."""
+        """A copy of the counters and of the last values of the step rule, as plain numbers, read when asked for."""
         facts = {name: float(x) for name, x in self._facts.items()}
         return self.curvature.counters | facts
 

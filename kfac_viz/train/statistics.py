@@ -17,7 +17,7 @@ from ..method.kronecker import KroneckerFactors
 from ..method.kronecker_fisher import KroneckerFisher
 from ..method.one_hot import OneHot, Rows, cat, dense, padded
 from ..method.partition import Partition
-from ..method.products import Scores, regularised_root, square, unit_trace
+from ..method.products import FLOOR_OF_AVERAGE, Scores, regularised_root, square, unit_trace
 
 
 @contextmanager
@@ -89,25 +89,32 @@ class RunningFactors:
             scores = Scores(F.a[l], F.g[l])
             if name in self.inverses:
                 for_G, for_A = self.inverses[name]
-                A, G = scores.right(root=for_A), scores.left(root=for_G)
+                A, G = scores.right(root=for_A, upper=True), scores.left(root=for_G, upper=True)
             elif self.rule == "nearest" and name in self.A:
-                A, G = scores.right(self.G[name]), scores.left(self.A[name] / square(self.A[name]))
+                A, G = scores.right(self.G[name]), scores.left(self.A[name]) / square(self.A[name])
             else:
                 A, G = scores.right(), scores.left()
             found[name] = A if self.rule == "shampoo" else unit_trace(A), G
         return found
 
-    def renew_inverses(self) -> None:
-        """Invert the running factors for the turns to come, if the rule needs it.
+    def renew_inverses(self) -> int:
+        """Invert the running factors for the turns to come, if the rule needs it; the number of directions, of all
+        layers, in which a floor decides what the inverse is.
 
-        Eigenvalues are raised by a share of the mean one: that of one example in the average, or the root of the
-        dtype's precision if that is more. An average of few examples says nothing about most directions.
+        An average of few examples says nothing about most directions, and one new example in such a direction would
+        outweigh all others. So each eigenvalue is raised by the share that FLOOR_OF_AVERAGE examples have of the mean
+        one, or by the root of the dtype's precision if that is more. FLOOR, which is for scores that are all known, is
+        far too low for that.
         """
-        if self.rule == "kl":
-            for name, weight in self.weight.items():
-                floor = max(1 / weight, torch.finfo(self.G[name].dtype).eps ** 0.5)
-                pair = (self.A[name], self.G[name])
-                self.inverses[name] = tuple(regularised_root(X, floor) for X in pair)
+        if self.rule != "kl":
+            return 0
+        found = []
+        for name, weight in self.weight.items():
+            floor = max(FLOOR_OF_AVERAGE / weight, torch.finfo(self.G[name].dtype).eps ** 0.5)
+            roots, raised = zip(*(regularised_root(X, floor) for X in (self.A[name], self.G[name])), strict=True)
+            self.inverses[name] = roots
+            found += [x.sum() for x in raised]
+        return round(float(torch.stack(found).sum().nan_to_num()))
 
     def factors(self, partition: Partition) -> KroneckerFactors:
         """The factors as :class:`KFAC` takes them, once a layer was seen; one that was never seen has zeros."""

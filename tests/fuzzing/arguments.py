@@ -26,12 +26,13 @@ def arguments(t: Try) -> None:
     g, model = t.normal(P, dtype=F.dtype), nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
     x, y = t.normal(3, 2, dtype=torch.float32), t.normal(3, 2, dtype=torch.float32)
     calls: dict[str, tuple[Callable[..., Any], list[Any]]] = {
-        "KFAC": (kv.KFAC, [F, 0.1, "eigen", "expand"]),
-        "EKFAC": (kv.EKFAC, [F, 0.1, "expand"]),
+        "KFAC": (kv.KFAC, [F, 0.1, "eigen", "expand", "nearest"]),
+        "EKFAC": (kv.EKFAC, [F, 0.1, "expand", "kl"]),
         "BlockDiagonal": (kv.BlockDiagonal, [F, 0.1]),
         "BlockTridiagonal": (kv.BlockTridiagonal, [F, 0.1, "reduce"]),
         "Diagonal": (kv.Diagonal, [F, 0.1, 0.5]),
-        "Identity": (kv.Identity, [F, 0.1]),
+        "Identity": (kv.Identity, [F, 0.1, 1.0]),
+        "Nothing": (kv.Nothing, [F, 0.1]),
         "Damped": (kv.Damped, [F, 0.1]),
         "Dense": (kv.Dense, [F.dense(), p]),
         "Fisher": (kv.Fisher, [p, list(F.a), list(F.g)]),
@@ -56,7 +57,7 @@ def arguments(t: Try) -> None:
         "@": (T.__matmul__, [g]),
         "block": (t.pick(F, A, M, T).block, [0, 0]),
         "factors": (F.factors, [0, 0, "reduce"]),
-        "kronecker": (F.kronecker, ["reduce"]),
+        "kronecker": (F.kronecker, ["expand", "shampoo"]),
         "with_damping": (t.pick(A, M, T).with_damping, [0.1]),
         "with_correction": (T.with_correction, ["additive"]),
         "image": (F.image, [Z]),

@@ -55,6 +55,8 @@ def capture(t: Try) -> None:
     likelihood = t.pick("categorical", "bernoulli", "gaussian")
     flavour = t.pick("exact", "exact", "exact", "mc", "empirical")
     model.train(t.chance(0.5))
+    if t.chance(0.15):
+        return hessian(t, net, model, inputs, likelihood, dtype)
     options: dict[str, Any] = {"likelihood": likelihood, "fisher": flavour}
     if flavour == "mc":
         options["samples"] = t.pick(1, 1, 2, 3)
@@ -101,6 +103,35 @@ def capture(t: Try) -> None:
             return t.wrong("capture accepted what is no model", type(asked))
         twin = nn.Sequential(twin)
     judge_fisher(t, F, twin, inputs, options, dtype, net.name)
+
+
+def hessian(t: Try, net: Net, model: nn.Module, inputs: list[Tensor], likelihood: str, dtype: torch.dtype) -> None:
+    """A Hessian's product against differences of the gradient, which per-example autograd of the outputs gives."""
+    targets: Any = labels(t, outputs_of(net, inputs, dtype), likelihood)
+    if t.chance(0.2):
+        targets = spoiled(t, targets)
+    given: Any = inputs[0] if len(inputs) == 1 else tuple(inputs)
+    alone = net.build(dtype)
+    with untouched(t, model, "Hessian"):
+        H = t.call(lambda: kv.Hessian(model, given, targets, likelihood=likelihood),
+                   excuse=lambda: copy.deepcopy(alone).eval()(*inputs))  # fmt: skip
+    v = t.normal(H.partition.size, dtype=H.dtype)
+    product = t.call(lambda: H @ v)
+    if not t.finite("Hessian @ v", product) or H.dtype != F64:
+        return
+    twin, off = net.build(F64).eval(), math.inf
+
+    def gradient(h: float) -> Tensor:
+        moved = copy.deepcopy(twin)
+        H.partition.add_(moved, h * v)
+        at = truth(moved, inputs, H.partition)
+        return torch.einsum("no,nop->p", residuals(at.outputs, targets, likelihood).flatten(1), at.J) / len(at.outputs)
+
+    for h in (1e-5, 1e-6, 1e-7):  # less and less likely that a kink lies between
+        ahead, behind = gradient(h), gradient(-h)
+        allowed = 1e-4 * norm(product) + 1e-12 * norm(ahead) / h
+        off = min(off, norm((ahead - behind) / (2 * h) - product) / max(allowed, 1e-300))
+    t.check(off <= 1, f"Hessian @ v is wrong ({net.name})", off)
 
 
 def outputs_of(net: Net, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:

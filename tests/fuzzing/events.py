@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import kfac_viz as kv
+from kfac_viz.method.products import FACTORS
+from kfac_viz.train.options import FIRST_LEVELS
 
 from .hostile import BAD_COUNTS, BAD_DAMPINGS, NO_NUMBERS, ODD_DAMPINGS, WORDS, number, spoiled
 from .judge import F64, Mishap, Try
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 GOOD: dict[str, tuple] = {
     "lr": (None, 0.0, 1e-3, 0.1, 0.1, 1.0, 1),
     "damping": (0.1, 0.1, 1e-2, 1.0, 1, 1e3, 1e12, 1e-8, 0),
+    "first_level": ("kfac", "kfac", *FIRST_LEVELS),
+    "factors": ("kfac", *FACTORS),
     "rule": ("factored", "eigen"),
     "coarse": ("nicolaides", "spectral", "smooth", "krylov", "random"),
     "per_layer": (0, 1, 1, 2, 4, 20, 10**400),
@@ -46,7 +50,7 @@ GOOD: dict[str, tuple] = {
 BAD_NUMBERS = (math.nan, math.inf, -math.inf, -1, -1e-300, 10**400, *NO_NUMBERS[:-2])
 BAD: dict[str, tuple] = {
     **dict.fromkeys(("lr", "weight_decay", "momentum", "decay", "kl_clip"), BAD_NUMBERS),
-    **dict.fromkeys(("rule", "coarse", "correction", "coarse_operator", "fisher"), WORDS),
+    **dict.fromkeys(("rule", "coarse", "correction", "coarse_operator", "fisher", "first_level", "factors"), WORDS),
     **dict.fromkeys(("step_rule", "convention"), WORDS),
     **dict.fromkeys(("samples", "observe_every", "refresh_every", "coarse_every", "coarse_examples", "coarse_window"),
                     (*BAD_COUNTS[:5], True, [], 1j, 0)),

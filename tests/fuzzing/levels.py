@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import kfac_viz as kv
+from kfac_viz.method.products import FACTORS
 
 from .hostile import BAD_COUNTS, DAMPINGS, WORDS, number, spoiled, surroundings
 from .judge import F64, Try
@@ -63,7 +64,9 @@ def levels(t: Try) -> Levels:
     A, λ = take_damping(t, F.damped, "damped")
     M_λ = λ if t.chance(0.9) else number(t.pick(*DAMPINGS))
     t.benign = t.benign and M_λ >= 1e-3
-    M = t.call(lambda: t.pick(kv.KFAC, kv.KFAC, kv.EKFAC, kv.BlockDiagonal, kv.Diagonal, kv.Identity)(F, M_λ))
+    M = t.call(lambda: t.pick(kv.KFAC, kv.KFAC, kv.EKFAC, kv.BlockDiagonal, kv.Diagonal, kv.Identity, kv.Nothing,
+                            lambda F, λ: kv.KFAC(F, λ, factors=t.pick(*FACTORS)),
+                            lambda F, λ: kv.Identity(F, λ, power=1.0))(F, M_λ))  # fmt: skip
     Z = coarse_space(t, F, A, M)
     correction = t.pick("additive", "a-def1", "a-def2", "balanced")
     options: dict[str, Any] = {}
@@ -129,7 +132,7 @@ def worth(t: Try) -> None:
     elif way == 1:
         t.benign, g = False, g * 10.0 ** t.pick(*((-300, -160, 100, 160) if dtype == F64 else (-38, -20, 15, 25)))
     what = t.pick("pcg", "pcg", "spectrum", "condition_number", "captured_decrease", "captured_decrease", "exact")
-    t.benign = t.benign and (T is None or T.symmetric)
+    t.benign = t.benign and (T is None or T.symmetric) and not isinstance(x.M, kv.Nothing)
     g64 = real(g) if isinstance(g, Tensor) and g.shape == (P,) else None
     if what == "pcg":
         t.benign = False  # positive definite in exact arithmetic only

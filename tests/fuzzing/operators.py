@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kfac_viz as kv
 from kfac_viz.method.partition import Layer
+from kfac_viz.method.products import FACTORS
 
 from .hostile import damping, number, spoiled, surroundings
 from .judge import F64, Refused, Try
@@ -93,8 +94,10 @@ def operators(t: Try) -> None:
     size = float(exact.trace())
     convention = t.pick("expand", "expand", "reduce")
     what = t.pick("Fisher", "damped", "KFAC", "KFAC", "KFAC", "EKFAC", "BlockDiagonal", "BlockTridiagonal", "Diagonal",
-                  "Identity", "KroneckerFisher", "Dense")  # fmt: skip
-    λ, moves = 0.0, [1.0] * len(F.partition)
+                  "Identity", "Nothing", "KroneckerFisher", "Dense")  # fmt: skip
+    λ, moves, power, factors = 0.0, [1.0] * len(F.partition), 0.0, t.pick("kfac", "kfac", *FACTORS)
+    if factors != "kfac" and t.chance(0.9):
+        convention = "expand"  # the others have none
     if what == "Fisher":
         op, expected = F, exact
     elif what == "damped":
@@ -105,13 +108,15 @@ def operators(t: Try) -> None:
         given = t.pick(
             F, kv.KroneckerFactors(F.partition, *map(tuple, zip(*(F.factors(l, l) for l in layers), strict=True)))
         )
-        convention = convention if given is F else "expand"
+        convention, factors = (convention, factors) if given is F else ("expand", "kfac")
+        t.benign = t.benign and (convention == "expand" or factors == "kfac")
         what = f"KFAC {rule}"
-        op, λ = take_damping(t, lambda x: kv.KFAC(given, x, rule, *([convention] if given is F else [])), what)
-        blocks, moves = kfac_inverse(F, convention, λ, rule)
+        op, λ = take_damping(t, lambda x: kv.KFAC(given, x, rule, *([convention, factors] if given is F else [])), what)
+        blocks, moves = kfac_inverse(F, convention, λ, rule, factors)
         expected = torch.block_diag(*blocks)
     elif what == "EKFAC":
-        op, λ = take_damping(t, lambda x: kv.EKFAC(F, x, convention), what)
+        t.benign = t.benign and (convention == "expand" or factors == "kfac")
+        op, λ = take_damping(t, lambda x: kv.EKFAC(F, x, convention, factors), what)
         blocks = []
         for l in layers:
             U = torch.kron(op.factors.eigen_G[l].U.to(F64), op.factors.eigen_A[l].U.to(F64))
@@ -134,8 +139,13 @@ def operators(t: Try) -> None:
         op, λ = take_damping(t, lambda x: kv.Diagonal(F, x, power), what)
         expected = (exact.diagonal() + λ).pow(-float(power)).diag()
     elif what == "Identity":
-        op, λ = take_damping(t, lambda x: kv.Identity(F, x), what)
-        expected = eye
+        power = t.pick(0.0, 0, 1.0, 1, 0.5, *((math.nan, -1, 2, None, "1", True, 1j) if t.chance(0.2) else ()))
+        t.benign = t.benign and power in (0.0, 1.0, 0.5)
+        op, λ = take_damping(t, lambda x: kv.Identity(F, x, power), what)
+        expected = λ ** -float(power) * eye
+    elif what == "Nothing":
+        op, λ = take_damping(t, lambda x: kv.Nothing(F, x), what)
+        expected = 0 * eye
     elif what == "KroneckerFisher":
         t.benign = False  # refused where positions differ
         op = t.call(lambda: kv.KroneckerFisher(F, convention))
@@ -148,17 +158,18 @@ def operators(t: Try) -> None:
         op = t.call(lambda: kv.Dense(matrix, F.partition))
         expected = real(matrix)
         t.check(norm(expected - expected.T) <= 1e-3 * norm(expected), "Dense took a matrix that is not symmetric")
-    inverse = what not in ("Fisher", "damped", "KroneckerFisher", "Dense", "Identity")
+    inverse = what not in ("Fisher", "damped", "KroneckerFisher", "Dense")
     judge_matrix(t, what, op, expected, (size + λ, moves) if not inverse else (None, moves))
     if hasattr(op, "with_damping") and t.chance(0.4):
         other, λ = take_damping(t, op.with_damping, f"{what}.with_damping")
         fresh = {"damped": lambda: F.damped(λ), "BlockDiagonal": lambda: kv.BlockDiagonal(F, λ),
-                 "Identity": lambda: kv.Identity(F, λ), "EKFAC": lambda: kv.EKFAC(F, λ, convention)}  # fmt: skip
+                 "Identity": lambda: kv.Identity(F, λ, power),
+                 "EKFAC": lambda: kv.EKFAC(F, λ, convention, factors), "Nothing": lambda: kv.Nothing(F, λ)}  # fmt: skip
         if what in fresh:
             again = t.call(fresh[what]).dense().to(F64)
             t.close(f"{what}.with_damping: dense()", other.dense(), again, allowance(F.dtype, 1, norm(again)))
         if what.startswith("KFAC"):
-            blocks, moves = kfac_inverse(F, convention, λ, rule)
+            blocks, moves = kfac_inverse(F, convention, λ, rule, factors)
             judge_matrix(t, f"{what}.with_damping", other, torch.block_diag(*blocks), (None, moves))
     if what == "damped":
         λ = op.damping

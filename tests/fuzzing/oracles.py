@@ -108,13 +108,14 @@ def gram(F: kv.Fisher) -> Tensor:
     return J.T @ J / F.N
 
 
-def kron_factors(F: kv.Fisher, convention: str = "expand") -> list[tuple[Tensor, Tensor]]:
+def kron_factors(F: kv.Fisher, convention: str = "expand", factors: str = "kfac") -> list[tuple[Tensor, Tensor]]:
     """(A, G) of every layer in float64."""
     pairs = []
     for l, (a, g) in enumerate(zip(F.a, F.g, strict=True)):
         a, g = a.to(F64), g.to(F64)
-        if F.swapped[l]:  # a rule of its own, which the tests of the uses judge
-            A, G = F.factors(l, l, convention)
+        if F.swapped[l] or factors != "kfac":  # rules of their own, which the tests of uses and of products judge
+            f = F.kronecker(convention, factors)
+            A, G = f.dense_A(l), f.G[l]
             pairs.append((A.to(F64), G.to(F64)))
         elif convention == "reduce":
             a, g = a.mean(1), g.sum(2)
@@ -127,11 +128,11 @@ def kron_factors(F: kv.Fisher, convention: str = "expand") -> list[tuple[Tensor,
 
 
 def kfac_inverse(
-    F: kv.Fisher, convention: str, λ: float, rule: str
+    F: kv.Fisher, convention: str, λ: float, rule: str, factors: str = "kfac"
 ) -> tuple[list[Tensor], list[float]]:
     """The blocks of K-FAC's M, and how far a change of one unit in the factors' last place moves each."""
     blocks, moves = [], []
-    for (A, G), layer in zip(kron_factors(F, convention), F.partition.layers, strict=True):
+    for (A, G), layer in zip(kron_factors(F, convention, factors), F.partition.layers, strict=True):
         whole = rule == "eigen" or layer.vector  # λ is not divided between the two factors
         if whole:
             K = torch.kron(G, A) + λ * torch.eye(len(A) * len(G), dtype=F64)
@@ -221,7 +222,7 @@ def aligned(F: kv.Fisher, convention: str) -> list[tuple[Tensor, Tensor]]:
     """Rows of a and g of every layer, as many as the layer with the most positions has."""
     T, rows = max(g.shape[2] for g in F.g), []
     for a, g in zip(F.a, F.g, strict=True):
-        a, g, t = a.to(F64), g.to(F64), g.shape[2]
+        a, g, t = dense(a).to(F64), g.to(F64), g.shape[2]
         if convention == "reduce":
             a, g = a.mean(1, keepdim=True), g.sum(2, keepdim=True)
         elif t == 1:

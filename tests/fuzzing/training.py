@@ -34,6 +34,8 @@ class Training:
         self.model = self.net.build(self.dtype).train(t.chance(0.3))
         self.likelihood = t.pick("categorical", "bernoulli", "gaussian", "gaussian")
         self.options = {name: t.pick(*values) for name, values in GOOD.items() if t.chance(0.4)}
+        if t.chance(0.9):
+            self.options = together(self.options)
         self.seen: list[tuple[int, Tensor]] = []  # examples and true Fisher of every observation
         self.simple = True  # nothing has happened that the oracle of A does not follow
 
@@ -197,6 +199,7 @@ class Training:
             or max((float(A.abs().max()) for A in opt.curvature.factors.A.values()), default=0.0) > 1e8
             or self.dtype not in (F64, torch.float32)
             or told(opt, "clip", 1.0) < 1e-4
+            or opt.options.first_level == "none"  # what lies outside the coarse space stands still
         ):
             return
         if not (isinstance(opt.damping, float) and opt.damping < 1e3):
@@ -207,6 +210,19 @@ class Training:
                 if all(float(p.abs().max()) < 1e6 for p in mine):
                     kind = type(module).__name__
                     self.t.wrong(f"a {kind} with a gradient is not moved ({self.net.name})", name)
+
+
+def together(options: dict[str, Any]) -> dict[str, Any]:
+    """These options without those that have no meaning beside the first level."""
+    first = options.get("first_level", "kfac")
+    without = {"coarse_every"} if first != "kfac" else set()
+    if first not in ("kfac", "ekfac"):
+        without.add("factors")
+    elif options.get("factors", "kfac") != "kfac":
+        without.add("convention")
+    if first == "none" and not options.get("per_layer"):
+        without.add("first_level")
+    return {name: value for name, value in options.items() if name not in without}
 
 
 def told(opt: kv.TwoLevelKFAC, name: str, default: float = 0.0) -> float:

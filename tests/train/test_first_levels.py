@@ -8,7 +8,10 @@ from helpers import Model, assert_close, captured, mlp, normal
 from torch import nn
 
 import kfac_viz as kv
-from kfac_viz.method.products import FACTORS, Scores, unit_trace
+from kfac_viz.method import products
+from kfac_viz.method.partition import Layer
+from kfac_viz.method.products import FACTORS, FLOOR_OF_AVERAGE, Scores, unit_trace
+from kfac_viz.train import statistics
 from kfac_viz.train.options import FIRST_LEVELS
 from kfac_viz.train.statistics import RunningFactors
 
@@ -72,11 +75,61 @@ def test_the_floor_of_a_turn_is_the_share_of_one_example():
     running = averaged(F, 0.0, "kl", 300)
     for name, a, g in zip(F.partition.names, F.a, F.g, strict=True):
         A, G = running.A[name], running.G[name]
-        damped = [X + X.trace() / (len(X) * F.N) * torch.eye(len(X), dtype=X.dtype) for X in (A, G)]
+        damped = [X + FLOOR_OF_AVERAGE * X.trace() / (len(X) * F.N) * torch.eye(len(X), dtype=X.dtype) for X in (A, G)]
         inverse = [torch.linalg.inv(X) for X in damped]
         rank = float((A @ inverse[0]).trace())
         assert_close(Scores(a, g).left(inverse[0]) / rank, G, 1e-8)
         assert_close(unit_trace(Scores(a, g).right(inverse[1])), A, 1e-8)
+
+
+def divergence_of_a_running_product(batch=8, batches=60):
+    """Mean over batches of the divergence from the product that the scores ``g aᵀ`` are drawn from."""
+    generator = torch.Generator().manual_seed(0)
+    G, A = (torch.logspace(0, -2, n, dtype=torch.float64) for n in (6, 10))
+    layers, true, found = kv.Partition((Layer("one", 6, 10),)), torch.kron(G, A).diag(), []
+    running = RunningFactors(0.95, "expand", "kl")
+    for _ in range(batches):
+        a, g = (torch.randn(batch, len(d), generator=generator, dtype=d.dtype) * d.sqrt() for d in (A, G))
+        running.add(kv.Fisher(layers, [a[:, None]], [g[None, :, None]]), ["one"])
+        running.renew_inverses()
+        ratio = torch.linalg.solve(torch.kron(running.G["one"], running.A["one"]), true)
+        found.append(float(ratio.trace() - torch.linalg.slogdet(ratio)[1]) - len(true))
+    return sum(found[20:]) / len(found[20:])
+
+
+def test_the_floor_of_known_scores_is_too_low_for_an_average_of_few(monkeypatch):
+    with_own = divergence_of_a_running_product()
+    monkeypatch.setattr(statistics, "FLOOR_OF_AVERAGE", 0.0)  # what is left is the root of the dtype's precision
+    assert torch.finfo(torch.float64).eps ** 0.5 < products.FLOOR
+    assert divergence_of_a_running_product() > 20 * with_own
+
+
+def test_directions_at_the_floor_are_counted_saved_and_resumed():
+    model = mlp((4, 5, 5, 3))
+    opt, N, raised = kv.TwoLevelKFAC(model, **FULL, factors="kl", decay=0.0), len(X), 0
+    for _ in range(2):
+        own = observed(model, opt).curvature.factors
+        pairs = ((own.A[name], own.G[name]) for name in opt.partition.names)
+        d = [torch.linalg.eigvalsh(F) for pair in pairs for F in pair]
+        raised += round(float(sum((1 / (1 + N * x.clamp_min(0) / x.mean())).sum() for x in d)))
+        assert opt.preconditioner and opt.diagnostics["directions at the floor"] == raised > 0
+        opt.curvature.step += 1
+    assert f"directions at the floor {raised}" in repr(opt)
+    again = kv.TwoLevelKFAC(mlp((4, 5, 5, 3)), **FULL, factors="kl")
+    again.load_state_dict(opt.state_dict())
+    assert again.diagnostics == opt.diagnostics
+    for factors in ("kfac", "nearest"):
+        other = observed(model, kv.TwoLevelKFAC(model, **FULL, factors=factors))
+        assert other.preconditioner and not other.diagnostics["directions at the floor"]
+
+
+def test_layers_without_a_nearest_product_are_counted(monkeypatch):
+    """All of them, as an alternation of one turn has not settled."""
+    monkeypatch.setattr(products, "TURNS", 1)
+    model = mlp((4, 5, 5, 3))
+    opt = observed(model, kv.TwoLevelKFAC(model, **FULL, first_level="ekfac", factors="kl"))
+    assert opt.preconditioner.M.factors.undetermined == opt.partition.names
+    assert opt.diagnostics["undetermined layers"] == len(opt.partition)
 
 
 @pytest.mark.parametrize("rule", FACTORS[1:])

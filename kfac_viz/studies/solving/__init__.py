@@ -16,7 +16,7 @@ from ..common.exercises import exercise
 from ..common.measured import Run, last_losses, measured_rows, measured_runs
 from ..common.options import told
 from ..common.result import Study, rounded
-from .ladder import RUNGS, train
+from .ladder import REGIMES, RUNGS, train
 from .networks import CHOSEN_ON, JUDGED_ON
 
 __all__ = ["CHOSEN_ON", "JUDGED_ON", "RUNGS", "Plot", "Result", "run", "train"]
@@ -41,6 +41,7 @@ class Result(Study):
         dampings: λ to start with, by (network, rung).
         shares: median captured decrease at the best length, by (network, rung), at the chosen λ and state.
         before: median of each number that is known before training, by (name, network).
+        recipes: the rank correlation of :meth:`agreement` by (regime, network), of every regime that was measured.
     """
 
     values: ClassVar[tuple[str, ...]] = ("median",)
@@ -51,6 +52,7 @@ class Result(Study):
     dampings: Mapping[tuple[str, str], float]
     shares: Mapping[tuple[str, str], float]
     before: Mapping[tuple[str, str], float]
+    recipes: Mapping[tuple[str, str], float]
 
     def ratio(self, network: str, rung: str, *, of: str = "losses") -> float:
         """The median of a rung over that of K-FAC; NaN where it was not run."""
@@ -60,12 +62,7 @@ class Result(Study):
     def agreement(self, network: str, *, of: str = "losses") -> float:
         """Spearman's rank correlation over the rungs between what a step captures and how low the loss ends: 1 where
         every better solve trains better, −1 where each trains worse."""
-        from scipy.stats import spearmanr
-
-        values = getattr(self, of)
-        rungs = [rung for rung in RUNGS if (network, rung) in self.shares and (network, rung) in values]
-        captured, ends = ([table[network, rung] for rung in rungs] for table in (self.shares, values))
-        return float(rounded(-spearmanr(captured, ends).statistic, 2))
+        return _agreement(network, self.shares, getattr(self, of))
 
     def separates(self, name: str, networks: Collection[str] = tuple(CHOSEN_ON)) -> bool:
         """Whether a border on this number, known before training, has all of these networks on which the better solve
@@ -103,13 +100,14 @@ class Result(Study):
             rows += [(f"agreement, {kind}", network, "", self.agreement(network, of=name)) for network in self.networks]
         for name in ("seconds", "dampings", "shares"):
             rows += [(f"{name}, {network}", rung, "", x) for (network, rung), x in getattr(self, name).items()]
+        rows += [(f"agreement, {regime}", network, "", x) for (regime, network), x in self.recipes.items()]
         return rows + [(name, network, "", x) for (name, network), x in self.before.items()]
 
 
 def run(
     *,
-    regime: Annotated[Literal["core", "sampled labels"], "how the networks are trained."]
-    = "core",
+    regime: Annotated[Literal["core", "mini-batches", "sampled labels", "KL bound"],
+                      "how the networks are trained."] = "core",
     state: Annotated[Literal["untrained", "after 20 steps"], "of the network on which a step is judged."]
     = "after 20 steps",
     damping: Annotated[Literal[0.001, 0.01, 0.1], "λ of the system that the step solves."] = 0.01,
@@ -120,26 +118,51 @@ def run(
         ValueError: the tables are missing.
     """
     parameters = check(run, locals())
-    least = {row["network"]: float(row["value"]) for row in measured_rows(DATA[2]) if row["name"] == "least loss"}
-    losses, tests, seconds, dampings = {}, {}, {}, {}
-    for (where, network, rung), by_seed in measured_runs(DATA[0], "regime", "network", "rung").items():
-        if where == regime and len(by_seed) == SEEDS:
-            runs = list(by_seed.values())
-            key = network, rung
-            losses[key] = float(rounded(last_losses(runs)[0] - least[network]))
-            tests[key] = _median(runs, "test_loss")
-            seconds[key] = _median(runs, "seconds")
-            dampings[key] = float(runs[0][0]["damping"])
     shares = {
         (network, rung): _median(list(by_seed.values()), "best")
         for (stage, λ, network, rung), by_seed in measured_runs(DATA[1], "state", "damping", "network", "rung").items()
-        if (stage, float(λ)) == (state, damping) and (network, rung) in losses
+        if (stage, float(λ)) == (state, damping)
     }
+    runs = _runs(regime)
+    losses = _losses(runs)
+    tests = {key: _median(found, "test_loss") for key, found in runs.items()}
+    seconds = {key: _median(found, "seconds") for key, found in runs.items()}
+    dampings = {key: float(found[0][0]["damping"]) for key, found in runs.items()}
+    recipes = {}
+    for recipe in REGIMES:
+        ends = losses if recipe == regime else _losses(_runs(recipe))
+        networks = dict.fromkeys(network for network, _ in ends)
+        recipes |= {(recipe, network): _agreement(network, shares, ends) for network in networks}
     before = {
         key: _median(list(by_seed.values()), "value")
         for key, by_seed in measured_runs(DATA[2], "name", "network").items()
     }
-    return Result(parameters, {}, losses, tests, seconds, dampings, shares, before)
+    shares = {key: x for key, x in shares.items() if key in losses}
+    return Result(parameters, {}, losses, tests, seconds, dampings, shares, before, recipes)
+
+
+def _runs(regime: str) -> dict[tuple[str, str], list[Run]]:
+    """The five runs of each (network, rung) in a regime, where all of them were made."""
+    found = measured_runs(DATA[0], "regime", "network", "rung")
+    return {(network, rung): list(by_seed.values()) for (where, network, rung), by_seed in found.items()
+            if where == regime and len(by_seed) == SEEDS}  # fmt: skip
+
+
+def _losses(runs: Mapping[tuple[str, str], list[Run]]) -> dict[tuple[str, str], float]:
+    """The median last training loss above the least possible one."""
+    least = {row["network"]: float(row["value"]) for row in measured_rows(DATA[2]) if row["name"] == "least loss"}
+    return {(network, rung): float(rounded(last_losses(found)[0] - least[network]))
+            for (network, rung), found in runs.items()}  # fmt: skip
+
+
+def _agreement(
+    network: str, shares: Mapping[tuple[str, str], float], ends: Mapping[tuple[str, str], float]
+) -> float:
+    from scipy.stats import spearmanr
+
+    rungs = [rung for rung in RUNGS if (network, rung) in shares and (network, rung) in ends]
+    captured, last = ([table[network, rung] for rung in rungs] for table in (shares, ends))
+    return float(rounded(-spearmanr(captured, last).statistic, 2))
 
 
 def _median(runs: list[Run], column: str) -> float:
@@ -172,7 +195,7 @@ class Plot(show.Plot):
 
     def build(self, result: Result) -> None:
         above, below = self.figure.add_gridspec(2, 1, height_ratios=(1.5, 1))
-        maps, points = above.subgridspec(1, 2), below.subgridspec(1, 2, width_ratios=(1.4, 1))
+        maps, points = above.subgridspec(1, 2), below.subgridspec(1, 3, width_ratios=(1.5, 1, 0.9))
         rungs = [rung for rung in RUNGS if any((network, rung) in result.losses for network in result.networks)]
         for place, of, kind in zip(maps, ("losses", "tests"), ("Training", "Test"), strict=True):
             found = [
@@ -204,8 +227,17 @@ class Plot(show.Plot):
                                 markerfacecolor="white" if open_ else style.color, markeredgewidth=1.6)  # fmt: skip
             self.known[network] = self.add(dot)
         known.set(xlim=(-2.6, 1.4), ylim=(-1.1, 1.1), title="Can it be known before?",
-                  xlabel="true over predicted change, exact step, untrained",
+                  xlabel="true over predicted change",
                   ylabel="rank correlation")  # fmt: skip
+        ax = self.figure.add_subplot(points[2], sharey=known)
+        ax.axhline(0, color=FAINT, linewidth=0.8)
+        for network, style in COLOURS.items():
+            found = [result.recipes.get((recipe, network), nan) for recipe in REGIMES]
+            if np.isfinite(found).sum() > 1:
+                ax.plot(range(len(found)), found, marker=style.marker, color=style.color, linewidth=1.2)
+        ax.set(title="With another recipe", xlim=(-0.4, len(REGIMES) - 0.6))
+        ax.set_xticks(range(len(REGIMES)), [recipe.replace(" ", "\n").replace("-", "-\n") for recipe in REGIMES])
+        ax.tick_params(labelleft=False)
         self.legend(self.dots.values(), 7)
 
     def move(self, result: Result) -> None:
