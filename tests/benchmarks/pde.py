@@ -95,11 +95,12 @@ PEERS = {  # the first setting is the published one
 }  # fmt: skip
 FULL = {"likelihood": "gaussian", "fisher": "exact", "step_rule": "line_search", "observe_every": 1, "refresh_every": 1,
         "coarse_window": 1}  # fmt: skip
-OWN = {  # named beforehand, not tuned: TwoLevelKFAC.for_equations as it is; the others are controls
-    "two levels": FULL | {"rule": "eigen", "per_layer": 64, "damping": 1e-2},
-    "exact step": FULL | {"first_level": "exact", "damping": 1e-8},
-    "K-FAC": FULL | {"damping": 1e-2},
-}
+OWN = {  # the first is run, named beforehand: TwoLevelKFAC.for_equations as it is, and controls; others only beside it
+    "two levels": [FULL | {"rule": "eigen", "per_layer": 64, "iterations": i, "damping": λ}
+                   for λ, i in ((1e-2, 0), (1e-6, 0), (1e-6, 5), (1e-8, 5), (1e-8, 10))],
+    "exact step": [FULL | {"first_level": "exact", "damping": 1e-8}],
+    "K-FAC": [FULL | {"damping": λ} for λ in (1e-2, 1.0)],
+}  # fmt: skip
 PEER_POINTS = {  # with how many seeds each
     1000: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5, "exact step": 2, "K-FAC": 1, "Nyström": 2},
     500: {"ENGD-W": 1, "SPRING": 1, "K-FAC for PINNs": 1, "two levels": 1},
@@ -224,10 +225,10 @@ def peer_run(points: int, setting: Rival | dict, seed: int, seconds: float) -> I
 
 
 def label(setting: Rival | dict) -> str:
-    """λ, and SPRING's momentum or the weight of K-FAC's averages."""
+    """λ, and SPRING's momentum, the weight of K-FAC's averages, or the iterations of two levels."""
     if isinstance(setting, Rival):
         return f"{setting.damping:g}, {setting.momentum or setting.average:g}"
-    return f"{setting['damping']:g}, 0"
+    return f"{setting['damping']:g}, {setting.get('iterations', 0)}"
 
 
 def peer_entry(setting: Rival | dict) -> dict:
@@ -249,12 +250,10 @@ def peers(
         return table.found(**here)
 
     def tuned(name: str) -> Rival | dict:
-        if name in OWN:
-            return OWN[name]
-        settings = PEERS[name]
+        settings = (PEERS | OWN)[name]
         last = [made(1000, name, setting, TUNING_SEED, PEER_TUNING)[-1] for setting in settings]
         errors = [float("inf") if row["ended"] or row["error"] == "nan" else float(row["error"]) for row in last]
-        return settings[errors.index(min(errors))]
+        return settings[0 if name in OWN else errors.index(min(errors))]
 
     for size in points:
         for seed in seeds:

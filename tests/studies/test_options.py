@@ -119,8 +119,8 @@ def test_scripts_give_what_the_rows_say_that_they_gave(tmp_path):
     for row in {r["method"]: r for r in measured_rows("pde_runs.csv")}.values():
         assert same(pde.remembered(methods[row["method"]], tmp_path), row["options"])
     for row in {r["options"]: r for r in measured_rows("pde_peers.csv")}.values():
-        tried = pde.PEERS.get(row["method"]) or [pde.OWN[row["method"]]]
-        (setting,) = [setting for setting in tried if pde.label(setting) == row["setting"]]
+        settings = (pde.PEERS | pde.OWN)[row["method"]]
+        (setting,) = [setting for setting in settings if pde.label(setting) == row["setting"]]
         assert same(remember(pde.peer_entry(setting), tmp_path), row["options"])
     for row in measured_rows("growth_cpu.csv"):
         k = int(row["per_layer"])
