@@ -95,16 +95,17 @@ PEERS = {  # the first setting is the published one
 }  # fmt: skip
 FULL = {"likelihood": "gaussian", "fisher": "exact", "step_rule": "line_search", "observe_every": 1, "refresh_every": 1,
         "coarse_window": 1}  # fmt: skip
+COLUMNS = FULL | {"rule": "eigen", "per_layer": 64}
 OWN = {  # the first is run, named beforehand: TwoLevelKFAC.for_equations as it is, and controls; others only beside it
-    "two levels": [FULL | {"rule": "eigen", "per_layer": 64, "iterations": i, "damping": λ}
-                   for λ, i in ((1e-2, 0), (1e-6, 0), (1e-6, 5), (1e-8, 5), (1e-8, 10))],
+    "two levels": [COLUMNS | {"damping": 1e-2}]
+    + [COLUMNS | {"iterations": i, "damping": λ} for λ, i in ((1e-6, 0), (1e-6, 5), (1e-8, 5), (1e-8, 10))],
     "exact step": [FULL | {"first_level": "exact", "damping": 1e-8}],
     "K-FAC": [FULL | {"damping": λ} for λ in (1e-2, 1.0)],
-}  # fmt: skip
-PEER_POINTS = {  # with how many seeds each
-    1000: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5, "exact step": 2, "K-FAC": 1, "Nyström": 2},
-    500: {"ENGD-W": 1, "SPRING": 1, "K-FAC for PINNs": 1, "two levels": 1},
-    3500: {"ENGD-W": 1, "SPRING": 1, "K-FAC for PINNs": 1, "two levels": 1},
+}
+PEER_POINTS = {  # and seeds of each
+    1000: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5, "exact step": 5, "K-FAC": 5, "Nyström": 5},
+    500: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5},
+    3500: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5},
 }
 
 
