@@ -360,8 +360,8 @@ class Plot(show.Plot):
         below = grid[2].subgridspec(1, 3, width_ratios=(1.15, 0.95, 1))
         seconds = CurveView(
             self.figure.add_subplot(below[0]), BESIDE, banded(result.of(f"peers, {SHOWN}"), ("ours", "engd-w")),
-            f"Error, 5 dimensions, {SHOWN:,} points", x="seconds (arXiv 2505.12149, 2405.15603)", xlim=(1, 120), ylim=(3e-5, 5),
-            scale=both,
+            f"Error, 5 dimensions, {SHOWN:,} points", x="seconds (arXiv 2505.12149, 2405.15603)", xlim=(1, 120),
+            ylim=(3e-5, 5), scale=both,
         )  # fmt: skip
         self._build_steps(self.figure.add_subplot(below[1]), result)
         self._build_map(self.figure.add_subplot(below[2]), result)
