@@ -367,7 +367,7 @@ class Plot(show.Plot):
         self._build_map(self.figure.add_subplot(below[2]), result)
         lbfgs = empty_line(self.error.ax, STYLES["lbfgs"], marker=STYLES["lbfgs"].marker)
         others = [line for name, line in seconds.lines.items() if name not in ("ours", "own exact")]
-        self.legend([*self.error.lines.values(), lbfgs, *others], 8)
+        self.legend([*self.error.lines.values(), lbfgs, *others], 4)
 
     def _build_steps(self, ax: Axes, result: Result) -> None:
         """Seconds a step over points: counted as lines, measured as marks."""
