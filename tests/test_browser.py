@@ -460,7 +460,7 @@ def test_the_race_without_kernel(chromium, tmp_path):
 
             def seen(moving=moving):
                 pictures = [page.locator(f"#{name}").get_attribute("src") for name in moving]
-                return [*pictures, page.locator("#title").inner_text(), page.locator("#losses").inner_html()]
+                return [*pictures, page.locator("#title").inner_text(), page.locator("#errors").inner_html()]
 
             before = seen()
             page.locator(f"#{control}").focus()

@@ -20,7 +20,6 @@ SIZES = (0, 1, 2, 4, 8, 16, 32, 64)  # columns per layer
 EVERY = 4  # steps between two pictures
 TEMPLATE = Path(__file__).with_name("race.html")
 TOLERANCES = {  # as in the table; where two runs have parted, so have the pictures
-    "losses": pde.Result.tolerances["loss"],
     "errors": pde.Result.tolerances["error"],
     "fields": Tolerance(absolute=180),
 }
@@ -50,8 +49,7 @@ def save_race(run: Callable[..., pde.Result], name: str, out_dir: str | Path, **
         "methods": [[key, STYLES[key].label, STYLES[key].color] for key in LIVE],
         "axes": [name.strip("$") for name in AXES[p["equation"]]],
         "solution": _picture(first.solution, first.solution.min(), first.solution.max(), "viridis"),
-        "losses": {name: [float(f"{x:.3g}") for x in found[0].losses] for name, found in runs.items()},
-        "errors": {name: [float(f"{x.error:.2g}") for x in found] for name, found in runs.items()},
+        "errors": {name: [float(f"{x:.3g}") for x in found[0].errors] for name, found in runs.items()},
         "fields": {name: [_picture(np.log10(np.abs(x.field).clip(1e-16)), -DECADES, 0, "magma") for x in found]
                    for name, found in runs.items()},
     }  # fmt: skip

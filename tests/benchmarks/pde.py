@@ -4,7 +4,12 @@ Full batch, float64, tanh, one core, processor time. λ of every method (Adam's 
 that has the lowest loss after half of the time, on a seed that is not measured. What is there already is not measured
 again: rows are appended run by run, and ``--minutes 5`` ends in time, to be gone on with.
 
-    python tests/benchmarks pde [--minutes M] [--only small,two,map,more]
+    python tests/benchmarks pde [--minutes M] [--only small,two,map,more,peers]
+
+The part ``peers`` compares with what others train such networks with, on their problem (arXiv 2505.12149, section 4):
+Poisson's equation in 5 dimensions, fresh points at every step, and the error on points that no run has seen. Every
+rival has up to six settings, the published ones among them; the one with the least error after 20 seconds on the seed
+that is not measured is run. The package's own configuration is named beforehand.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -20,7 +26,9 @@ from machine import Table, arguments, clock, describe, write
 
 import kfac_viz as kv
 from kfac_viz.studies.common.options import entry, remember
+from kfac_viz.studies.pde import rivals, terms
 from kfac_viz.studies.pde.descent import Method, training
+from kfac_viz.studies.pde.rivals import Rival
 
 SEEDS, TUNING_SEED = range(5), 99
 DAMPINGS = (1.0, 1e-2, 1e-4, 1e-6, 1e-8)
@@ -71,6 +79,34 @@ MAP = {
     **{f"{name}, {k}": Method(kind, per_layer=k)
        for k in SIZES for name, kind in (("coarse alone", "coarse"), ("two levels", "both"))},
 }  # fmt: skip
+
+PEER_WIDTHS = (64, 64, 48, 48)
+PEER_SECONDS, PEER_TUNING = 120.0, 20.0
+PEER_MARKS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 40, 60, 80, 100, 120)
+PEERS = {  # the first setting is the published one
+    "ENGD-W": [Rival("engd-w", λ) for λ in (3.2e-12, 1e-10, 1e-8, 1e-6)],
+    "SPRING": [Rival("spring", λ, momentum=μ)
+               for λ, μ in ((2.1e-10, 0.063), (6.8e-10, 0.83), (1e-8, 0.3), (1e-8, 0.8))],
+    "K-FAC for PINNs": [
+        Rival("kfac-pinns", λ, average=β)
+        for λ, β in ((2.8e-10, 0.9), (1e-8, 0.9), (1e-6, 0.9), (1e-4, 0.9), (1e-6, 0.97), (1e-8, 0.99))
+    ],
+    "Nyström": [Rival("nystrom", λ, rank=100) for λ in (1e-7, 1e-6, 1e-4, 1e-2)],
+}  # fmt: skip
+FULL = {"likelihood": "gaussian", "fisher": "exact", "step_rule": "line_search", "observe_every": 1, "refresh_every": 1,
+        "coarse_window": 1}  # fmt: skip
+COLUMNS = FULL | {"rule": "eigen", "per_layer": 64}
+OWN = {  # the first is run, named beforehand: TwoLevelKFAC.for_equations as it is, and controls; others only beside it
+    "two levels": [COLUMNS | {"damping": 1e-2}]
+    + [COLUMNS | {"iterations": i, "damping": λ} for λ, i in ((1e-6, 0), (1e-6, 5), (1e-8, 5), (1e-8, 10))],
+    "exact step": [FULL | {"first_level": "exact", "damping": 1e-8}],
+    "K-FAC": [FULL | {"damping": λ} for λ in (1e-2, 1.0)],
+}
+PEER_POINTS = {  # and seeds of each
+    1000: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5, "exact step": 5, "K-FAC": 5, "Nyström": 5},
+    500: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5},
+    3500: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5},
+}
 
 
 def run(problem: kv.problems.Equation, name: str, method: Method, damping: float, seconds: float) -> Iterator[dict]:
@@ -149,31 +185,121 @@ def the_map(out: Path, machine: dict, deadline: float) -> None:
                         table.add(rows, **here, options=remembered(method, out))
 
 
+def peer_problem(points: int, seed: int) -> kv.problems.Equation:
+    """Theirs: so many points in all, a fifth of them on the boundary."""
+    return kv.problems.poisson(5, PEER_WIDTHS, points - points // 5, points // 5, seed, term_weights=(1.0, 1.0))
+
+
+def peer_steps(problem: kv.problems.Equation, setting: Rival | dict, seed: int) -> Iterator[object]:
+    """Train on points that are drawn anew for each step, the same ones for every method."""
+
+    def drawn(step: int) -> kv.problems.Equation:
+        return problem.resampled(1_000_003 * (seed + 1) + step)
+
+    if isinstance(setting, Rival):
+        yield from rivals.training(problem, setting, lambda step: drawn(step).inputs, seed)
+        return
+    opt = kv.TwoLevelKFAC(problem.model, **setting)
+    for step in count():
+        batch = drawn(step)
+        opt.observe(batch.inputs)
+        yield opt.step(batch.closure(opt))
+
+
+def peer_run(points: int, setting: Rival | dict, seed: int, seconds: float) -> Iterator[dict]:
+    """Step, seconds and error at the marks, and at the end."""
+    problem = peer_problem(points, seed)
+    used, step, ended, marks = 0.0, 0, "", iter(PEER_MARKS)
+    mark, steps = next(marks), peer_steps(problem, setting, seed)
+    while used < seconds and not ended:
+        start = clock()
+        try:
+            next(steps)
+            step += 1
+        except (ValueError, torch.linalg.LinAlgError):
+            ended = "singular"
+        used += clock() - start
+        if used >= mark or used >= seconds or ended:
+            yield {"step": step, "seconds": round(used, 3), "error": f"{problem.error():.4g}", "ended": ended}
+            while used >= mark:
+                mark = next(marks, 1e9)
+
+
+def label(setting: Rival | dict) -> str:
+    """λ, and SPRING's momentum, the weight of K-FAC's averages, or the iterations of two levels."""
+    if isinstance(setting, Rival):
+        return f"{setting.damping:g}, {setting.momentum or setting.average:g}"
+    return f"{setting['damping']:g}, {setting.get('iterations', 0)}"
+
+
+def peer_entry(setting: Rival | dict) -> dict:
+    """What options.json says of a run with this setting."""
+    return entry("Rival", setting._asdict()) if isinstance(setting, Rival) else entry("TwoLevelKFAC", setting)
+
+
+def peers(
+    out: Path, machine: dict, deadline: float, asked: tuple[str, ...], points: tuple[int, ...], seeds: tuple[int, ...]
+) -> None:
+    """Every method on the peers' problem; the setting is chosen with 1,000 points."""
+    table = Table(out / "pde_peers.csv", ("points", "method", "setting", "seed"), machine, deadline)
+
+    def made(points: int, name: str, setting: Rival | dict, seed: int, seconds: float) -> list[dict[str, str]]:
+        here = {"points": points, "method": name, "setting": label(setting), "seed": seed}
+        if table.missing(**here):
+            options = remember(peer_entry(setting), out)
+            table.add(list(peer_run(points, setting, seed, seconds)), **here, options=options)
+        return table.found(**here)
+
+    def tuned(name: str) -> Rival | dict:
+        settings = (PEERS | OWN)[name]
+        last = [made(1000, name, setting, TUNING_SEED, PEER_TUNING)[-1] for setting in settings]
+        errors = [float("inf") if row["ended"] or row["error"] == "nan" else float(row["error"]) for row in last]
+        return settings[0 if name in OWN else errors.index(min(errors))]
+
+    for size in points:
+        for seed in seeds:
+            for name, measured in PEER_POINTS[size].items():
+                if name in asked and seed < measured:
+                    setting = tuned(name)
+                    made(size, name, setting, seed, PEER_SECONDS)
+
+
 def small(out: Path) -> None:
-    """Losses after each of some steps on small networks, without times: a test makes this table again."""
-    rows = [{"equation": equation, "method": name, "step": step, "loss": f"{loss:.3g}"}
-            for equation, name, losses in small_runs() for step, loss in enumerate(losses, 1)]  # fmt: skip
+    """Losses and errors after each of some steps on small networks, without times: a test makes this table again."""
+    rows = [{"equation": equation, "method": name, "step": step, "loss": f"{loss:.3g}", "error": f"{error:.3g}"}
+            for equation, name, seen in small_runs() for step, (loss, error) in enumerate(seen, 1)]  # fmt: skip
     write(out / "pde_small.csv", rows, {}, quiet=True)
 
 
-def small_runs() -> Iterator[tuple[str, str, list[float]]]:
-    """Equation, method, and the losses after each step."""
+def small_runs() -> Iterator[tuple[str, str, list[tuple[float, float]]]]:
+    """Equation, method, and loss and error after each step."""
     builders = {"poisson": lambda: kv.problems.poisson(2, (8, 8), 30),
                 "burgers": lambda: kv.problems.burgers((8, 8), 30)}  # fmt: skip
     methods = {"K-FAC": Method("kfac"), "coarse alone, 4": Method("coarse", per_layer=4),
                "two levels, 4": Method("both", per_layer=4), "exact": Method("exact")}  # fmt: skip
+    rivals_on_small = {"ENGD-W": Rival("engd-w", 1e-4), "SPRING": Rival("spring", 1e-4, momentum=0.3),
+                       "K-FAC for PINNs": Rival("kfac-pinns", 1e-2, average=0.9)}  # fmt: skip
     for equation, build in builders.items():
         for name, method in methods.items():
             problem = build()
             steps = training(problem, method, 1e-4)
-            yield equation, name, [float(problem.loss().detach()) for _ in zip(range(6), steps, strict=False)]
+            yield equation, name, [(float(problem.loss().detach()), problem.error())
+                                   for _ in zip(range(6), steps, strict=False)]  # fmt: skip
+        for name, rival in rivals_on_small.items():
+            problem = build()
+            steps = rivals.training(problem, rival, lambda _: problem.inputs)  # noqa: B023
+            yield equation, name, [(terms.loss(problem, problem.inputs), problem.error())
+                                   for _ in zip(range(6), steps, strict=False)]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     options, machine = arguments(__doc__, argv), describe()
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=1e6)
-    parser.add_argument("--only", default="small,two,map,more")
+    parser.add_argument("--only", default="small,two,map,more,peers")
+    parser.add_argument("--methods", default=",".join(PEERS | OWN), help="of the part peers")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of the part peers")
+    parser.add_argument("--points", default=",".join(map(str, PEER_POINTS)), help="of the part peers")
     own = parser.parse_known_args(argv)[0]
     deadline = time.monotonic() + 60 * own.minutes
     warnings.simplefilter("ignore")
@@ -183,6 +309,9 @@ def main(argv: list[str] | None = None) -> None:
             small(options.out)
         elif part == "map":
             the_map(options.out, machine, deadline)
+        elif part == "peers":
+            points, seeds = (tuple(map(int, x.split(","))) for x in (own.points, own.seeds))
+            peers(options.out, machine, deadline, tuple(own.methods.split(",")), points, seeds)
         else:
             runs(options.out, machine, deadline, {"two": names[:3], "more": names[3:]}[part])
 

@@ -15,7 +15,8 @@ from kfac_viz.train.options import USUAL
 
 TABLES = (
     "training.csv", "training_batches.csv", "defaults.csv", "published_toy.csv", "published_autoencoder.csv",
-    "pde_runs.csv", "pde_map.csv", "depth.csv", "speed_cpu.csv", "speed_cuda.csv", "growth_cpu.csv", "growth_cuda.csv",
+    "pde_runs.csv", "pde_map.csv", "pde_peers.csv", "depth.csv", "speed_cpu.csv", "speed_cuda.csv", "growth_cpu.csv",
+    "growth_cuda.csv",
     "ladder_runs.csv", "ladder_shares.csv", "ladder_before.csv",
 )  # fmt: skip
 WITHOUT = {  # of the cost of single operations, and small ones that tests make again
@@ -28,7 +29,7 @@ FIGURES = {  # and the tables that they are drawn from
     "12_training": ("training.csv", "training_batches.csv"),
     "13_published": ("published_toy.csv", "published_autoencoder.csv"),
     "14_speed": ("speed_cpu.csv", "growth_cpu.csv"),
-    "15_pde": ("pde_runs.csv", "pde_map.csv"),
+    "15_pde": ("pde_runs.csv", "pde_map.csv", "pde_peers.csv"),
     "16_which_method": ("training.csv", "published_autoencoder.csv", "pde_runs.csv"),
 }
 # What today's options no longer match. Measure such a table anew, or name here what has changed.
@@ -117,6 +118,10 @@ def test_scripts_give_what_the_rows_say_that_they_gave(tmp_path):
     methods = pde.CORE | pde.FURTHER
     for row in {r["method"]: r for r in measured_rows("pde_runs.csv")}.values():
         assert same(pde.remembered(methods[row["method"]], tmp_path), row["options"])
+    for row in {r["options"]: r for r in measured_rows("pde_peers.csv")}.values():
+        settings = (pde.PEERS | pde.OWN)[row["method"]]
+        (setting,) = [setting for setting in settings if pde.label(setting) == row["setting"]]
+        assert same(remember(pde.peer_entry(setting), tmp_path), row["options"])
     for row in measured_rows("growth_cpu.csv"):
         k = int(row["per_layer"])
         opt = growth.build(growth.network((4, 3)), row["method"], k)

@@ -14,6 +14,7 @@ import kfac_viz as kv
 from kfac_viz.parameters import number
 from kfac_viz.studies import pde
 from kfac_viz.studies.pde import Cell, cells, measured_curves
+from kfac_viz.studies.pde.cost import counted_curves, multiplications
 from kfac_viz.studies.pde.descent import Method, direction, exact_step, training
 
 ROOT = Path(__file__).parents[2]
@@ -28,11 +29,12 @@ def test_the_small_table_is_made_again():
     small_runs = benchmark("pde").small_runs
     with (ROOT / "figures" / "benchmarks" / "pde_small.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    kept = {(row["equation"], row["method"], int(row["step"])): float(row["loss"]) for row in rows}
-    found = {(e, m, k): loss for e, m, losses in small_runs() for k, loss in enumerate(losses, 1)}
-    assert found.keys() == kept.keys() and len(kept) == 48
-    for key, loss in kept.items():
-        assert found[key] == pytest.approx(loss, rel=0.02), key
+    key = ("equation", "method")
+    kept = {(*(row[k] for k in key), int(row["step"])): (float(row["loss"]), float(row["error"])) for row in rows}
+    found = {(e, m, k): both for e, m, seen in small_runs() for k, both in enumerate(seen, 1)}
+    assert found.keys() == kept.keys() and len(kept) == 84
+    for key, both in kept.items():
+        assert found[key] == pytest.approx(both, rel=0.02), key
 
 
 @pytest.mark.parametrize("points", [10, 200])  # fewer and more than parameters
@@ -80,6 +82,7 @@ def test_the_result_is_what_the_objects_say():
         next(steps)
         assert result.of("loss")["both"].y[k] == pytest.approx(float(p.loss()), rel=1e-3)
     assert result.errors["both"] == pytest.approx(p.error(), rel=1e-6)
+    assert result.curves["error", "both"].y[4] == pytest.approx(p.error(), rel=1e-3)
     F = p.capture()
     assert result.dimension == pytest.approx(F.damped(1e-6).effective_dimension(), rel=1e-3)
     assert result.sizes == (F.partition.size, F.N, 6)
@@ -109,14 +112,27 @@ def test_every_equation_can_be_drawn_and_moved(equation):
 
 def test_the_measured_tables_say_what_the_picture_shows():
     curves = measured_curves()
-    assert {name for quantity, name in curves if quantity == "seconds"} >= {"kfac", "coarse", "both", "exact", "lbfgs"}
+    assert {name for quantity, name in curves if quantity == "peers, 1000"} >= {"kfac-pinns", "spring", "engd-w"}
+    assert {name for quantity, name in curves if quantity == "errors, Poisson 2D"} >= {"kfac", "coarse", "both"}
     for c in curves.values():
         assert (c.low <= c.y).all() and (c.y <= c.high).all()
     found = cells()
     assert len({(c.parameters, c.points) for c in found}) == len(found) >= 6
     for cell in found:
-        assert cell.losses[cell.first] == min(cell.losses.values())
+        assert cell.errors[cell.first] == min(cell.errors.values())
     assert Cell("1e3", 5, {"a": 2.0, "b": 1.0}).first == "b"
+
+
+def test_a_step_costs_what_its_products_say():
+    exact = [multiplications("engd-w", n) for n in (20_000, 40_000)]
+    assert exact[1] / exact[0] == pytest.approx(8, rel=0.4)  # N² P and N³ in the end
+    for method in ("kfac-pinns", "ours"):
+        few, many = (multiplications(method, n) for n in (20_000, 40_000))
+        assert many / few == pytest.approx(2, rel=0.05)
+    for (_, name), c in counted_curves().items():
+        measured = measured_curves()["step", name]
+        for n, seconds in zip(measured.x, measured.y, strict=True):
+            assert 1 / 3 < c.at(n, ("log", "log")) / seconds < 3  # a count of products, not a model of the machine
 
 
 def test_powers_of_ten_are_written_for_readers():
@@ -132,11 +148,10 @@ def test_the_page_has_every_run_at_every_moment(tmp_path):
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text)[1])
     assert data["shown"] == [0, EVERY, SMALL["steps"]] and data["sizes"] == list(SIZES)
     assert data["start"] == [SIZES.index(SMALL["per_layer"]), 1]
-    assert set(data["losses"]) == {"kfac 0", "exact 0", *(f"{m} {k}" for m in ("coarse", "both") for k in SIZES)}
+    assert set(data["errors"]) == {"kfac 0", "exact 0", *(f"{m} {k}" for m in ("coarse", "both") for k in SIZES)}
     result = pde.run(**SMALL)
     for name, k in (("kfac", 0), ("coarse", 2), ("both", 2), ("exact", 0)):
-        np.testing.assert_allclose(data["losses"][f"{name} {k}"], result.of("loss")[name].y, rtol=5e-3)
-        assert data["errors"][f"{name} {k}"][1] == pytest.approx(result.errors[name], rel=5e-2)
+        np.testing.assert_allclose(data["errors"][f"{name} {k}"], result.curves["error", name].y, rtol=5e-3)
         assert len(data["fields"][f"{name} {k}"]) == 3
-    assert data["losses"]["both 0"] == data["losses"]["kfac 0"]
+    assert data["errors"]["both 0"] == data["errors"]["kfac 0"]
     assert kv.pages.save_race(pde.run, "race", "", **SMALL) is None

@@ -40,8 +40,9 @@ def resolved(optimizer: str, given: Mapping[str, Any], beside: Collection[str] =
     """Every option that has an effect in such a run, with today's defaults.
 
     Args:
-        optimizer: ``"TwoLevelKFAC"``, ``"Published"``, ``"Method"`` (of the differential equations), ``"ladder"``,
-            ``"step"`` (linear algebra alone), or one of PyTorch's, of which all that is known are the options given.
+        optimizer: ``"TwoLevelKFAC"``, ``"Published"``, ``"Method"`` and ``"Rival"`` (of the differential equations),
+            ``"ladder"``, ``"step"`` (linear algebra alone), or one of PyTorch's, of which all that is known are the
+            options given.
         given: by name.
         beside: of :data:`BESIDE`.
 
@@ -49,6 +50,7 @@ def resolved(optimizer: str, given: Mapping[str, Any], beside: Collection[str] =
     1.0
     """
     from ..pde.descent import Method  # here, since these studies ask whether their tables are outdated
+    from ..pde.rivals import GRID, Rival
     from ..published.optimizer import Published
 
     if optimizer == "TwoLevelKFAC":
@@ -58,6 +60,8 @@ def resolved(optimizer: str, given: Mapping[str, Any], beside: Collection[str] =
     levels = {"rule": _defaults(KFAC)["rule"]}
     if optimizer == "Method":
         return Method(**given)._asdict() | levels | {"lengths tried": len(LENGTHS_TRIED)}
+    if optimizer == "Rival":
+        return Rival(**given)._asdict() | {"lengths tried": len(GRID)}
     if optimizer == "ladder":
         step = Options(likelihood="categorical", step_rule=given["step_rule"])
         return dict(given) | {"momentum": step.usual("momentum"), "correction": _defaults(TwoLevel)["correction"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,13 +17,15 @@ from ...method.two_level import CORRECTIONS
 from ...parameters import Device, Range, Seed, check, number
 from ...problems import equations
 from ...problems.equations import Equation
-from ...show import INK, METHODS, CurveView, MapView, Style, Tolerance, empty_line
+from ...show import INK, METHODS, CurveView, MapView, Style, Tolerance, empty_line, plain_numbers
 from ..common.exercises import exercise
-from ..common.measured import TUNING_SEED, Run, grouped, loss_of, measured_rows, seeds_in
+from ..common.measured import seeds_in
 from ..common.options import told
-from ..common.result import PRECISION, Curve, Study, curve, rounded
+from ..common.result import PRECISION, Curve, Study, banded, curve, rounded
 from ..common.setting import Shares, all_shares
+from .cost import counted_curves
 from .descent import Method, columns, training
+from .tables import MEASURED_COLUMNS, TABLES, Cell, cells, measured_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,25 +36,29 @@ EQUATIONS = {  # with their names in the measured tables
     "heat": ("heat in 1 + 1 dimensions", partial(equations.heat, 1), "heat 1+1D"),
     "burgers": ("Burgers", equations.burgers, "Burgers 1+1D"),
 }
-MEASURED_COLUMNS = (4, 16, 64)  # per layer
 LIVE = ("kfac", "coarse", "both", "exact")  # methods that the panel trains
 GRID = 40  # points along each side of a picture
 DECADES = 7  # of the errors that have a colour
 
 
 class Trained(NamedTuple):
-    """A run of one method: the loss after 0, 1, 2, … steps; at this step its field, less the solution, and error."""
+    """A run of one method: loss and error after 0, 1, 2, … steps; at this step its field, less the solution."""
 
     losses: NDArray
+    errors: NDArray
     field: NDArray
-    error: float
+    at_step: int
+
+    @property
+    def error(self) -> float:
+        """At this step."""
+        return float(self.errors[self.at_step])
 
 
 @dataclass(frozen=True, eq=False)
 class Result(Study):
-    """Curves ``loss`` over steps, one for each method that was trained here, ``eigenvalues`` over their rank at
-    ``at_step``, and from the measured tables ``seconds`` (loss over processor time), ``columns`` and ``errors`` (last
-    loss and error over columns per layer).
+    """Curves ``loss`` and ``error`` over steps, one for each method that was trained here, ``eigenvalues`` over their
+    rank at ``at_step``, those of :func:`.tables.measured_curves`, and ``counted``, what a step takes by its products.
 
     What was trained here is one run. Rounding decides which steps its line search takes, so that another processor
     gives other numbers after some steps: the headline is made of the measured tables.
@@ -92,16 +98,16 @@ class Result(Study):
     def headline(self) -> str:
         k = self.parameters["per_layer"]
         k = k if k in MEASURED_COLUMNS else 16
-        ranges = (self.measured("columns", name, k)[1:] for name in ("kfac", "coarse", "both"))
+        ranges = (self.measured("errors", name, k)[1:] for name in ("kfac", "coarse", "both"))
         kfac, coarse, both = (" to ".join(number(x, 1) for x in ends) for ends in ranges)
-        return f"Loss after 4 s: K-FAC {kfac}, {k} columns alone {coarse}, both {both}"
+        return f"Error after 4 s: K-FAC {kfac}, {k} columns alone {coarse}, both {both}"
 
     @property
     def where(self) -> str:
         p, (_, N, k) = self.parameters, self.sizes
         name, widths = EQUATIONS[p["equation"]][0], "-".join(map(str, p["widths"]))
         return (f"{name}: range of {seeds_in('pde_runs.csv')} seeds, measured; one run of widths {widths}, {N} points, "
-                f"λ = {number(p['damping'], 1)}, {k} columns{told('pde_runs.csv', 'pde_map.csv')}")  # fmt: skip
+                f"λ = {number(p['damping'], 1)}, {k} columns{told(*TABLES)}")  # fmt: skip
 
     def measured(self, quantity: str, method: str, per_layer: int) -> tuple[float, float, float] | None:
         """Median, least and largest of ``columns`` (the loss) or ``errors`` after four seconds on this equation, on
@@ -121,15 +127,14 @@ class Result(Study):
         return _next_step(Reached.of(self.parameters))[1]
 
     def others(self) -> list[tuple]:
-        """A row for each field's error, for what is measured at this step, and for each cell of the map."""
+        """A row for what is measured at this step, and for each cell of the map."""
         at = self.parameters["at_step"]
-        rows = [("error", name, at, float(rounded(x))) for name, x in self.errors.items()]
-        rows += [("effective dimension", "both", at, self.dimension), ("layer overlap", "both", at, self.layer_overlap)]
+        rows = [("effective dimension", "both", at, self.dimension), ("layer overlap", "both", at, self.layer_overlap)]
         for name, found in self.worth.items():
             rows += [(kind, name, at, x) for kind, x in found._asdict().items()]
         for cell in self.cells:
-            for method, loss in cell.losses.items():
-                rows.append((f"map, {cell.parameters} parameters", method, cell.points, loss))
+            for method, error in cell.errors.items():
+                rows.append((f"map, {cell.parameters} parameters", method, cell.points, error))
         return rows
 
 
@@ -140,18 +145,6 @@ def _with_range(found: tuple[float, float, float]) -> str:
     """
     median, low, high = (number(x, 1) for x in found)
     return f"{median} ({low} to {high})"
-
-
-class Cell(NamedTuple):
-    """One size of network and of batch: the last loss of each method at the better λ."""
-
-    parameters: str
-    points: int
-    losses: dict[str, float]
-
-    @property
-    def first(self) -> str:
-        return min(self.losses, key=self.losses.get)
 
 
 def run(
@@ -177,11 +170,14 @@ def run(
     kind = kind_of(p)
     runs = {name: run_of(p, name, per_layer, p["at_step"]) for name in LIVE}
     spectra, dimension, sizes = _spectra(Reached.of(p))
-    curves = {("loss", name): curve(np.arange(len(run.losses)), run.losses) for name, run in runs.items()}
+    curves = {
+        (quantity, name): curve(np.arange(len(y)), y)
+        for name, run in runs.items() for quantity, y in (("loss", run.losses), ("error", run.errors))
+    }  # fmt: skip
     curves |= {("eigenvalues", name): curve(np.arange(1, len(d) + 1), d) for name, d in spectra.items()}
     problem = build(kind)
     return Result(
-        p, curves | measured_curves(), on_grid(problem, problem.model.solution),
+        p, curves | measured_curves() | counted_curves(), on_grid(problem, problem.model.solution),
         {name: run.field for name, run in runs.items()}, {name: run.error for name, run in runs.items()},
         dimension, sizes, cells(), problem.box,
     )  # fmt: skip
@@ -210,28 +206,28 @@ def standing(kind: tuple, x: torch.Tensor) -> Equation:
 
 @lru_cache(maxsize=64)
 def _path(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, steps: int) -> tuple:
-    """Parameters after 0, 1, … steps, (steps + 1, P), and the losses there; a run that ends stays where it is."""
+    """After 0, 1, … steps the parameters, (steps + 1, P), losses and errors; a run that ends stays where it is."""
     problem = build(kind).twin()
     method = Method(name, coarse, per_layer)
     if name in ("coarse", "both") and not per_layer:
         method = Method("kfac") if name == "both" else None
     P = problem.partition
-    path, losses = [P.pack(problem.model)], [float(problem.loss().detach())]
+    path, seen = [P.pack(problem.model)], [(float(problem.loss().detach()), problem.error())]
     going = iter(()) if method is None else training(problem, method, damping)
     with suppress(ValueError):  # singular to working precision at this λ: the run ends
         for _ in zip(range(steps), going, strict=False):
             path.append(P.pack(problem.model))
-            losses.append(float(problem.loss().detach()))
+            seen.append((float(problem.loss().detach()), problem.error()))
     missing = steps + 1 - len(path)
-    return torch.stack(path + path[-1:] * missing), np.array(losses + losses[-1:] * missing)
+    return torch.stack(path + path[-1:] * missing), *np.array(seen + seen[-1:] * missing).T
 
 
 @lru_cache(maxsize=256)
 def _trained(kind: tuple, name: str, damping: float, coarse: str, per_layer: int, steps: int, at_step: int) -> Trained:
-    path, losses = _path(kind, name, damping, coarse, per_layer, steps)
+    path, losses, errors = _path(kind, name, damping, coarse, per_layer, steps)
     problem = standing(kind, path[at_step])
     field = on_grid(problem, problem.values) - on_grid(problem, problem.model.solution)
-    return Trained(losses, field, problem.error())
+    return Trained(losses, errors, field, at_step)
 
 
 def run_of(p: dict[str, Any], method: str, per_layer: int, at_step: int) -> Trained:
@@ -267,7 +263,7 @@ class _Parts(NamedTuple):
 
 
 def _parts_at(at: Reached) -> _Parts:
-    path, _ = _path(at.kind, "both", at.damping, at.coarse, at.per_layer, at.steps)
+    path, *_ = _path(at.kind, "both", at.damping, at.coarse, at.per_layer, at.steps)
     problem = standing(at.kind, path[at.at_step])
     F, g, seed = problem.capture(), problem.gradient(), at.kind[3] + at.at_step
     damped, M = F.damped(at.damping), KFAC(F, at.damping)
@@ -313,74 +309,26 @@ def on_grid(problem: Equation, function: Any) -> NDArray:
     return values.view(GRID, GRID).T.flip(0).cpu().numpy()
 
 
-# ---- the measured tables ------------------------------------------------------------------------------
-
-SHOWN = {  # in the measured curves
-    "Adam, then L-BFGS": "adam", "L-BFGS": "lbfgs", "K-FAC": "kfac", "coarse alone, 64": "coarse",
-    "two levels, 64": "both", "exact": "exact",
-}  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def measured_curves() -> dict[tuple[str, str], Curve]:
-    """Loss over seconds on Poisson in two dimensions, and the last loss over columns per layer on every equation."""
-    runs: dict[tuple[str, ...], Collection[Run]] = {}
-    for key, rows in grouped(measured_rows("pde_runs.csv"), "problem", "method").items():
-        tried = [(loss_of(row), row["damping"]) for row in rows if row["seed"] == TUNING_SEED]
-        best = min(tried, default=(0.0, rows[0]["damping"]))[1]  # L-BFGS has nothing to tune
-        kept = [row for row in rows if row["seed"] != TUNING_SEED and row["damping"] == best]
-        runs[key] = grouped(kept, "seed").values()
-    first = next(iter(runs))[0]
-    times = np.geomspace(0.1, 3.9, 14)
-    curves = {("seconds", key): curve(times, [_loss_at(times, run) for run in runs[first, name]])
-              for name, key in SHOWN.items() if (first, name) in runs}  # fmt: skip
-    for quantity, column in (("columns", "loss"), ("errors", "error")):
-        curves |= _over_columns(quantity, {
-            key: [float(run[-1][column]) for run in found] for key, found in runs.items()
-        })  # fmt: skip
-    return curves
-
-
-def _over_columns(quantity: str, last: dict[tuple[str, ...], list[float]]) -> dict[tuple[str, str], Curve]:
-    """From the last values of all runs, by equation and method: curves over columns per layer, and single points."""
-    curves = {}
-    for problem in dict.fromkeys(problem for problem, _ in last):
-        for key, name in (("coarse", "coarse alone"), ("both", "two levels")):
-            found = {k: last.get((problem, f"{name}, {k}")) for k in MEASURED_COLUMNS}
-            if all(found.values()):
-                curves[f"{quantity}, {problem}", key] = curve(list(found), np.array(list(found.values())).T)
-        for key, name in (("kfac", "K-FAC"), ("exact", "exact"), ("lbfgs", "L-BFGS")):
-            if (problem, name) in last:
-                curves[f"{quantity}, {problem}", key] = curve([0], np.array(last[problem, name])[:, None])
-    return curves
-
-
-def _loss_at(times: NDArray, run: Run) -> NDArray:
-    """The loss at these seconds, between the looks at a run on logarithmic scales."""
-    seconds, losses = (np.log([max(float(row[key]), 1e-30) for row in run]) for key in ("seconds", "loss"))
-    return np.exp(np.interp(np.log(times), seconds, losses))
-
-
-@lru_cache(maxsize=1)
-def cells() -> tuple[Cell, ...]:
-    """The map, from networks and batches that grow downwards and to the right."""
-    found: dict[tuple[str, int], dict[str, float]] = {}
-    for row in measured_rows("pde_map.csv"):
-        losses = found.setdefault((row["parameters"], int(row["points"])), {})
-        losses[row["method"]] = min(loss_of(row), losses.get(row["method"], np.inf))
-    return tuple(Cell(parameters, points, losses) for (parameters, points), losses in found.items())
-
-
 # ---- the picture --------------------------------------------------------------------------------------
 
 STYLES: dict[str, Style] = {
-    "adam": METHODS["adam"]._replace(label="Adam, then L-BFGS"),
     "lbfgs": Style("L-BFGS", "#888888", "h", "--"),
     "kfac": METHODS["kfac"]._replace(label="K-FAC alone"),
     "coarse": Style("coarse alone", "#117733", "s", "--"),
     "both": METHODS["balanced"]._replace(label="two levels, balanced"),
     "exact": METHODS["exact"]._replace(label="exact step"),
 }
+BESIDE: dict[str, Style] = {  # on the problem of arXiv 2505.12149, K-FAC for PINNs being that of 2405.15603
+    "own exact": METHODS["exact"]._replace(label="exact step"),
+    "kfac-pinns": Style("K-FAC for PINNs", "#56B4E9", "P", ":"),
+    "spring": Style("SPRING", "#5E3C99", "^", "--"),
+    "engd-w": Style("ENGD-W", "#CC79A7", "s", "-."),
+    "ours": METHODS["balanced"]._replace(label="two levels, default"),
+}
+SHOWN = 1000  # points of the measured runs that are drawn
+LOOKS = (5, 20, 60, 120)  # seconds at which these are told
+SHORT = {f"{name}, {k}": f"{short}{k}" for name, short in (("coarse alone", "alone "), ("two levels", "both "))
+         for k in MEASURED_COLUMNS}  # fmt: skip
 
 
 class Plot(show.Plot):
@@ -399,25 +347,38 @@ class Plot(show.Plot):
         self._build_fields(grid[0].subgridspec(1, 5), result)
         middle = grid[1].subgridspec(1, 3)
         steps, P = result.parameters["steps"], result.sizes[0]
-        losses, both = (1e-10, 1e3), ("log", "log")
-        self.loss = self.add(CurveView(
-            self.figure.add_subplot(middle[0]), STYLES, result.of("loss"), "One run: loss over steps", x="steps",
-            xlim=(0, steps), ylim=losses, scale=("linear", "log"),
+        errors, both = (1e-6, 10), ("log", "log")
+        self.error = self.add(CurveView(
+            self.figure.add_subplot(middle[0]), STYLES, {name: result.curves["error", name] for name in LIVE},
+            "One run: error over steps", x="steps", xlim=(0, steps), ylim=errors, scale=("linear", "log"),
         ))  # fmt: skip
         self.eigenvalues = self.add(CurveView(
             self.figure.add_subplot(middle[1]), STYLES, result.of("eigenvalues"), "One run: eigenvalues",
             x="rank (triangle: less)", xlim=(1, P), ylim=(1e-6, 1e3), scale=both,
         ))  # fmt: skip
-        CurveView(
-            self.figure.add_subplot(middle[2]), STYLES, result.of("seconds"), "Measured: loss, 64 columns",
-            x="processor seconds", xlim=(0.1, 4), ylim=losses, scale=both,
+        self._build_columns(self.figure.add_subplot(middle[2]), result)
+        below = grid[2].subgridspec(1, 3, width_ratios=(1.15, 0.95, 1))
+        seconds = CurveView(
+            self.figure.add_subplot(below[0]), BESIDE, banded(result.of(f"peers, {SHOWN}"), ("ours", "engd-w")),
+            f"Error, 5 dimensions, {SHOWN:,} points", x="seconds (arXiv 2505.12149, 2405.15603)", xlim=(1, 120),
+            ylim=(3e-5, 5), scale=both,
         )  # fmt: skip
-        others = [empty_line(self.loss.ax, style, marker=style.marker)
-                  for name, style in STYLES.items() if name not in LIVE]  # fmt: skip
-        self.legend([*self.loss.lines.values(), *others], 6)
-        below = grid[2].subgridspec(1, 2, width_ratios=(1, 1))
-        self._build_columns(self.figure.add_subplot(below[0]), result)
-        self._build_map(self.figure.add_subplot(below[1]), result)
+        self._build_steps(self.figure.add_subplot(below[1]), result)
+        self._build_map(self.figure.add_subplot(below[2]), result)
+        lbfgs = empty_line(self.error.ax, STYLES["lbfgs"], marker=STYLES["lbfgs"].marker)
+        others = [line for name, line in seconds.lines.items() if name not in ("ours", "own exact")]
+        self.legend([*self.error.lines.values(), lbfgs, *others], 4)
+
+    def _build_steps(self, ax: Axes, result: Result) -> None:
+        """Seconds a step over points: counted as lines, measured as marks."""
+        for name, c in result.of("counted").items():
+            ax.plot(c.x, c.y, color=BESIDE[name].color, linestyle=BESIDE[name].line)
+        for name, c in result.of("step").items():
+            if name in BESIDE:
+                ax.plot(c.x, c.y, color=BESIDE[name].color, marker=BESIDE[name].marker, linestyle="none")
+        ax.set(xscale="log", yscale="log", xlabel="points (lines: counted)", title="Seconds a step")  # fmt: skip
+        plain_numbers(ax.xaxis)
+        plain_numbers(ax.yaxis)
 
     def _build_fields(self, grid: Any, result: Result) -> None:
         box = result.box
@@ -446,45 +407,42 @@ class Plot(show.Plot):
             ax.tick_params(length=0)
 
     def _build_columns(self, ax: Axes, result: Result) -> None:
-        """The last loss over columns per layer, one colour for each level, one line for each equation."""
-        quantities = dict.fromkeys(quantity for quantity, _ in result.curves if quantity.startswith("columns"))
-        markers = dict(zip(quantities, "os^Dv", strict=False))
-        for quantity, marker in markers.items():
+        """The last error over columns per layer, one colour for each level, one line for each equation."""
+        quantities = [f"errors, {measured}" for _, _, measured in EQUATIONS.values()]
+        for quantity, marker in zip(quantities, "os^", strict=True):
             found = result.of(quantity)
             for name in ("coarse", "both"):
                 if name in found:
                     c = found[name]
                     ax.plot(c.x, c.y, color=STYLES[name].color, linestyle=STYLES[name].line, marker=marker)
-            for name, x in (("kfac", 1.0), ("lbfgs", 1.25), ("exact", 256.0)):
+            for name, x in (("kfac", 1.0), ("lbfgs", 1.4), ("exact", 256.0)):
                 if name in found:
                     ax.plot([x], found[name].y, color=STYLES[name].color, marker=marker, linestyle="none")
-        title = "Measured: loss after 4 seconds, over columns"
-        ax.set(xscale="log", yscale="log", xlim=(0.8, 9000), xlabel="columns per layer", title=title)
-        ax.set_xticks([1.1, 4, 16, 64, 256], ["none", "4", "16", "64", "exact"])
+            ax.plot([], [], color=INK, marker=marker, linestyle="none", label=quantity.removeprefix("errors, "))
+        ax.set(xscale="log", yscale="log", xlim=(0.8, 400), xlabel="columns per layer",
+               title="Measured: error after 4 seconds")  # fmt: skip
+        ax.set_xticks([1.15, 4, 16, 64, 256], ["none", "4", "16", "64", "exact"])
         ax.minorticks_off()
-        for quantity, marker in markers.items():
-            ax.plot([], [], color=INK, marker=marker, linestyle="none", label=quantity.removeprefix("columns, "))
-        ax.legend(loc="center right")
+        ax.legend(loc="upper right")
 
     def _build_map(self, ax: Axes, result: Result) -> None:
         gains, names = [], {}
         for cell in result.cells:
             row, column = f"{float(cell.parameters):,.0f}", f"{cell.points:,}"
-            levels = {name: loss for name, loss in cell.losses.items() if name not in ("K-FAC", "exact")}
-            gains.append((row, column, cell.losses["K-FAC"] / min(levels.values())))
+            levels = {name: error for name, error in cell.errors.items() if name not in ("K-FAC", "exact")}
+            gains.append((row, column, cell.errors["K-FAC"] / min(levels.values())))
             names[row, column] = cell
         missing = {(row, column) for row, *_ in gains for _, column, _ in gains} - {g[:2] for g in gains}
         gains += [(row, column, np.nan) for row, column in missing]
         view = MapView(
-            ax, gains, "One seed: times less loss than K-FAC, what is first", x="points", y="parameters",
-            limits=(1, 1e6), colour=np.log10, palette="Oranges",
-            form=lambda x: "" if x != x else f"×{number(10.0 ** round(np.log10(x)))}",
+            ax, gains, "Error: K-FAC's over the least", x="points (one seed)", y="parameters",
+            limits=(1, 1e5), colour=np.log10, palette="Oranges", form=lambda x: "" if x != x else f"×{number(x, 1)}",
         )  # fmt: skip
         for text in ax.texts:
             x, y = text.get_position()
             cell = names.get((view.rows[int(y)], view.columns[int(x)]))
             if cell:
-                text.set_text(f"{text.get_text()}\n{cell.first.replace(', ', ': ')}")
+                text.set_text(f"{text.get_text()}\n{SHORT.get(cell.first, cell.first)}")
 
     def move(self, result: Result) -> None:
         for name, image in self.images.items():
@@ -493,7 +451,7 @@ class Plot(show.Plot):
             found = result.measured("errors", name, result.parameters["per_layer"])
             measured = f"measured {number(found[1], 1)} to {number(found[2], 1)}" if found else ""
             self.texts[name].set_text(f"one run: error near {here}\n{measured}")
-        self.loss.update(result.of("loss"), at=result.parameters["at_step"])
+        self.error.update({name: result.curves["error", name] for name in LIVE}, at=result.parameters["at_step"])
         spectra = result.of("eigenvalues")
         absent = Curve(*[np.array([np.nan])] * 4)
         self.eigenvalues.update({name: spectra.get(name, absent) for name in self.eigenvalues.lines})
@@ -503,8 +461,13 @@ class Plot(show.Plot):
         errors = {name: result.measured("errors", name, k) for name in LIVE}
         known = ", ".join(f"{STYLES[name].label} {_with_range(found)}" for name, found in errors.items() if found)
         first = "; ".join(f"{c.parameters} parameters, {c.points} points: {c.first}" for c in result.cells)
-        return (f"Of one run of each method: the error on the square, the loss over steps, and the eigenvalues of the "
-                f"preconditioned matrix. Relative errors after 4 s, measured: {known}. First in the map: {first}.")
+        peers = "; ".join(
+            f"{BESIDE[name].label} " + ", ".join(f"{number(c.at(t), 1)} after {t} s" for t in LOOKS)
+            for name, c in result.of(f"peers, {SHOWN}").items() if name in BESIDE
+        )  # fmt: skip
+        return (f"Of one run of each method: the error on the square, the error over steps, and the eigenvalues of the "
+                f"preconditioned matrix. Relative errors after 4 s, measured: {known}. First in the map: {first}. "
+                f"Poisson's equation in 5 dimensions, {SHOWN} fresh points at each step: {peers}.")
 
 
 AXES = {"poisson": ("$x$", "$y$"), "heat": ("time", "$x$"), "burgers": ("time", "$x$")}
