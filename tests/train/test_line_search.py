@@ -228,6 +228,22 @@ def test_it_trains_on_points_that_change_also_in_number():
     assert problem.error() < 0.5 * first and opt.diagnostics["stuck"] == 0
 
 
+def test_the_choice_for_equations_is_the_exact_step():
+    problem = poisson()
+    opt = kv.TwoLevelKFAC.for_equations(problem.model)
+    before = parameters(problem)
+    weights = {name: p.detach().clone() for name, p in problem.model.named_parameters()}
+    J = torch.func.jacrev(lambda w: torch.func.functional_call(problem.model, w, problem.inputs)[:, 0])(weights)
+    J = torch.cat([J[name].flatten(1) for name in weights], 1)  # (N, P)
+    step(problem, opt)
+    g = torch.cat([p.grad.flatten() for p in problem.model.parameters()])
+    v = (before - parameters(problem)) / opt.diagnostics["step length"]
+    assert torch.linalg.vector_norm(J.mT @ (J @ v) / len(J) + 1e-6 * v - g) < 1e-8 * torch.linalg.vector_norm(g)
+    two = kv.TwoLevelKFAC.for_equations(problem.model, first_level="kfac", per_layer=4, damping=0.01)
+    step(problem, two)
+    assert two.preconditioner.Z.size > 0 and two.damping == 0.01
+
+
 def test_it_needs_a_closure_and_decides_on_the_host():
     problem = poisson()
     opt = kv.TwoLevelKFAC(problem.model, **FULL)
