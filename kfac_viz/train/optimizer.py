@@ -62,13 +62,13 @@ class TwoLevelKFAC(Optimizer):
 
     By default it is one-level K-FAC, ``per_layer=0``, since no default with a coarse level is nowhere worse than that.
     In 600 mini-batch steps, every method tuned by one rule, four eigenvectors per layer end lower on a deep narrow
-    classifier, a transformer and a convolutional network, a little higher on a classifier and an autoencoder, and take
-    up to twice the time; with full batches and the quadratic rule they end higher on four of the five (notebook 12,
-    figures/benchmarks/training.csv). Turn the coarse level on, with ``per_layer`` or ``total``, where K-FAC alone
-    stalls, and tune λ anew. Where badly conditioned least squares are to be solved to the end with a full batch
-    (notebook 15), :meth:`TwoLevelKFAC.for_equations` takes the exact step. The other defaults are a compromise
-    of three tasks (defaults.csv, each option varied alone beside 4 columns): with λ = 0.03, momentum 0.95 or ``kl_clip=3e-3`` one or
-    another blows up. For large networks observe and refresh less often.
+    classifier, a transformer and a convolutional network, as low on a classifier, higher on an autoencoder, and take up
+    to twice the time; SOAP ends lower still on most (notebook 12, figures/benchmarks/training.csv). Turn the coarse
+    level on, with ``per_layer`` or ``total``, where K-FAC alone stalls, and tune λ anew. Where badly conditioned least
+    squares are to be solved to the end with a full batch (notebook 15), :meth:`TwoLevelKFAC.for_equations` takes the
+    exact step. The other defaults are a compromise of three tasks (defaults.csv, each option varied alone beside 4
+    columns): with λ = 0.03, momentum 0.95 or ``kl_clip=3e-3`` one or another blows up. For large networks observe and
+    refresh less often.
 
     What is averaged or stale: M holds exponential averages of the factors, as they were at the last refresh; A is
     the weighted Fisher of the last observed batches, as it was at the last coarse refresh; both share λ. After a
