@@ -104,8 +104,8 @@ OWN = {  # the first is run, named beforehand: the exact step is TwoLevelKFAC.fo
 }
 PEER_POINTS = {  # and seeds of each
     1000: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5, "exact step": 5, "K-FAC": 5, "Nyström": 5},
-    500: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5},
-    3500: {"ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5},
+    500: {"exact step": 5, "ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5},
+    3500: {"exact step": 5, "ENGD-W": 5, "SPRING": 5, "K-FAC for PINNs": 5, "two levels": 5},
 }
 
 

@@ -6,8 +6,7 @@ is not trained on are its test. Mini-batches of 100 and full batches. The full b
 length is its own, so that K-FAC is tuned by its first λ alone. ``cause`` says what a run is for: ``tuning``,
 ``method``, or one of the variations that separate a better solve from heuristics and noise. A second table has the
 steps to a target over the size of the batch, the rate tuned for each size. Processor seconds on one core; what is
-there already is not measured again. Rows without a test loss, most of them of full batches, were measured before there
-was one, on grids that were not extended; they go on the same training examples.
+there already is not measured again.
 
     python tests/benchmarks training [--minutes M] [--regimes …] [--problems …] [--methods …] [--skip-others]
 """
