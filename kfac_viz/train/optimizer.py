@@ -84,7 +84,7 @@ class TwoLevelKFAC(Optimizer):
     ``backward``, in PyTorch's words. R ranks send, and ``diagnostics`` counts for this one,
 
     - 64 bytes, gathered, at each of these meetings and at every loss that judges a step;
-    - for every observed batch what :class:`kfac_viz.train.shards.Shards` says.
+    - for every observed batch what ``kfac_viz/train/shards.py`` says.
 
     Args:
         model: its trainable layers get curvature, norms, embeddings and attention included; parameters that are used

@@ -231,10 +231,12 @@ class Plot(show.Plot):
                   ylabel="rank correlation")  # fmt: skip
         ax = self.figure.add_subplot(points[2], sharey=known)
         ax.axhline(0, color=FAINT, linewidth=0.8)
-        for network, style in COLOURS.items():
-            found = [result.recipes.get((recipe, network), nan) for recipe in REGIMES]
-            if np.isfinite(found).sum() > 1:
-                ax.plot(range(len(found)), found, marker=style.marker, color=style.color, linewidth=1.2)
+        varied = [network for network in COLOURS if sum((recipe, network) in result.recipes for recipe in REGIMES) > 1]
+        self.recipes = {
+            network: self.add(ax.plot([], [], marker=COLOURS[network].marker, color=COLOURS[network].color,
+                                      linewidth=1.2)[0])
+            for network in varied
+        }  # fmt: skip
         ax.set(title="With another recipe", xlim=(-0.4, len(REGIMES) - 0.6))
         ax.set_xticks(range(len(REGIMES)), [recipe.replace(" ", "\n").replace("-", "-\n") for recipe in REGIMES])
         ax.tick_params(labelleft=False)
@@ -245,6 +247,8 @@ class Plot(show.Plot):
             rungs = [rung for rung in RUNGS if (network, rung) in result.shares and rung != BASE]
             gained = [result.shares[network, rung] - result.shares[network, BASE] for rung in rungs]
             dots.set_data(gained, np.clip([result.ratio(network, rung) for rung in rungs], 1 / LARGEST, LARGEST))
+        for network, line in self.recipes.items():
+            line.set_data(range(len(REGIMES)), [result.recipes.get((recipe, network), nan) for recipe in REGIMES])
         for network, dot in self.known.items():
             dot.set_data([result.before["reduction ratio", network]], [result.agreement(network)])
 
