@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from sphinx.application import Sphinx
 
-from kfac_viz.command.main import source_hash
+from kfac_viz.command.main import source_hash, tables_hash
 from kfac_viz.show.files import sha256
 
 HERE = Path(__file__).parent
@@ -33,8 +33,7 @@ suppress_warnings = ["myst.xref_missing", "myst.header"]  # README's links into 
 
 nb_execution_mode, nb_execution_timeout, nb_execution_raise_on_error = "cache", 600, True
 # What was executed is kept for as long as the package and the measured tables stay as they are.
-tables = b"".join(table.read_bytes() for table in sorted(FIGURES.glob("benchmarks/*.csv")))
-kept = FIGURES / ".made" / "site" / sha256(source_hash().encode() + tables)[:12]
+kept = FIGURES / ".made" / "site" / sha256(f"{source_hash()}{tables_hash(FIGURES / 'benchmarks')}".encode())[:12]
 for older in kept.parent.glob("*"):
     if older != kept:
         shutil.rmtree(older, ignore_errors=True)

@@ -84,6 +84,7 @@ def inputs(notebook: Notebook, values: dict[str, Any]) -> dict[str, Any]:
         "parameters": values,
         "data": {name: sha256((here / name).read_bytes()) for name in data},
         "kfac_viz": source_hash(),
+        "measured tables": tables_hash(ROOT / "figures" / "benchmarks"),
         "versions": {name: version(name).split("+")[0] for name in LIBRARIES},
     }
     return json.loads(json.dumps(depends))
@@ -96,6 +97,12 @@ def source_hash(here: Path = Path(__file__).parents[1]) -> str:
     files.sort(key=lambda file: file.relative_to(here).as_posix())
     parts = (file.relative_to(here).as_posix().encode() + b"\n" + file.read_bytes() for file in files)
     return sha256(b"\0".join(part.replace(b"\r\n", b"\n") for part in parts))
+
+
+def tables_hash(folder: Path) -> str:
+    """Hash of the tables that ``make bench`` has written, and of the options of their runs."""
+    files = sorted(file for file in folder.glob("*") if file.suffix in (".csv", ".json"))
+    return sha256(b"\0".join(file.read_bytes() for file in files))
 
 
 def load(path: Path, run: Callable) -> Notebook:

@@ -134,6 +134,11 @@ def test_makes_what_is_missing_or_changed_and_nothing_else(shelf, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(cli, "version", lambda name: "1.0")
         assert why() == "versions changed"
+    measured = out / "benchmarks" / "measured.csv"
+    measured.parent.mkdir()
+    measured.write_text("seconds\n1\n")
+    assert why() == "measured tables changed"
+    measured.unlink()
     made = out / ".made" / "01_twice"
     (made / "01_twice.csv").write_text("altered")
     assert why() == "01_twice.csv changed"
