@@ -6,6 +6,7 @@ import torch
 import kfac_viz as kv
 from kfac_viz.studies.pde import rivals, terms
 from kfac_viz.studies.pde.rivals import Rival, training
+from kfac_viz.train.search import LENGTHS_TRIED, line_search
 
 
 def problem(dim=2, points=12, boundary=12, **options):
@@ -113,7 +114,7 @@ def test_a_search_on_the_grid_never_goes_up_and_ends_where_its_length_says(rival
     before = P.pack(p.model)
     for _, length in zip(range(4), training(p, rival, lambda _: p.inputs), strict=False):
         losses.append(terms.loss(p, p.inputs))
-        assert length == 0 or length in rivals.GRID
+        assert length == 0 or length in LENGTHS_TRIED
         assert bool((P.pack(p.model) == before).all()) == (length == 0)
         before = P.pack(p.model)
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
@@ -127,7 +128,8 @@ def test_spring_without_momentum_is_engd_w_and_a_grid_where_all_is_worse_stays()
         assert length == same
         x, y = (p.partition.pack(p.model) for p in (one, other))
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
-    assert rivals.least_of_grid(lambda t: 1.0 + t, 1.0) == rivals.least_of_grid(lambda t: float("nan"), 1.0) == 0
+    (worse, _), (broken, _) = (line_search(at, 1.0, "least") for at in (lambda t: 1.0 + t, lambda t: float("nan")))
+    assert worse == broken == 0
 
 
 def test_kfac_for_pinns_takes_the_best_of_direction_and_last_step():

@@ -50,7 +50,7 @@ def resolved(optimizer: str, given: Mapping[str, Any], beside: Collection[str] =
     1.0
     """
     from ..pde.descent import Method  # here, since these studies ask whether their tables are outdated
-    from ..pde.rivals import GRID, Rival
+    from ..pde.rivals import Rival
     from ..published.optimizer import Published
 
     if optimizer == "TwoLevelKFAC":
@@ -61,7 +61,7 @@ def resolved(optimizer: str, given: Mapping[str, Any], beside: Collection[str] =
     if optimizer == "Method":
         return Method(**given)._asdict() | levels | {"lengths tried": len(LENGTHS_TRIED)}
     if optimizer == "Rival":
-        return Rival(**given)._asdict() | {"lengths tried": len(GRID)}
+        return Rival(**given)._asdict() | {"lengths tried": len(LENGTHS_TRIED)}
     if optimizer == "ladder":
         step = Options(likelihood="categorical", step_rule=given["step_rule"])
         return dict(given) | {"momentum": step.usual("momentum"), "correction": _defaults(TwoLevel)["correction"]}

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from ...show import Curve
-from .rivals import GRID
+from ...train.search import LENGTHS_TRIED
 from .tables import measured_curves
 
 POINTS = (250, 500, 1000, 2000, 4000, 8000)
@@ -34,10 +34,10 @@ def multiplications(method: str, points: int, widths: Sequence[int] = WIDTHS, di
     NT = N * (INSIDE * (dim + 2) + 1 - INSIDE)  # positions of all points
     forward, back = NT * P, NT * P  # to what goes into each layer
     if method in ("engd-w", "spring"):
-        return forward + back + NT * P + 0.625 * N**2 * P + N**3 / 3 + 2 * N * P + len(GRID) * forward
+        return forward + back + NT * P + 0.625 * N**2 * P + N**3 / 3 + 2 * N * P + len(LENGTHS_TRIED) * forward
     if method == "nystrom":
         rank = N // 10
-        return forward + back + NT * P + 2 * rank * N * P + 2 * rank**2 * N + len(GRID) * forward
+        return forward + back + NT * P + 2 * rank * N * P + 2 * rank**2 * N + len(LENGTHS_TRIED) * forward
     factors = NT * sum(i**2 + o**2 for i, o in layers)
     eigen = 10 * sum(i**3 + o**3 for i, o in layers)
     if method == "kfac-pinns":

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...problems.equations import Equation
+from ...train.search import line_search
 from ...train.update import best_coefficients
 from .terms import Term, along, both_terms, gradient, jacobian, loss
 
-GRID = tuple(2.0**k for k in range(-30, 1))  # lengths that a grid line search tries
 SHIFT = 1e-7  # of the sketch, so that it has a Cholesky factor (arXiv 2505.12149, algorithm 2)
 FIRST_LENGTH = 1e-6  # of K-FAC for PINNs, whose rule for the length needs a step before
 
@@ -137,13 +137,6 @@ def kfac_pinns(pairs: Sequence[list[tuple[Tensor, Tensor]]], g: Tensor, damping:
 
 # ---- training -----------------------------------------------------------------------------------------
 
-def least_of_grid(at: Callable[[float], float], now: float) -> float:
-    """The length of GRID with the least loss, 0 where each is larger than without the step."""
-    values = {t: at(t) for t in GRID}
-    best = min(values, key=lambda t: values[t] if values[t] == values[t] else float("inf"))
-    return best if values[best] <= now else 0.0
-
-
 def training(problem: Equation, rival: Rival, points: Callable[[int], Tensor], seed: int = 0) -> Iterator[float]:
     """Train ``problem.model`` in place on the points (N, d + 1) of each step; the length of each step.
 
@@ -174,7 +167,7 @@ def training(problem: Equation, rival: Rival, points: Callable[[int], Tensor], s
             _stand(problem, start - length * v)  # noqa: B023
             return loss(problem, inputs)  # noqa: B023
 
-        length = least_of_grid(at, 0.5 * float(r @ r))
+        length, _ = line_search(at, 0.5 * float(r @ r), "least")
         _stand(problem, start - length * v)
         yield length
 
