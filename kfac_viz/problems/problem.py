@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import sqrt
@@ -128,6 +129,14 @@ class Problem:
 
     def __repr__(self) -> str:
         return f"Problem({self.name}, {len(self.arguments[0])} examples, {self.likelihood}, {self.partition})"
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Modules that are built inside draw their weights by this seed, on the CPU; the random state stays as it was."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(check_seed(seed))
+        yield
 
 
 class WithInput(nn.Sequential):

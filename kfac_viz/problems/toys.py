@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.checks import check_count, check_seed
-from .problem import Problem, multilayer_perceptron
+from .problem import Problem, multilayer_perceptron, seeded
 from .rounding import perturbed
 
 
@@ -110,8 +110,7 @@ def attention(
     patches = nn.functional.unfold(x.view(n, 1, side, side), 2, stride=2).mT
     places = torch.linspace(-1, 1, side // 2, dtype=x.dtype, device=x.device)
     places = torch.cartesian_prod(places, places).expand(n, -1, -1)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(check_seed(seed))
+    with seeded(seed):
         model = Attention(6, width, heads, 2 * width, 10).to(torch.float64)
     return Problem(model, torch.cat([patches, places], 2), y, "categorical", f"digits {side}×{side} as tokens").to(
         device, dtype
@@ -137,8 +136,7 @@ def convolutional(
     torch.Size([50, 1, 8, 8])
     """
     data, (first, second) = digits((), n, seed, standardised_on=standardised_on), channels
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(check_seed(seed))
+    with seeded(seed):
         model = nn.Sequential(
             nn.Conv2d(1, first, 3, stride=2, padding=1), nn.Tanh(),
             nn.Conv2d(first, second, 3, stride=2, padding=1), nn.Tanh(),

@@ -284,7 +284,7 @@ def replica(rank: int, **options: Any) -> tuple[nn.Module, TwoLevelKFAC, Tensor,
 
 
 def faults(rank: int) -> dict[str, Any]:
-    """What each rank is told when something is wrong on one of three."""
+    """Make one of three ranks fail, in many ways, and collect the sentence that each rank raises."""
     warnings.simplefilter("ignore")
     told = {}
 

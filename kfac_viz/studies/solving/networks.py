@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...problems import attention, autoencoder, convolutional, digits
-from ...problems.problem import Problem, multilayer_perceptron
+from ...problems.problem import Problem, multilayer_perceptron, seeded
 
 EXAMPLES = 300  # to train on, and as many to test; half as many texts, which have 28 vectors each
 LETTERS = " abcdefghijklmnopqrstuvwxyz."
@@ -54,8 +54,7 @@ def _next_letter(seed: int) -> Task:
     windows = codes.unfold(0, CONTEXT + 1, 1)
     border = 2 * len(windows) // 3
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = Letters().double()
     found = []
     for part in (windows[:border], windows[border + CONTEXT :]):
