@@ -20,9 +20,10 @@ help:  ## this list
 figures: .venv/ready  ## make the figures again, and compare them with the published: ARGS=--publish puts them in place
 	@$(PY) -m kfac_viz figures $(ARGS)
 
-test: .venv/ready  ## run the tests, then the linter
+test: .venv/ready  ## run the tests, then the linter and the formatter
 	$(THREADS) $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
 
 quick: .venv/ready  ## run the doctests and the linear algebra, in less than a minute
 	$(THREADS) $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal $(QUICK) $(ARGS)

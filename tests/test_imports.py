@@ -24,10 +24,13 @@ TRAIN = ("distributed", "search", "options", "layout", "plain", "shards", "stati
 CORE = tuple(f"{room}.{name}" for room, names in (("method", METHOD), ("scores", SCORES), ("train", TRAIN))
              for name in names)  # fmt: skip
 ORDER = ("method", "scores", "train", "problems", "show", "studies", "pages", "command")
-ROOMS = {  # what each may know, besides the packages of others: itself and the rooms before it
-    name: {*ORDER[: i + 1], *(("parameters", "checkout") if i >= ORDER.index("show") else ())}
-    for i, name in enumerate(ORDER)
-} | {"parameters": set(), "checkout": set(), "one_page": set(), "data_parallel": set()}
+ROOMS = (
+    {  # what each may know, besides the packages of others: itself and the rooms before it
+        name: {*ORDER[: i + 1], *(("parameters", "checkout") if i >= ORDER.index("show") else ())}
+        for i, name in enumerate(ORDER)
+    }
+    | {"parameters": set(), "checkout": set(), "one_page": set(), "data_parallel": set()}
+)
 WIDGETS = {"ipywidgets", "IPython", "anywidget"}
 DRAWING = {"matplotlib", "seaborn", "PIL", "contourpy"}
 HEAVY = {"sklearn", "pandas", "papermill", "scipy", "nbformat"} | WIDGETS | DRAWING

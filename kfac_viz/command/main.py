@@ -129,8 +129,14 @@ def load(path: Path, run: Callable) -> Notebook:
         raise ValueError(f"The parameters cell of {path.name} lacks out_dir.")
     del defaults["out_dir"]
     headings = re.findall(r"^#+ *(.+)", "\n".join(text), re.MULTILINE)
-    return Notebook(path, run, headings[0] if headings else "", parameters.check(run, defaults),
-                    sha256("\0".join(code).encode()), len(cells))
+    return Notebook(
+        path,
+        run,
+        headings[0] if headings else "",
+        parameters.check(run, defaults),
+        sha256("\0".join(code).encode()),
+        len(cells),
+    )
 
 
 @cache
@@ -172,8 +178,11 @@ def plan(names: list[str], given: list[str]) -> list[Job]:
     for item in given:
         name, _, text = item.partition("=")
         if name in grid or name == "out_dir":
-            raise ValueError("The folder is chosen with --out." if name == "out_dir" else
-                             f"{name} is given twice; for a grid write {name}=first,second.")
+            raise ValueError(
+                "The folder is chosen with --out."
+                if name == "out_dir"
+                else f"{name} is given twice; for a grid write {name}=first,second."
+            )
         try:
             grid[name] = parameters.parse(text)
         except ValueError as mistake:
@@ -206,8 +215,10 @@ def _refuse_bare_lists(run: Callable, grid: dict[str, list]) -> None:
         values = grid.get(name, ())
         if parameter.many and len(values) > 1 and not all(isinstance(value, list) for value in values):
             each = ",".join(parameters.to_text(value if isinstance(value, list) else [value]) for value in values)
-            raise ValueError(f"{name} is a list, like {name}={parameters.to_text(parameter.default)}; "
-                             f"for a grid of lists write {name}={each}.")
+            raise ValueError(
+                f"{name} is a list, like {name}={parameters.to_text(parameter.default)}; "
+                f"for a grid of lists write {name}={each}."
+            )
 
 
 # ---- the commands ----------------------------------------------------------------------------------------
@@ -373,15 +384,29 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("list", help="notebooks with their questions, parameters, defaults and ranges")
     make_them = commands.add_parser("figures", help="make the figures again, and compare them with the published")
     make_them.add_argument("names", nargs="*", metavar="NAME", help="a notebook, its number or a part; default: all")
-    make_them.add_argument("-p", nargs="+", action="extend", default=[], metavar="KEY=VALUE[,VALUE...]",
-                           help="a parameter; several values make a grid; a list is written [12,12]")
-    make_them.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
-                           help="how many notebooks at a time (default: %(default)s)")
+    make_them.add_argument(
+        "-p",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE[,VALUE...]",
+        help="a parameter; several values make a grid; a list is written [12,12]",
+    )
+    make_them.add_argument(
+        "--jobs",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="how many notebooks at a time (default: %(default)s)",
+    )
     make_them.add_argument("--out", default=ROOT / "figures", metavar="DIR", help="default: figures/")
     make_them.add_argument("--force", action="store_true", help="also what is up to date")
     make_them.add_argument("--publish", action="store_true", help="put in place what differs from what is published")
-    make_them.add_argument("--perturb", action="store_true",
-                           help="run again with other rounding, and say which published words and numbers stay")
+    make_them.add_argument(
+        "--perturb",
+        action="store_true",
+        help="run again with other rounding, and say which published words and numbers stay",
+    )
     make_them.add_argument("--check", action="store_true", help="end with status 1 where a figure is not the same")
     arguments = parser.parse_args(argv)
     try:

@@ -23,7 +23,7 @@ ROUNDINGS = {
 }  # fmt: skip
 REDRAWN = (  # from measured tables alone
     "10_depth", "11_solving", "12_training", "13_published", "14_speed", "16_which_method",
-)
+)  # fmt: skip
 Cells = dict[tuple[str, ...], float]
 
 

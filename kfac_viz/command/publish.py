@@ -76,8 +76,10 @@ class Output:
         files = sorted(scratch.iterdir())
         strange = [file.name for file in files if not (file.is_file() and file.name.startswith(self.stem))]
         if strange or not files:
-            raise ValueError(f"It must write files whose names begin with {self.stem} into out_dir; "
-                             f"it wrote {', '.join(strange) or 'nothing'}.")
+            raise ValueError(
+                f"It must write files whose names begin with {self.stem} into out_dir; "
+                f"it wrote {', '.join(strange) or 'nothing'}."
+            )
         stamp = {"inputs": self.inputs, "files": {file.name: sha256(file.read_bytes()) for file in files}}
         (scratch / STAMP).write_text(json.dumps(stamp, indent=2), encoding="utf-8")
         shutil.rmtree(out / self.made, ignore_errors=True)

@@ -50,8 +50,10 @@ class Result(Captured):
     def where(self) -> str:
         P, L = self.partition.size, len(self.partition)
         of, λ = f"{self.problem}, {architecture(self.partition)}", number(self.parameters["damping"])
-        return (f"{of}, λ = {λ}; data decide {number(self.dimension)} of {P:,} directions, "
-                f"{number(self.layer_overlap)} of {L} layers take the same step")
+        return (
+            f"{of}, λ = {λ}; data decide {number(self.dimension)} of {P:,} directions, "
+            f"{number(self.layer_overlap)} of {L} layers take the same step"
+        )
 
     def table(self) -> pandas.DataFrame:
         """Tidy: ``quantity``, ``item``, ``position``, ``value``."""

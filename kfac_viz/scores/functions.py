@@ -39,7 +39,6 @@ class Watch(Protocol):
     def table(self, p: Tensor, x: Tensor | None, out: Tensor) -> list[Tensor]: ...
 
 
-
 def fits(known: Callable, args: tuple, kwargs: dict) -> bool:
     """Whether a function was called in the way that is understood here."""
     try:
@@ -347,4 +346,3 @@ KNOWN: dict[str, Callable[..., Known]] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat"), _copies),
 }
 SPREADS = ("add", "add_", "mul", "expand", "expand_as", "broadcast_to", "repeat")  # after which rows may be many
-

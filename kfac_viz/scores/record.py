@@ -212,9 +212,7 @@ class Record:
         columns = zip(*rows, strict=True)
         return [None if x[0] is None else x[0][None] if len(x) == 1 else torch.stack(x) for x in columns]
 
-    def normal_form(
-        self, grads: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> tuple[list[Rows], list[Tensor]]:
+    def normal_form(self, grads: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[list[Rows], list[Tensor]]:
         """``a`` and ``g`` of every layer from the gradients at every use."""
         a, g = [], []
         N, S = len(self.outputs), len(grads[0])

@@ -17,8 +17,10 @@ def folder(out_dir: str | Path | None) -> Path | None:
         TypeError: a number or a truth value, which papermill makes of a name like 2024.
     """
     if out_dir is not None and not isinstance(out_dir, (str, os.PathLike)):
-        raise TypeError(f"out_dir must be the name of a folder; got {out_dir!r} of type {type(out_dir).__name__}. "
-                        f"Write -r out_dir {out_dir} for papermill, with -r in place of -p.")
+        raise TypeError(
+            f"out_dir must be the name of a folder; got {out_dir!r} of type {type(out_dir).__name__}. "
+            f"Write -r out_dir {out_dir} for papermill, with -r in place of -p."
+        )
     return Path(out_dir) if out_dir else None
 
 

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 
 
-def write_page(
-    template: Path, data: dict[str, Any], name: str, out: Path, tolerances: Mapping[str, Tolerance]
-) -> Path:
+def write_page(template: Path, data: dict[str, Any], name: str, out: Path, tolerances: Mapping[str, Tolerance]) -> Path:
     """Write NAME.html: ``template`` with the shared style and script, and ``data`` as JSON, in their places.
 
     Args:

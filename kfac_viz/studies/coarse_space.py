@@ -373,6 +373,8 @@ def _share(x: float, of: float) -> float:
 # ---- the picture --------------------------------------------------------------------------------------
 
 FLOOR, CEILING = 1e-4, 1e2  # of the spectrum's axis
+
+
 def architecture(partition: Partition) -> str:
     """The widths of a chain of layers; of other models how many of their parameters are seen, in how many layers."""
     layers = partition.layers
@@ -456,8 +458,10 @@ class Plot(show.Plot):
                      linestyle=style.line)  # fmt: skip
             key.set(text=f"{style.label}: {number(low, 2)} to {number(high, 2)}, κ = {number(high / low)}",
                     color=style.ink)  # fmt: skip
-        highest, lowest = (max(float(d[-1]) for d in result.spectra.values()),
-                           min(float(d[0]) for d in result.spectra.values()))
+        highest, lowest = (
+            max(float(d[-1]) for d in result.spectra.values()),
+            min(float(d[0]) for d in result.spectra.values()),
+        )
         for marks, end, beyond in zip(self.ends, (CEILING, FLOOR), (highest > CEILING, lowest < FLOOR), strict=True):
             marks.set_data([stretched(len(values) if end == CEILING else 1, len(values))] * beyond, [end] * beyond)
 
@@ -487,6 +491,7 @@ def percent(x: float) -> str:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
+
 
 @exercise("00a", "Choose nicolaides as the kind of columns, and compare the numbers in brackets.")
 def _best_with_constants() -> str:

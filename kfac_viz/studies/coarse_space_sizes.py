@@ -183,6 +183,7 @@ def shown(result: Result, row: str, quantity: str) -> dict[str, Curve]:
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
+
 @exercise("08a", "Look at a column x of the space: M A x = μ x, and what is Q A x?", 1e-3)
 def _what_the_optimal_space_adds() -> float:
     s = first_network(steps=0)

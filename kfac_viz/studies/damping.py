@@ -207,6 +207,7 @@ def shown(result: Result, quantity: str) -> dict[str, Curve]:
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
+
 @exercise("04a", "Σ d/(d + λ) falls as λ grows: try values, or halve an interval.", 0.05)
 def _damping_for_a_tenth_of_the_dimensions() -> float:
     d = first_network().F.eigen.d.numpy()

@@ -291,8 +291,10 @@ def _stored(path: str) -> dict[Case, Found]:
     file = NOTEBOOKS / path
     if not file.is_file():
         check_checkout("Measured tables")
-        raise ValueError(f"measured must name a table, as seen from notebooks/; {path!r} is none. "
-                         "make bench ARGS=depth writes one, and measured=\"\" does without.")
+        raise ValueError(
+            f"measured must name a table, as seen from notebooks/; {path!r} is none. "
+            'make bench ARGS=depth writes one, and measured="" does without.'
+        )
     return read(file)
 
 
@@ -304,6 +306,7 @@ def read(file: Path) -> dict[Case, Found]:
         case = Case(*(kind(row[name]) for name, kind in kinds))
         found[case] |= {(quantity, row["series"]): float(row[quantity]) for quantity in QUANTITIES if row[quantity]}
     return dict(found)
+
 
 # ---- the picture --------------------------------------------------------------------------------------
 
@@ -428,6 +431,7 @@ def shown(result: Result, quantity: str) -> Any:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
+
 
 @exercise("10a", "The trace of M A is a sum over layers. What is it in each, and what is the mean eigenvalue?", 1e-6)
 def _least_that_the_largest_eigenvalue_can_be() -> float:

@@ -60,8 +60,10 @@ class Result(Study):
     def headline(self) -> str:
         error = self.of("error")
         one, many = (number(error["mc"].y[i], 2) for i in (0, -1))
-        return (f"One drawn label misses {one} of the Fisher, {error['mc'].x[-1]:.0f} miss {many}; the true one "
-                f"(empirical) {number(error['empirical'].y[0], 2)}")
+        return (
+            f"One drawn label misses {one} of the Fisher, {error['mc'].x[-1]:.0f} miss {many}; the true one "
+            f"(empirical) {number(error['empirical'].y[0], 2)}"
+        )
 
 
 def run(
@@ -311,6 +313,7 @@ class Landscape:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
+
 
 @exercise("01a", "The error falls with the root of the number of labels: what does a factor of ten cost?", 0.2)
 def _labels_for_one_percent() -> float:

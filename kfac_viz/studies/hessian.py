@@ -242,6 +242,7 @@ def _shown(result: Result, quantity: str) -> dict[str, Curve]:
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
+
 @exercise("01c", "Along an eigenvector with the eigenvalue d the matrix H + λI has the curvature d + λ.", 0.01)
 def _damping_that_mends_the_hessian() -> float:
     s = first_network(steps=20)

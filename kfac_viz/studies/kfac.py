@@ -195,6 +195,7 @@ def _by_pair(s: Setting) -> tuple[Tensor, NDArray, NDArray]:
 
 # ---- the picture --------------------------------------------------------------------------------------
 
+
 class Plot(show.Plot):
     """Matrices and pairs of layers above; pieces of the error and other methods below."""
 
@@ -250,9 +251,7 @@ class Plot(show.Plot):
         return [
             region
             for view in (self.F, self.error)
-            for region in view.regions(
-                lambda l, m: words.format(l + 1, m + 1, result.lost[l, m], result.misfit[l, m])
-            )
+            for region in view.regions(lambda l, m: words.format(l + 1, m + 1, result.lost[l, m], result.misfit[l, m]))
         ]
 
 
@@ -293,6 +292,7 @@ class Bars:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
+
 
 @exercise("02a", "Only the blocks between layers are lost for certain; what is the norm of those?", 0.01)
 def _best_block_diagonal_error() -> float:

@@ -337,6 +337,7 @@ class Plot(show.Plot):
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
+
 def _first_entry(rule: str) -> float:
     """Of the product for a layer of two rows and two columns, whose block is diagonal with 4, 1, 1, 1."""
     eye = torch.eye(2, dtype=torch.float64)

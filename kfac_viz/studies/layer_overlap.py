@@ -182,6 +182,7 @@ def _points(pairs: NDArray) -> list[tuple[str, str, float]]:
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
+
 @exercise("09a", "A projection has the eigenvalues 0 and 1. What has twice one, and what if another is added across?")
 def _two_pairs_of_equal_layers() -> float:
     first, second = np.diag([1.0, 0.0]), np.diag([0.0, 1.0])

@@ -251,6 +251,7 @@ class Plot(show.Plot):
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
+
 @exercise("06a", "Distance from the exact step: 1.5 too far along, nothing astray.")
 def _twice_and_a_half_as_far() -> float:
     return Place(2.5, 0.0).captured

@@ -39,8 +39,10 @@ class Result(Study):
     def headline(self) -> str:
         ms = {name: c.y[0] for name, c in self.of("autoencoder").items()}
         one, least, most = (ms[name] for name in ("one-level K-FAC", "nicolaides additive", FULL_BATCH))
-        return (f"Autoencoder: a coarse level costs {least / one:.2f} (constants) to {most / one:.2f} (4 eigenvectors) "
-                "times a step of K-FAC")
+        return (
+            f"Autoencoder: a coarse level costs {least / one:.2f} (constants) to {most / one:.2f} (4 eigenvectors) "
+            "times a step of K-FAC"
+        )
 
     @property
     def where(self) -> str:
@@ -224,6 +226,7 @@ def shown(result: Result, quantity: str) -> dict[str, Curve]:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
+
 
 @exercise("14a", "Set the three products of the gradient equal to the two of K-FAC: 3 N o i = o² i + o i².", 0.01)
 def _batch_that_pays_for_kfac() -> float:

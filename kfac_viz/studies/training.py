@@ -255,6 +255,7 @@ class Plot(show.Plot):
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
+
 @exercise("12a", "Divide the steps at 25 examples by those at 1,500, and compare with 60.", 0.02)
 def _saved_by_a_larger_batch() -> float:
     steps = run().of("steps to target, classifier")["K-FAC"].y

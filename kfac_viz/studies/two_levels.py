@@ -64,14 +64,18 @@ class Result(Study):
     def headline(self) -> str:
         s, blocks, balanced = last(self, "poisson", "blocks", "balanced")
         k, none, clusters = last(self, "ridge", "none", "clusters")
-        return (f"Constants of {s} subdomains save block Jacobi {blocks - balanced} of {blocks} iterations; of {k} "
-                f"clusters, alone, {none - clusters} of {none}")
+        return (
+            f"Constants of {s} subdomains save block Jacobi {blocks - balanced} of {blocks} iterations; of {k} "
+            f"clusters, alone, {none - clusters} of {none}"
+        )
 
     @property
     def where(self) -> str:
         p = self.parameters
-        return (f"Poisson on an interval, {p['local']} points a subdomain, {p['sweeps']} sweeps; ridge regression on "
-                f"{p['n']} digits, λ = {number(p['damping'])} λ_max; {over(p)}")
+        return (
+            f"Poisson on an interval, {p['local']} points a subdomain, {p['sweeps']} sweeps; ridge regression on "
+            f"{p['n']} digits, λ = {number(p['damping'])} λ_max; {over(p)}"
+        )
 
 
 def run(
@@ -120,9 +124,7 @@ def poisson(subdomains: int, local: int, device: str = "cpu") -> Dense:
     """``−u″`` by second differences with both ends held at zero, over subdomains of ``local`` points."""
     size = subdomains * local
     ones = torch.ones(size, dtype=torch.float64, device=device)
-    return Dense(
-        2 * ones.diag() - ones[1:].diag(1) - ones[1:].diag(-1), Partition.from_sizes([local] * subdomains)
-    )
+    return Dense(2 * ones.diag() - ones[1:].diag(1) - ones[1:].diag(-1), Partition.from_sizes([local] * subdomains))
 
 
 @lru_cache(maxsize=256)
@@ -289,6 +291,7 @@ def last(result: Result, quantity: str, *names: str) -> list[int]:
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
+
 
 @exercise("05a", "Each inner boundary couples one pair of neighbours, and that pair spans how many dimensions?")
 def _interface_eigenvalues() -> int:

@@ -159,6 +159,7 @@ class Plot(show.Plot):
 
 # ---- the exercises ------------------------------------------------------------------------------------
 
+
 @exercise("16a", "Count the rows in which the cells of both methods are at most 1.25.")
 def _where_either_will_do() -> int:
     result = run()

@@ -268,7 +268,7 @@ class TwoLevelKFAC(Optimizer):
         self._tell_of_skipped()
         before = self.partition.names
         (F, seen, partition), sizes = self.ranks.agree("observe()", lambda: self._captured(inputs, targets))
-        sizes = [int(n) for n, in sizes]
+        sizes = [int(n) for (n,) in sizes]
         if len(set(sizes)) > 1 and not share.asked:
             self._tell(
                 "share",

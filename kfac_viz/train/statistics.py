@@ -61,9 +61,7 @@ class RunningFactors:
         self.weight: dict[str, float] = {}
         self.newest: set[str] = set()  # layers that the newest batch has reached
 
-    def add(
-        self, F: Fisher, seen: tuple[str, ...], *, same_batch: bool = False, shards: Shards | None = None
-    ) -> None:
+    def add(self, F: Fisher, seen: tuple[str, ...], *, same_batch: bool = False, shards: Shards | None = None) -> None:
         """Take in the layers ``seen`` of F; ``same_batch`` for a further part of the newest batch. With ``shards`` F is
         this rank's part, and every rank takes in the averages over all parts."""
         if shards is None:
@@ -148,9 +146,7 @@ class RunningFactors:
             else zeros(*x.axis, *[x.features] * (1 if x.table and diagonal else 2)) + x.vector
             for x in partition.layers
         )
-        G = tuple(
-            self.G[x.name] if x.name in self.G else zeros(*x.axis, *[x.unit[0]] * 2) for x in partition.layers
-        )
+        G = tuple(self.G[x.name] if x.name in self.G else zeros(*x.axis, *[x.unit[0]] * 2) for x in partition.layers)
         return KroneckerFactors(partition, A if diagonal else tuple(map(unit_trace, A)), G)
 
 

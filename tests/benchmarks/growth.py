@@ -56,11 +56,14 @@ def given(method: str, per_layer: int) -> dict:
     """All options that :func:`build` gives to the optimizer of this name."""
     if method == "Adam":
         return {"lr": 1e-3}
-    return COMMON | {
-        "K-FAC": {"per_layer": 0},
-        "constants, additive": {"coarse": "nicolaides", "per_layer": 1, "correction": "additive"},
-        "leading, balanced": {"per_layer": per_layer},
-    }[method]
+    return (
+        COMMON
+        | {
+            "K-FAC": {"per_layer": 0},
+            "constants, additive": {"coarse": "nicolaides", "per_layer": 1, "correction": "additive"},
+            "leading, balanced": {"per_layer": per_layer},
+        }[method]
+    )
 
 
 def build(model: torch.nn.Module, method: str, per_layer: int) -> torch.optim.Optimizer:

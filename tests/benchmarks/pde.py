@@ -127,8 +127,14 @@ def run(problem: kv.problems.Equation, name: str, method: Method, damping: float
             method = Method("lbfgs")
             steps = training(problem, method, damping)
         if used >= mark or used >= seconds or ended:
-            yield {"step": step, "evaluations": evaluations, "seconds": round(used, 3),
-                   "loss": f"{float(problem.loss().detach()):.4g}", "error": f"{problem.error():.4g}", "ended": ended}
+            yield {
+                "step": step,
+                "evaluations": evaluations,
+                "seconds": round(used, 3),
+                "loss": f"{float(problem.loss().detach()):.4g}",
+                "error": f"{problem.error():.4g}",
+                "ended": ended,
+            }
             while used >= mark:
                 mark = next(marks, 1e9)
 

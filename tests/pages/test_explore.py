@@ -158,8 +158,13 @@ def parts(wrap):
     return wrapped
 
 
-WRAPPED = {"compiled": compiled, "data parallel": nn.DataParallel, "parts": parts(compiled),
-           "parallel parts": parts(nn.DataParallel), "both": lambda model: nn.DataParallel(compiled(model))}
+WRAPPED = {
+    "compiled": compiled,
+    "data parallel": nn.DataParallel,
+    "parts": parts(compiled),
+    "parallel parts": parts(nn.DataParallel),
+    "both": lambda model: nn.DataParallel(compiled(model)),
+}
 
 
 @pytest.mark.parametrize("kind", WRAPPED)

@@ -493,8 +493,6 @@ def test_a_position_table_beside_batch_norm_in_training_mode():
     assert_close(F.dense(), kv.capture(twin, x, likelihood="categorical").dense())
 
 
-
-
 # ---- advice is followed ------------------------------------------------------------------------------------
 
 

@@ -283,6 +283,7 @@ def test_a_checkpoint_with_a_word_that_is_none_is_refused(index):
 
 def test_a_table_that_a_batch_does_not_use_adds_zeros():
     """Unused in one of two batches of the window, and in the first of all."""
+
     def call(s: Model, x: Tensor) -> Tensor:
         return s.head(torch.tanh(s.table(x) + (s.other(x) if int(x[0, 0]) == 0 else 0)).mean(1))
 

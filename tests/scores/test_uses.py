@@ -437,9 +437,7 @@ def test_every_parameter_moves_by_the_preconditioned_step(name):
 def test_an_encoder_is_accumulated_frozen_saved_and_lowered_as_other_models_are():
     model, x = build("encoder layer", 12)
     twin = copy.deepcopy(model)
-    one, parts = (
-        kv.TwoLevelKFAC(m, **OPTIONS, step_rule="fixed", lr=0.05, coarse_window=1) for m in (model, twin)
-    )
+    one, parts = (kv.TwoLevelKFAC(m, **OPTIONS, step_rule="fixed", lr=0.05, coarse_window=1) for m in (model, twin))
     train(model, x, one, 2)
     train(twin, x, parts, 2, batch=6)
     assert_close(one.partition.pack(model), one.partition.pack(twin), 1e-10)

@@ -286,8 +286,13 @@ def test_every_first_level_trains(first, per_layer):
 # ---- saved and resumed -------------------------------------------------------------------------------
 
 
-CHOSEN = [*({"factors": rule} for rule in FACTORS[1:]), *({"first_level": first} for first in MADE),
-          {"first_level": "ekfac", "factors": "shampoo"}, {"first_level": "exact", "per_layer": 0}, {"iterations": 3}]
+CHOSEN = [
+    *({"factors": rule} for rule in FACTORS[1:]),
+    *({"first_level": first} for first in MADE),
+    {"first_level": "ekfac", "factors": "shampoo"},
+    {"first_level": "exact", "per_layer": 0},
+    {"iterations": 3},
+]
 SAVED = {"likelihood": "categorical", "observe_every": 2, "refresh_every": 3, "coarse_window": 2, "per_layer": 2}
 
 

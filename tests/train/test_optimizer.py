@@ -70,9 +70,7 @@ def weights(model):
 @pytest.mark.parametrize("space", SPACES)
 def test_the_first_preconditioner_is_that_of_the_batch(space, correction, rule):
     model = mlp((4, 5, 5, 3))
-    opt = TwoLevelKFAC(
-        model, **FIXED, rule=rule, coarse=space, per_layer=2, correction=correction, fisher="exact"
-    )
+    opt = TwoLevelKFAC(model, **FIXED, rule=rule, coarse=space, per_layer=2, correction=correction, fisher="exact")
     closure_of(opt, model)()
     opt.observe(X)
     F = kv.capture(model, X, likelihood="categorical")

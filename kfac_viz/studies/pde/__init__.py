@@ -465,15 +465,18 @@ class Plot(show.Plot):
             f"{BESIDE[name].label} " + ", ".join(f"{number(c.at(t), 1)} after {t} s" for t in LOOKS)
             for name, c in result.of(f"peers, {SHOWN}").items() if name in BESIDE
         )  # fmt: skip
-        return (f"Of one run of each method: the error on the square, the error over steps, and the eigenvalues of the "
-                f"preconditioned matrix. Relative errors after 4 s, measured: {known}. First in the map: {first}. "
-                f"Poisson's equation in 5 dimensions, {SHOWN} fresh points at each step: {peers}.")
+        return (
+            f"Of one run of each method: the error on the square, the error over steps, and the eigenvalues of the "
+            f"preconditioned matrix. Relative errors after 4 s, measured: {known}. First in the map: {first}. "
+            f"Poisson's equation in 5 dimensions, {SHOWN} fresh points at each step: {peers}."
+        )
 
 
 AXES = {"poisson": ("$x$", "$y$"), "heat": ("time", "$x$"), "burgers": ("time", "$x$")}
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
+
 
 @exercise("15a", "Each position carries one number through a layer; count value, first derivatives and Laplacian.")
 def _positions_of_a_point() -> int:

@@ -42,6 +42,7 @@ class Rival(NamedTuple):
 
 # ---- directions, to be subtracted ---------------------------------------------------------------------
 
+
 def engd_w(J: Tensor, r: Tensor, damping: float) -> Tensor:
     """ENGD-W, ``Jᵀ (J Jᵀ + λI)⁻¹ r``, (P,) (arXiv 2505.12149, section 3.1)."""
     K = _gram(J)
@@ -136,6 +137,7 @@ def kfac_pinns(pairs: Sequence[list[tuple[Tensor, Tensor]]], g: Tensor, damping:
 
 
 # ---- training -----------------------------------------------------------------------------------------
+
 
 def training(problem: Equation, rival: Rival, points: Callable[[int], Tensor], seed: int = 0) -> Iterator[float]:
     """Train ``problem.model`` in place on the points (N, d + 1) of each step; the length of each step.

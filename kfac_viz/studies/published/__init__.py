@@ -105,8 +105,7 @@ def run(
     for (regime, method), by_seed in large.items():
         curves[regime, method] = over_runs("seconds", by_seed.values())
     ends = {
-        (what, int(depth), method): last_losses(by_seed.values())
-        for (what, depth, method), by_seed in toys.items()
+        (what, int(depth), method): last_losses(by_seed.values()) for (what, depth, method), by_seed in toys.items()
     }
     lower, runs = _lower(toys)
     return Result(
@@ -278,6 +277,7 @@ class Plot(show.Plot):
 
 
 # ---- the exercises ------------------------------------------------------------------------------------
+
 
 @exercise("13a", "0.95⁵ of a sum is left in one triangle, all of it in the other; E holds a product of two.", 0.005)
 def _growth_from_refresh_to_refresh() -> float:

@@ -155,9 +155,7 @@ def _losses(runs: Mapping[tuple[str, str], list[Run]]) -> dict[tuple[str, str], 
             for (network, rung), found in runs.items()}  # fmt: skip
 
 
-def _agreement(
-    network: str, shares: Mapping[tuple[str, str], float], ends: Mapping[tuple[str, str], float]
-) -> float:
+def _agreement(network: str, shares: Mapping[tuple[str, str], float], ends: Mapping[tuple[str, str], float]) -> float:
     from scipy.stats import spearmanr
 
     rungs = [rung for rung in RUNGS if (network, rung) in shares and (network, rung) in ends]
